@@ -1,0 +1,67 @@
+# What a developer does daily. The first call makes the environment and builds the extension.
+#
+#   make demo     train on real digits, stock PyTorch and fastmlp side by side
+#   make test     the tests
+#   make lint     what CI checks besides; make format mends what can be mended
+#   make wheel    a wheel in dist/, for the torch release of the environment
+#   make cuda     build the CUDA side against a CUDA torch, in an environment of its own; needs nvcc, no GPU
+#
+# To use an environment that is already there, with torch and what the target needs, name its Python. Nothing is
+# installed then, and the extension is built in place:
+#
+#   make test ENV=python3
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_CUDA ?= torch==2.11.0
+export PYTHONPATH := $(CURDIR)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+ifdef ENV
+python := $(ENV)
+else
+python := .venv/bin/python
+environment := .venv/installed
+endif
+
+cpp = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint format extension wheel cuda clean
+
+demo: extension
+	$(python) benchmarks/train.py
+
+test: extension
+	$(python) -m pytest
+
+lint: $(environment)
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+	$(python) -m mypy
+	clang-format --dry-run -Werror $(cpp)
+
+format: $(environment)
+	$(python) -m ruff check --fix
+	$(python) -m ruff format
+	clang-format -i $(cpp)
+
+extension: $(environment)
+	$(python) setup.py --quiet build_ext --inplace
+
+wheel: $(environment)
+	$(python) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+cuda: .venv-cuda/installed
+	FASTMLP_CUDA=1 .venv-cuda/bin/python setup.py --quiet build_ext --inplace
+	.venv-cuda/bin/python -m fastmlp
+
+# pip understands dependency groups from 25.1 on.
+.venv/installed .venv-cuda/installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(@D)/bin/python -m pip install '$(if $(findstring cuda,$@),$(TORCH_CUDA),$(TORCH))' \
+	    $(if $(findstring cuda,$@),--group build --group test,--group build --group test --group lint)
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .venv .venv-cuda fastmlp/*.so

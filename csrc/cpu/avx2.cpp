@@ -1,0 +1,40 @@
+// AVX2 with FMA: 16 registers of 8 floats; float32 tails by masks, bfloat16 tails by copies.
+#include "backend.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+
+// Nothing from torch or the standard library may be included from here on: the linker could keep an AVX2 copy
+// of an inline function for everyone.
+#pragma GCC target("avx2,fma")
+
+#include "../activation.h"
+
+namespace fastmlp::cpu {
+namespace avx2 {
+
+typedef float V __attribute__((vector_size(32)));
+typedef uint16_t Halves __attribute__((vector_size(16)));
+constexpr int inner_rows = 3, inner_columns = 3;  // 9 sums + 3 of W + 1 of x
+constexpr int outer_rows = 6, outer_vectors = 2;  // 12 sums + 2 of B + 1 of A
+
+FASTMLP_INLINE __m256i first(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+template <class R, class T>
+FASTMLP_INLINE R load_some(const T* p, int n) {
+  R r{};
+  if constexpr (sizeof(T) == sizeof(float)) r = R(_mm256_maskload_ps(p, first(n)));
+  else __builtin_memcpy(&r, p, n * sizeof(T));
+  return r;
+}
+FASTMLP_INLINE void store_some(float* p, V v, int n) { _mm256_maskstore_ps(p, first(n), __m256(v)); }
+FASTMLP_INLINE void store_some(uint16_t* p, Halves h, int n) { __builtin_memcpy(p, &h, n * sizeof(*p)); }
+
+#include "products.h"
+
+}  // namespace avx2
+const Kernels avx2_kernels = avx2::kernels;
+}  // namespace fastmlp::cpu
+#endif

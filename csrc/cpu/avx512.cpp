@@ -1,0 +1,38 @@
+// AVX-512: 32 registers of 16 floats, tails by masks.
+#include "backend.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+
+// Nothing from torch or the standard library may be included from here on: the linker could keep an AVX-512
+// copy of an inline function for everyone.
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+
+#include "../activation.h"
+
+namespace fastmlp::cpu {
+namespace avx512 {
+
+typedef float V __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+constexpr int inner_rows = 5, inner_columns = 5;  // 25 sums + 5 of W + 1 of x
+constexpr int outer_rows = 6, outer_vectors = 4;  // 24 sums + 4 of B + 1 of A
+
+template <class R, class T>
+FASTMLP_INLINE R load_some(const T* p, int n) {
+  if constexpr (sizeof(T) == sizeof(float)) return R(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
+  else return R(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+}
+FASTMLP_INLINE void store_some(float* p, V v, int n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), __m512(v));
+}
+FASTMLP_INLINE void store_some(uint16_t* p, Halves h, int n) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), __m256i(h));
+}
+
+#include "products.h"
+
+}  // namespace avx512
+const Kernels avx512_kernels = avx512::kernels;
+}  // namespace fastmlp::cpu
+#endif

@@ -1,0 +1,28 @@
+// Any processor: registers of 4 floats, which every 64-bit x86 (SSE2) and Arm (NEON) has; tails by copies.
+#include "../activation.h"
+#include "backend.h"
+
+namespace fastmlp::cpu {
+namespace portable {
+
+typedef float V __attribute__((vector_size(16)));
+typedef uint16_t Halves __attribute__((vector_size(8)));
+constexpr int inner_rows = 3, inner_columns = 3;  // 9 sums + 3 of W + 1 of x + 1 product, without FMA
+constexpr int outer_rows = 4, outer_vectors = 2;  // 8 sums + 2 of B + 1 of A + 1 product
+
+template <class R, class T>
+FASTMLP_INLINE R load_some(const T* p, int n) {
+  R r{};
+  __builtin_memcpy(&r, p, n * sizeof(T));
+  return r;
+}
+template <class R, class T>
+FASTMLP_INLINE void store_some(T* p, R r, int n) {
+  __builtin_memcpy(p, &r, n * sizeof(T));
+}
+
+#include "products.h"
+
+}  // namespace portable
+const Kernels portable_kernels = portable::kernels;
+}  // namespace fastmlp::cpu

@@ -1,0 +1,285 @@
+// The three matrix products on one thread, and the element-wise step between them, for one instruction set.
+//
+// Included by avx512.cpp, avx2.cpp and portable.cpp, each inside its own namespace and after it has defined
+//
+//   V                             a register of float32
+//   Halves                        half a register of uint16_t: as many bfloat16
+//   load_some<R>(p, n)            an R of the first n elements at p; those beyond are not read, their lanes
+//   are 0 store_some(p, r, n)           the first n lanes of r to p inner_rows x inner_columns    the
+//   register tile of x Wᵀ, in outputs outer_rows x outer_vectors    the register tile of A B, in outputs and
+//   registers
+//
+// PyTorch's layout suits all three as it is, so nothing is packed. In y = x Wᵀ both operands are contiguous
+// along the sum: registers run along K and are added up across their lanes once, at the end. In dx = dz W and
+// dW = dzᵀ x the output's rows are contiguous: registers run along them, and dz is broadcast.
+
+constexpr int width = sizeof(V) / sizeof(float);
+using Bits = typename Integer<V>::type;
+
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- loads and stores: float32 as it is, bfloat16 widened on the way in, rounded to nearest even on the way
+// out
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+FASTMLP_INLINE V widen(Halves h) { return bit_cast<V>(__builtin_convertvector(h, Bits) << 16); }
+
+FASTMLP_INLINE Halves narrow(V v) {
+  Bits bits = bit_cast<Bits>(v);
+  bits = bits + 0x7fff + ((bits >> 16) & 1);
+  bits = v != v ? Bits{} + 0x7fc00000 : bits;
+  return __builtin_convertvector(bits >> 16, Halves);
+}
+
+template <class R, class T>
+FASTMLP_INLINE R load_all(const T* p) {
+  R r;
+  __builtin_memcpy(&r, p, sizeof(r));
+  return r;
+}
+
+FASTMLP_INLINE V load(const float* p) { return load_all<V>(p); }
+FASTMLP_INLINE V load(const bfloat16* p) { return widen(load_all<Halves>(p)); }
+FASTMLP_INLINE void store(float* p, V v) { __builtin_memcpy(p, &v, sizeof(v)); }
+FASTMLP_INLINE void store(bfloat16* p, V v) {
+  const Halves h = narrow(v);
+  __builtin_memcpy(p, &h, sizeof(h));
+}
+
+// The first n elements, or a whole register where there are more.
+FASTMLP_INLINE V load(const float* p, int64_t n) { return n < width ? load_some<V>(p, int(n)) : load(p); }
+FASTMLP_INLINE V load(const bfloat16* p, int64_t n) {
+  return n < width ? widen(load_some<Halves>(&p->bits, int(n))) : load(p);
+}
+FASTMLP_INLINE void store(float* p, V v, int64_t n) { n < width ? store_some(p, v, int(n)) : store(p, v); }
+FASTMLP_INLINE void store(bfloat16* p, V v, int64_t n) {
+  n < width ? store_some(&p->bits, narrow(v), int(n)) : store(p, v);
+}
+
+// Calls f(Count<n>{}) with n, 1 <= n <= most, as a compile-time constant: the size of a register tile.
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+template <int most, class F>
+FASTMLP_INLINE void with_count(int64_t n, F f) {
+  if constexpr (most > 1) {
+    if (n < most) return with_count<most - 1>(n, f);
+  }
+  f(Count<most>{});
+}
+
+// ---- y = g(x Wᵀ + b)
+
+// Adds pairs of lanes of a and b: the sums of a's pairs of `step`-wide pieces, then those of b's.
+template <int step, int... lane>
+FASTMLP_INLINE V add_pieces(V a, V b, std::integer_sequence<int, lane...>) {
+  constexpr auto source = [](int i) { return i / step * 2 * step + i % step; };
+  return __builtin_shufflevector(a, b, source(lane)...) +
+         __builtin_shufflevector(a, b, source(lane) + step...);
+}
+
+// Lane i of the result is the sum over the lanes of v[i], for i < n <= width: a tree, so that the order of
+// the additions does not depend on n.
+template <int n, int step = width / 2>
+FASTMLP_INLINE V sum_lanes(const V* v) {
+  constexpr int pairs = (n + 1) / 2;
+  V sums[pairs];
+#pragma GCC unroll 16
+  for (int i = 0; i < pairs; ++i)
+    sums[i] = add_pieces<step>(v[2 * i], 2 * i + 1 < n ? v[2 * i + 1] : V{},
+                               std::make_integer_sequence<int, width>{});
+  if constexpr (step > 1) return sum_lanes<pairs, step / 2>(sums);
+  else return sums[0];
+}
+
+// sum[i][j] += x[i][k] w[j][k] for a register of k, or for the first n of them. Bound by FMA: loads rows +
+// columns registers for rows * columns FMAs.
+template <bool whole, int rows, int columns, class T>
+FASTMLP_INLINE void inner_step(V (&sum)[rows][columns], const T* x, int64_t ldx, const T* w, int64_t ldw,
+                               int64_t n) {
+  V b[columns];
+#pragma GCC unroll 16
+  for (int j = 0; j < columns; ++j) b[j] = whole ? load(w + j * ldw) : load(w + j * ldw, n);
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) {
+    const V a = whole ? load(x + i * ldx) : load(x + i * ldx, n);
+#pragma GCC unroll 16
+    for (int j = 0; j < columns; ++j) sum[i][j] += a * b[j];
+  }
+}
+
+// sums[i][j] = Σ_k x[i][k] w[j][k] for a tile of rows x columns.
+template <int rows, int columns, class T>
+void inner_tile(int64_t K, const T* x, int64_t ldx, const T* w, int64_t ldw, float* sums, int64_t ld) {
+  V sum[rows][columns] = {};
+  int64_t k = 0;
+  for (; k + width <= K; k += width) inner_step<true>(sum, x + k, ldx, w + k, ldw, width);
+  if (k < K) inner_step<false>(sum, x + k, ldx, w + k, ldw, K - k);
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i) store(sums + i * ld, sum_lanes<columns>(sum[i]), columns);
+}
+
+template <Activation g, class T>
+void forward(const Forward& p, Range rows, Range columns) {
+  const T* x = static_cast<const T*>(p.x);
+  const T* weight = static_cast<const T*>(p.weight);
+  const T* bias = static_cast<const T*>(p.bias);
+  T* y = static_cast<T*>(p.y);
+  // A panel of W stays in the second-level cache while x streams past it; the sums of a few rows over the
+  // panel stay in the first-level one until bias and activation have been applied.
+  constexpr int panel = 16 * inner_columns;
+  float sums[inner_rows][panel];
+  for (int64_t n = columns.begin; n < columns.end; n += panel) {
+    const int64_t n_count = smaller(panel, columns.end - n);
+    for (int64_t m = rows.begin; m < rows.end; m += inner_rows) {
+      const int64_t m_count = smaller(inner_rows, rows.end - m);
+      with_count<inner_rows>(m_count, [&](auto m_tile) {
+        for (int64_t j = 0; j < n_count; j += inner_columns)
+          with_count<inner_columns>(smaller(inner_columns, n_count - j), [&](auto n_tile) {
+            inner_tile<decltype(m_tile)::value, decltype(n_tile)::value>(
+                p.K, x + m * p.ldx, p.ldx, weight + (n + j) * p.ldw, p.ldw, sums[0] + j, panel);
+          });
+      });
+      for (int64_t i = 0; i < m_count; ++i)
+        for (int64_t j = 0; j < n_count; j += width) {
+          const int64_t count = n_count - j;
+          const V b = bias ? load(bias + n + j, count) : V{};
+          store(y + (m + i) * p.N + n + j, activate<g>(load(sums[i] + j, count) + b), count);
+        }
+    }
+  }
+}
+
+// ---- dz = dy · g'(y), db = Σ dz
+
+// A sum of many terms, added up in blocks of blocks of blocks: the rounding error grows with the cube root of
+// their number, not with the number.
+struct BlockedSum {
+  static constexpr int block = 64;
+  V total{}, middle{}, inner{};
+  int64_t count = 0;
+  FASTMLP_INLINE void add(V v) {
+    inner += v;
+    if (++count % block == 0) {
+      middle += inner;
+      inner = V{};
+      if (count % (block * block) == 0) {
+        total += middle;
+        middle = V{};
+      }
+    }
+  }
+  FASTMLP_INLINE V sum() const { return total + (middle + inner); }
+};
+
+// Bound by bandwidth: reads dy and y once, writes dz once. Columns go to threads, so that a sum over the
+// batch never depends on how many there are.
+template <Activation g, class T>
+void differentiate(const Backward& p, float* dz, Range columns) {
+  const T* grad_y = static_cast<const T*>(p.grad_y);
+  const T* y = static_cast<const T*>(p.y);
+  T* grad_bias = static_cast<T*>(p.grad_bias);
+  for (int64_t n = columns.begin; n < columns.end; n += width) {
+    const int64_t count = columns.end - n;
+    BlockedSum sum;
+    for (int64_t at = n; at < p.M * p.N; at += p.N) {
+      V v = load(grad_y + at, count);
+      if constexpr (g != Activation::identity) v = activate_backward<g>(v, load(y + at, count));
+      if (dz) store(dz + at, v, count);
+      sum.add(v);
+    }
+    if (grad_bias) store(grad_bias + n, sum.sum(), count);
+  }
+}
+
+// ---- dx = dz W, dW = dzᵀ x
+
+// A tile of rows x vectors registers of C; when `cut`, only `last` lanes of each row's last register.
+// Bound by FMA: a step loads `vectors` registers and broadcasts `rows` floats for rows * vectors FMAs.
+template <int rows, int vectors, bool cut, class T>
+void outer_tile(int64_t P, const float* a, int64_t a_row, int64_t a_column, const T* b, int64_t ldb, T* c,
+                int64_t ldc, int64_t last, bool accumulate) {
+  V sum[rows][vectors] = {};
+  for (; P > 0; --P) {
+    V row[vectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v)
+      row[v] = cut && v == vectors - 1 ? load(b + v * width, last) : load(b + v * width);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+      const float factor = a[i * a_row];
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) sum[i][v] += factor * row[v];
+    }
+    a += a_column;
+    b += ldb;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i, c += ldc) {
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v) {
+      T* at = c + v * width;
+      if (cut && v == vectors - 1) store(at, accumulate ? sum[i][v] + load(at, last) : sum[i][v], last);
+      else store(at, accumulate ? sum[i][v] + load(at) : sum[i][v]);
+    }
+  }
+}
+
+template <class T>
+void product(const Product& p, Range rows, Range columns) {
+  const T* b = static_cast<const T*>(p.b);
+  T* c = static_cast<T*>(p.c);
+  // A panel of B, as deep as a chunk and as wide as the tile, stays near the first-level cache while the rows
+  // of A pass over it. bfloat16 has nowhere to keep a partial sum, so its chunk is the whole depth.
+  constexpr int panel = outer_vectors * width;
+  const int64_t chunk = sizeof(T) == sizeof(float) ? 128 : p.P;
+  int64_t depth = 0;
+  do {
+    const int64_t P = smaller(chunk, p.P - depth);
+    for (int64_t j = columns.begin; j < columns.end; j += panel) {
+      const int64_t j_count = smaller(panel, columns.end - j);
+      for (int64_t i = rows.begin; i < rows.end; i += outer_rows) {
+        const float* a_tile = p.a + i * p.a_row + depth * p.a_column;
+        const T* b_tile = b + depth * p.ldb + j;
+        T* c_tile = c + i * p.ldc + j;
+        with_count<outer_rows>(smaller(outer_rows, rows.end - i), [&](auto m_tile) {
+          constexpr int m = decltype(m_tile)::value;
+          const int64_t vectors = (j_count + width - 1) / width, last = j_count - (vectors - 1) * width;
+          with_count<outer_vectors>(vectors, [&](auto n_tile) {
+            constexpr int n = decltype(n_tile)::value;
+            const auto tile = last == width ? outer_tile<m, n, false, T> : outer_tile<m, n, true, T>;
+            tile(P, a_tile, p.a_row, p.a_column, b_tile, p.ldb, c_tile, p.ldc, last, depth > 0);
+          });
+        });
+      }
+    }
+    depth += chunk;
+  } while (depth < p.P);
+}
+
+// ---- the table that backend.cpp chooses from
+
+void forward(const Forward& p, Range rows, Range columns) {
+  with_activation(p.activation, [&](auto g) {
+    if (p.dtype == Dtype::float32) forward<decltype(g)::value, float>(p, rows, columns);
+    else forward<decltype(g)::value, bfloat16>(p, rows, columns);
+  });
+}
+
+void differentiate(const Backward& p, float* dz, Range columns) {
+  with_activation(p.activation, [&](auto g) {
+    if (p.dtype == Dtype::float32) differentiate<decltype(g)::value, float>(p, dz, columns);
+    else differentiate<decltype(g)::value, bfloat16>(p, dz, columns);
+  });
+}
+
+void product(const Product& p, Range rows, Range columns) {
+  p.dtype == Dtype::float32 ? product<float>(p, rows, columns) : product<bfloat16>(p, rows, columns);
+}
+
+constexpr Kernels kernels = {inner_rows, inner_columns, outer_rows, outer_vectors * width,
+                             forward,    differentiate, product};

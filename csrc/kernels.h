@@ -1,0 +1,76 @@
+// The border between torch and the kernels: what a backend offers, in plain structs and pointers.
+//
+//   z = x Wᵀ + b     y = g(z)                    x [M, K]   W [N, K]   b [N]   y, z [M, N]
+//   dz = dy · g'(y)  dW = dzᵀ x   db = Σ dz   dx = dz W
+//
+// Matrices are row-major. x and W may have rows further apart than they are long (ldx, ldw, in elements;
+// 0 repeats one row); everything else is contiguous. All pointers of a call are of one dtype.
+// Any of M, N, K may be 0: a sum over nothing is 0.
+#pragma once
+
+#include <cstdint>
+
+namespace fastmlp {
+
+enum class Activation : int { identity, relu, sigmoid, tanh };
+enum class Dtype : int { float32, bfloat16, float16 };
+
+struct Forward {
+  Dtype dtype;
+  Activation activation;
+  int64_t M, N, K;
+  const void* x;  // [M, K]
+  int64_t ldx;
+  const void* weight;  // [N, K]
+  int64_t ldw;
+  const void* bias;  // [N], or null for none
+  void* y;           // [M, N]
+};
+
+struct Backward {
+  Dtype dtype;
+  Activation activation;
+  int64_t M, N, K;
+  const void* grad_y;  // [M, N]
+  const void* y;       // [M, N], not read (may be null) for the identity
+  const void* x;       // [M, K], not read when grad_weight is null
+  int64_t ldx;
+  const void* weight;  // [N, K], not read when grad_x is null
+  int64_t ldw;
+  // The outputs; one that is null is not computed.
+  void* grad_x;       // [M, K]
+  void* grad_weight;  // [N, K]
+  void* grad_bias;    // [N]
+  void* workspace;    // backward_workspace() bytes, 64-byte aligned, contents arbitrary
+};
+
+namespace cpu {
+
+// The instruction sets, best first, and the one in use: the best the processor has until use() chooses
+// another.
+inline constexpr const char* instruction_sets[] = {"avx512", "avx2", "portable"};
+const char* instruction_set();
+bool supports(const char* instruction_set);  // by this build and this processor
+bool use(const char* instruction_set);       // false, and nothing changed, where it is not supported
+
+// float32 and bfloat16. `threads` is the size of the caller's OpenMP pool: 1 opens no parallel region.
+void forward(const Forward&, int threads);
+int64_t backward_workspace(const Backward&);
+void backward(const Backward&, int threads);
+
+}  // namespace cpu
+
+namespace cuda {
+
+const char* toolkit();        // the version of the toolkit that built the kernels: "13.0"
+const char* architectures();  // what they were built for: "800,900"
+
+// float32, bfloat16 and float16. Work is enqueued on `stream` (a cudaStream_t) of the current device; nothing
+// here allocates or synchronises, so a call can be captured in a graph. Returns a cudaError_t, 0 for success.
+int forward(const Forward&, void* stream);
+int64_t backward_workspace(const Backward&);
+int backward(const Backward&, void* stream);
+
+}  // namespace cuda
+
+}  // namespace fastmlp

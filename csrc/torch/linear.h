@@ -1,0 +1,41 @@
+// What ops.cpp and autograd.cpp share: the checks on arguments, and the composite path beside the kernels.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "../kernels.h"
+
+namespace fastmlp {
+
+using at::Tensor;
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // of input, weight and bias
+using Mask = std::array<bool, 3>;
+
+// The activation of that name; raises ValueError where there is none.
+Activation parse_activation(std::string_view name);
+
+// Raises RuntimeError, naming the argument and what was expected, where torch's own linear would raise one.
+void check_arguments(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias);
+
+// Null where the kernels cover these arguments, or the reason why they do not. They then take the composite
+// path.
+const char* why_not_fused(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias);
+
+// The same results from torch's own differentiable operations: right for everything that torch covers.
+Tensor linear_composite(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                        std::string_view activation);
+Gradients linear_backward_composite(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
+                                    const std::optional<Tensor>& y, std::string_view activation, Mask mask);
+
+// The ops through the dispatcher, so that tracing sees them.
+Tensor call_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                   std::string_view activation);
+Gradients call_linear_backward(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
+                               const std::optional<Tensor>& y, std::string_view activation, Mask mask);
+
+}  // namespace fastmlp

@@ -1,0 +1,44 @@
+// The extension module: what is not a tensor op. Importing it also registers the ops.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "../kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::string names(const char* separator) {
+  std::string text;
+  for (const char* name : fastmlp::cpu::instruction_sets)
+    text += (text.empty() ? "" : separator) + std::string(name);
+  return text;
+}
+
+void use(const std::string& name) {
+  if (!fastmlp::cpu::use(name.c_str()))
+    throw py::value_error("instruction set: expected one of " + names(", ") +
+                          " that this processor has, got '" + name + "'");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("instruction_set", [] { return std::string(fastmlp::cpu::instruction_set()); });
+  m.def("instruction_sets", [] {
+    py::list supported;
+    for (const char* name : fastmlp::cpu::instruction_sets)
+      if (fastmlp::cpu::supports(name)) supported.append(name);
+    return supported;
+  });
+  m.def("use_instruction_set", use, py::arg("name"));
+  m.attr("compiler") = "gcc " __VERSION__;
+#ifdef FASTMLP_WITH_CUDA
+  m.attr("cuda") = fastmlp::cuda::toolkit();
+  m.attr("cuda_architectures") = fastmlp::cuda::architectures();
+#else
+  m.attr("cuda") = py::none();
+  m.attr("cuda_architectures") = py::none();
+#endif
+}

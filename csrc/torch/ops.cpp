@@ -1,0 +1,344 @@
+// The ops: their schemas, the checks on their arguments, and their kernels for tensors on each device.
+//
+// Which path a call takes is decided in one place, why_not_fused(): the kernels behind kernels.h, or torch's
+// own operations. Autograd is in autograd.cpp.
+#include <ATen/FuncTorchTLS.h>
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/_fw_primal.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/sigmoid_backward.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/tanh_backward.h>
+#include <ATen/ops/threshold_backward.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include "linear.h"
+
+#ifdef FASTMLP_WITH_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace fastmlp {
+
+// ---- arguments
+
+Activation parse_activation(std::string_view name) {
+  if (name == "identity") return Activation::identity;
+  if (name == "relu") return Activation::relu;
+  if (name == "sigmoid") return Activation::sigmoid;
+  if (name == "tanh") return Activation::tanh;
+  TORCH_CHECK_VALUE(false, "activation: expected 'identity', 'relu', 'sigmoid' or 'tanh', got '", name, "'");
+}
+
+namespace {
+
+void check_same(const char* name, const Tensor& argument, const Tensor& input) {
+  TORCH_CHECK(argument.device() == input.device(), name, ": expected a tensor on ", input.device(),
+              ", the device of input, got one on ", argument.device());
+  TORCH_CHECK(argument.scalar_type() == input.scalar_type(), name, ": expected dtype ", input.scalar_type(),
+              ", the dtype of input, got ", argument.scalar_type());
+}
+
+// For what has the shape and the dtype of the result.
+void check_result(const char* name, const Tensor& argument, const Tensor& input, const Tensor& weight) {
+  check_same(name, argument, input);
+  at::DimVector sizes(input.sizes());
+  sizes.back() = weight.size(0);
+  TORCH_CHECK(argument.sizes() == at::IntArrayRef(sizes), name, ": expected shape ", at::IntArrayRef(sizes),
+              " for an input of shape ", input.sizes(), " and a weight of shape ", weight.sizes(), ", got ",
+              argument.sizes());
+}
+
+Tensor activated(const Tensor& z, Activation activation) {
+  switch (activation) {
+    case Activation::relu:
+      return at::relu(z);
+    case Activation::sigmoid:
+      return at::sigmoid(z);
+    case Activation::tanh:
+      return at::tanh(z);
+    default:
+      return z;
+  }
+}
+
+Tensor differentiated(const Tensor& grad_y, const std::optional<Tensor>& y, Activation activation) {
+  switch (activation) {
+    case Activation::relu:
+      return at::threshold_backward(grad_y, *y, 0);
+    case Activation::sigmoid:
+      return at::sigmoid_backward(grad_y, *y);
+    case Activation::tanh:
+      return at::tanh_backward(grad_y, *y);
+    default:
+      return grad_y;
+  }
+}
+
+}  // namespace
+
+void check_arguments(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  TORCH_CHECK(input.dim() >= 1, "input: expected shape [..., in_features], got a tensor of no dimension");
+  check_same("weight", weight, input);
+  if (weight.dim() == 2)
+    TORCH_CHECK(input.sym_size(-1) == weight.sym_size(1), "input: expected shape [..., ", weight.sym_size(1),
+                "] for a weight of shape ", weight.sym_sizes(), ", got ", input.sym_sizes());
+  if (!bias) return;
+  check_same("bias", *bias, input);
+  if (weight.dim() == 2 && bias->dim() == 1)
+    TORCH_CHECK(bias->sym_size(0) == weight.sym_size(0) || bias->sym_size(0) == 1, "bias: expected shape [",
+                weight.sym_size(0), "] for a weight of shape ", weight.sym_sizes(), ", got ",
+                bias->sym_sizes());
+}
+
+const char* why_not_fused(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const auto any = [&](auto is) { return is(input) || is(weight) || (bias && is(*bias)); };
+  const auto functorch = c10::DispatchKey::FuncTorchDynamicLayerBackMode;
+  if (at::functorch::functorchTLSAccessor() && c10::impl::tls_is_dispatch_key_included(functorch))
+    return "a torch.func transform is active";
+  if (any([](const Tensor& t) { return t._fw_grad(0).defined(); })) return "forward-mode AD is active";
+  if (any([](const Tensor& t) {
+        return t.layout() != c10::kStrided || t.unsafeGetTensorImpl()->is_nested();
+      }))
+    return "not every argument is a dense tensor";
+  if (weight.dim() != 2) return "weight is not a matrix";
+  if (bias && (bias->dim() != 1 || bias->sym_size(0) != weight.sym_size(0))) return "bias is broadcast";
+  if (weight.sym_size(1) > 1 && weight.sym_stride(1) != 1) return "weight is not stored by rows";
+  const auto dtype = input.scalar_type();
+  if (input.is_cuda()) {
+#ifdef FASTMLP_WITH_CUDA
+    if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf)
+      return "the CUDA kernels cover float32, bfloat16 and float16";
+#else
+    return "this build has no CUDA kernels";
+#endif
+  } else if (input.is_cpu() || input.is_meta()) {
+    if (dtype != at::kFloat && dtype != at::kBFloat16) return "the CPU kernels cover float32 and bfloat16";
+  } else {
+    return "there are kernels for CPU and CUDA only";
+  }
+  return nullptr;
+}
+
+// ---- the composite path
+
+Tensor linear_composite(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                        std::string_view activation) {
+  const Activation g = parse_activation(activation);
+  check_arguments(input, weight, bias);
+  return activated(at::linear(input, weight, bias), g);
+}
+
+Gradients linear_backward_composite(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
+                                    const std::optional<Tensor>& y, std::string_view activation, Mask mask) {
+  const auto rows = [](const Tensor& t) { return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2); };
+  const Tensor dz = differentiated(grad_y, y, parse_activation(activation));
+  Gradients grads;
+  if (mask[0]) std::get<0>(grads) = rows(dz).mm(weight).view_symint(input.sym_sizes());
+  if (mask[1]) std::get<1>(grads) = rows(dz).t().mm(rows(input));
+  if (mask[2]) std::get<2>(grads) = rows(dz).sum(0);
+  return grads;
+}
+
+// ---- the fused path
+
+namespace {
+
+// The border to a backend: where its tensors live, which stream or threads it runs on, what it raises.
+struct Cpu {
+  static void run(const Forward& p) { cpu::forward(p, at::get_num_threads()); }
+  static void run(const Backward& p) { cpu::backward(p, at::get_num_threads()); }
+  static int64_t workspace(const Backward& p) { return cpu::backward_workspace(p); }
+};
+
+#ifdef FASTMLP_WITH_CUDA
+struct Cuda {
+  static void* stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+  static void run(const Forward& p) { C10_CUDA_CHECK(static_cast<cudaError_t>(cuda::forward(p, stream()))); }
+  static void run(const Backward& p) {
+    C10_CUDA_CHECK(static_cast<cudaError_t>(cuda::backward(p, stream())));
+  }
+  static int64_t workspace(const Backward& p) { return cuda::backward_workspace(p); }
+};
+#endif
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kBFloat16:
+      return Dtype::bfloat16;
+    case at::kHalf:
+      return Dtype::float16;
+    default:
+      return Dtype::float32;
+  }
+}
+
+// The tensor as a matrix [rows, columns] whose columns are adjacent: itself where its strides allow, else a
+// copy.
+Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns) {
+  const Tensor matrix = t.dim() == 2 ? t : t.reshape({rows, columns});
+  return columns <= 1 || matrix.stride(1) == 1 ? matrix : matrix.contiguous();
+}
+
+template <class Device>
+Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+              std::string_view activation) {
+  const Activation g = parse_activation(activation);
+  check_arguments(input, weight, bias);
+  if (why_not_fused(input, weight, bias)) return linear_composite(input, weight, bias, activation);
+  const c10::DeviceGuard guard(input.device());
+  const int64_t N = weight.size(0), K = weight.size(1);
+  const int64_t M = c10::multiply_integers(input.sizes().slice(0, input.dim() - 1));
+  at::DimVector sizes(input.sizes());
+  sizes.back() = N;
+  Tensor y = at::empty(sizes, input.options());
+  const Tensor x = as_matrix(input, M, K);
+  const Tensor b = bias ? bias->contiguous() : Tensor();
+  Device::run(Forward{.dtype = dtype_of(input),
+                      .activation = g,
+                      .M = M,
+                      .N = N,
+                      .K = K,
+                      .x = x.const_data_ptr(),
+                      .ldx = x.stride(0),
+                      .weight = weight.const_data_ptr(),
+                      .ldw = weight.stride(0),
+                      .bias = b.defined() ? b.const_data_ptr() : nullptr,
+                      .y = y.mutable_data_ptr()});
+  return y;
+}
+
+template <class Device>
+Gradients linear_backward(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
+                          const std::optional<Tensor>& y, std::string_view activation, Mask mask) {
+  const Activation g = parse_activation(activation);
+  check_arguments(input, weight, std::nullopt);
+  if (why_not_fused(input, weight, std::nullopt))
+    return linear_backward_composite(grad_y, input, weight, y, activation, mask);
+  check_result("grad_y", grad_y, input, weight);
+  TORCH_CHECK(g == Activation::identity || y, "y: expected the result of the forward pass, got None");
+  if (y) check_result("y", *y, input, weight);
+  const c10::DeviceGuard guard(input.device());
+  const int64_t N = weight.size(0), K = weight.size(1);
+  const int64_t M = c10::multiply_integers(input.sizes().slice(0, input.dim() - 1));
+  const Tensor dy = grad_y.contiguous(), saved = y ? y->contiguous() : Tensor();
+  const Tensor x = as_matrix(input, M, K);
+  const auto output = [&](bool wanted, at::IntArrayRef sizes) {
+    return wanted ? at::empty(sizes, input.options()) : Tensor();
+  };
+  Tensor grad_x = output(mask[0], input.sizes()), grad_weight = output(mask[1], weight.sizes()),
+         grad_bias = output(mask[2], {N});
+  const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
+  Backward p{.dtype = dtype_of(input),
+             .activation = g,
+             .M = M,
+             .N = N,
+             .K = K,
+             .grad_y = dy.const_data_ptr(),
+             .y = saved.defined() ? saved.const_data_ptr() : nullptr,
+             .x = x.const_data_ptr(),
+             .ldx = x.stride(0),
+             .weight = weight.const_data_ptr(),
+             .ldw = weight.stride(0),
+             .grad_x = data(grad_x),
+             .grad_weight = data(grad_weight),
+             .grad_bias = data(grad_bias),
+             .workspace = nullptr};
+  const Tensor workspace = at::empty({Device::workspace(p)}, input.options().dtype(at::kByte));
+  p.workspace = workspace.mutable_data_ptr();
+  Device::run(p);
+  return {grad_x, grad_weight, grad_bias};
+}
+
+// ---- shapes alone, for tracing
+
+Tensor linear_meta(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                   std::string_view activation) {
+  parse_activation(activation);
+  check_arguments(input, weight, bias);
+  if (why_not_fused(input, weight, bias)) return linear_composite(input, weight, bias, activation);
+  c10::SymDimVector sizes(input.sym_sizes());
+  sizes.back() = weight.sym_size(0);
+  return at::empty_symint(sizes, input.options());
+}
+
+Gradients linear_backward_meta(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
+                               const std::optional<Tensor>&, std::string_view activation, Mask mask) {
+  parse_activation(activation);
+  const auto output = [&](bool wanted, c10::SymIntArrayRef sizes) {
+    return wanted ? at::empty_symint(sizes, grad_y.options()) : Tensor();
+  };
+  return {output(mask[0], input.sym_sizes()), output(mask[1], weight.sym_sizes()),
+          output(mask[2], {weight.sym_size(0)})};
+}
+
+// ---- autocast: the arguments are cast as those of torch's own linear are
+
+template <c10::DispatchKey autocast, c10::DeviceType device>
+Tensor linear_autocast(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                       std::string_view activation) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(autocast);
+  const auto type = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(type, t, device); };
+  return call_linear(cast(input), cast(weight), cast(bias), activation);
+}
+
+}  // namespace
+
+Tensor call_linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                   std::string_view activation) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastmlp::linear", "").typed<decltype(call_linear)>();
+  return op.call(input, weight, bias, activation);
+}
+
+Gradients call_linear_backward(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
+                               const std::optional<Tensor>& y, std::string_view activation, Mask mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastmlp::linear_backward", "")
+                             .typed<decltype(call_linear_backward)>();
+  return op.call(grad_y, input, weight, y, activation, mask);
+}
+
+TORCH_LIBRARY(fastmlp, m) {
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias=None, str activation='identity') -> Tensor");
+  m.def(
+      "linear_backward(Tensor grad_y, Tensor input, Tensor weight, Tensor? y, str activation, bool[3] "
+      "output_mask)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def("why_not_fused(Tensor input, Tensor weight, Tensor? bias=None) -> str",
+        [](const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+          const char* reason = why_not_fused(input, weight, bias);
+          return std::string(reason ? reason : "");
+        });
+}
+
+#define FASTMLP_IMPL(key, forward, backward) \
+  TORCH_LIBRARY_IMPL(fastmlp, key, m) {      \
+    m.impl("linear", forward);               \
+    m.impl("linear_backward", backward);     \
+  }
+
+FASTMLP_IMPL(CPU, linear<Cpu>, linear_backward<Cpu>)
+#ifdef FASTMLP_WITH_CUDA
+FASTMLP_IMPL(CUDA, linear<Cuda>, linear_backward<Cuda>)
+#endif
+FASTMLP_IMPL(Meta, linear_meta, linear_backward_meta)
+FASTMLP_IMPL(CompositeExplicitAutograd, linear_composite, linear_backward_composite)
+FASTMLP_IMPL(FuncTorchBatched, linear_composite, linear_backward_composite)
+
+TORCH_LIBRARY_IMPL(fastmlp, AutocastCPU, m) {
+  m.impl("linear", linear_autocast<c10::DispatchKey::AutocastCPU, c10::kCPU>);
+}
+TORCH_LIBRARY_IMPL(fastmlp, AutocastCUDA, m) {
+  m.impl("linear", linear_autocast<c10::DispatchKey::AutocastCUDA, c10::kCUDA>);
+}
+}  // namespace fastmlp

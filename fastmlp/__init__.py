@@ -1,0 +1,47 @@
+"""fastmlp: PyTorch multilayer perceptrons that train and infer faster by changing one line.
+
+>>> model = fastmlp.MLP(784, 500, 10)
+>>> model(torch.randn(64, 784)).shape
+torch.Size([64, 10])
+"""
+
+import os
+
+import torch
+
+__version__ = "0.1.0"
+
+try:
+    from fastmlp import _C
+except ImportError as error:
+    raise ImportError(
+        f"fastmlp's extension is not built for torch {torch.__version__} and this Python. Build it in a copy of the "
+        "source: pip install --force-reinstall --no-deps ."
+    ) from error
+
+if _asked := os.environ.get("FASTMLP_CPU"):
+    try:
+        _C.use_instruction_set(_asked)
+    except ValueError as error:
+        raise ValueError(f"FASTMLP_CPU: {error}") from None
+
+from fastmlp import functional  # noqa: E402
+from fastmlp.nn import MLP, Linear, LinearReLU  # noqa: E402
+
+__all__ = ["MLP", "Linear", "LinearReLU", "build_info", "functional"]
+
+
+def build_info() -> dict[str, str | None]:
+    """What was built, and what runs here.
+
+    Returns:
+        "compiler", "cuda" (the toolkit's version) and "cuda_architectures", the last two None in a build without
+        CUDA; "cpu": the instruction set in use, and "cpu_supported": all that this processor can run.
+    """
+    return {
+        "compiler": _C.compiler,
+        "cuda": _C.cuda,
+        "cuda_architectures": _C.cuda_architectures,
+        "cpu": _C.instruction_set(),
+        "cpu_supported": ", ".join(_C.instruction_sets()),
+    }

@@ -1,0 +1,100 @@
+"""``python -m fastmlp``: what is built, what this machine will run, and a self-check of every kernel it can run.
+
+Exit status 1 where a kernel's result is wrong.
+"""
+
+import platform
+import sys
+
+import torch
+from torch import Tensor
+
+import fastmlp
+from fastmlp import _C
+
+# Sizes around the kernels' tiles, and smaller than a register.
+SHAPES = [(1, 1, 1), (5, 3, 17), (64, 10, 500), (65, 131, 77)]
+
+#: Relative error (in the 2-norm) that a right kernel stays below: a few roundings of the dtype.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def reference(
+    activation: str, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, grad_y: Tensor
+) -> list[Tensor]:
+    """Y, dx, dW and db in float64; dz = dy · g'(y) from the y under test, so that each product stands alone."""
+    x, weight, bias, y, grad_y = (t.double() for t in (x, weight, bias, y, grad_y))
+    z = x @ weight.T + bias
+    expected, derivative = {
+        "identity": (z, torch.ones_like(y)),
+        "relu": (z.relu(), (y > 0).double()),
+        "sigmoid": (z.sigmoid(), y * (1 - y)),
+        "tanh": (z.tanh(), 1 - y * y),
+    }[activation]
+    dz = grad_y * derivative
+    return [expected, dz @ weight, dz.T @ x, dz.sum(0)]
+
+
+def largest_error(device: str, dtype: torch.dtype) -> float:
+    """The largest relative error of forward and backward, over all activations and shapes."""
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for activation in ("identity", "relu", "sigmoid", "tanh"):
+        for batch, out_features, in_features in SHAPES:
+            sizes = (
+                (batch, in_features),
+                (out_features, in_features),
+                (out_features,),
+                (batch, out_features),
+            )
+            x, weight, bias, grad_y = (
+                torch.randn(size, generator=generator).to(device, dtype) for size in sizes
+            )
+            weight /= in_features**0.5
+            y = torch.ops.fastmlp.linear(x, weight, bias, activation)
+            grads = torch.ops.fastmlp.linear_backward(grad_y, x, weight, y, activation, [True] * 3)
+            for actual, expected in zip(
+                (y, *grads), reference(activation, x, weight, bias, y, grad_y), strict=True
+            ):
+                error = (actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)
+                worst = max(worst, error.nan_to_num(torch.inf).item())
+    return worst
+
+
+def main() -> int:
+    """Prints the report; 0, or 1 where a kernel is wrong."""
+    info = fastmlp.build_info()
+    built = (
+        f"CUDA {info['cuda']} for {info['cuda_architectures']}" if info["cuda"] else "without CUDA kernels"
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    print(f"fastmlp   {fastmlp.__version__}, built with {info['compiler']}, {built}")
+    print(f"torch     {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"python    {platform.python_version()}")
+    print(f"cpu       runs {info['cpu']} of {info['cpu_supported']}")
+    print(f"gpu       {gpu}")
+    print("\nself-check against float64   relative error")
+
+    cpu = [(f"cpu {name}", "cpu", dtype, name) for name in _C.instruction_sets()
+           for dtype in (torch.float32, torch.bfloat16)]  # fmt: skip
+    cuda = [
+        ("cuda", "cuda", dtype, None) for dtype in TOLERANCE if info["cuda"] and torch.cuda.is_available()
+    ]
+    wrong = 0
+    for name, device, dtype, instruction_set in cpu + cuda:
+        if instruction_set is not None:
+            _C.use_instruction_set(instruction_set)
+        error = largest_error(device, dtype)
+        right = error < TOLERANCE[dtype]
+        wrong += not right
+        kernel = f"{name} {str(dtype).removeprefix('torch.')}"
+        print(
+            f"  {kernel:25s}  {error:.1e}  {'ok' if right else f'WRONG, expected < {TOLERANCE[dtype]:.0e}'}"
+        )
+    _C.use_instruction_set(info["cpu"])
+    print(f"\n{wrong} of {len(cpu + cuda)} kernels are wrong" if wrong else "\nevery kernel is right")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The ops, as functions of tensors. Notation: z = x Wᵀ + b, y = g(z), with g the activation."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from fastmlp import _C  # noqa: F401  importing it registers the ops
+
+__all__ = ["Activation", "linear", "linear_relu", "why_not_fused"]
+
+#: The activations that the kernels know; without one, a layer is plain linear.
+Activation = Literal["relu", "sigmoid", "tanh"]
+
+#: What each activation is in torch's own terms.
+COMPOSITES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+# Other tensor types carry semantics of their own, which torch's operations know and ours do not.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor, type(None)})
+
+_linear = torch.ops.fastmlp.linear.default
+_why_not_fused = torch.ops.fastmlp.why_not_fused.default
+
+
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation | None = None
+) -> Tensor:
+    """Linear layer and activation in one kernel: y = g(x Wᵀ + b).
+
+    The same as ``g(torch.nn.functional.linear(input, weight, bias))``, derivatives of any order, autocast and tracing
+    included. What the kernels do not cover is computed in just that way; :func:`why_not_fused` tells.
+
+    Args:
+        input: x, of shape [..., in_features].
+        weight: W, of shape [out_features, in_features].
+        bias: b, of shape [out_features], or None.
+        activation: g: "relu", "sigmoid", "tanh", or None for the identity.
+
+    Returns:
+        y, of shape [..., out_features], with the dtype and on the device of ``input``.
+
+    Raises:
+        RuntimeError: for a shape, dtype or device that does not fit, as ``torch.nn.functional.linear`` does.
+        ValueError: for an unknown activation.
+
+    Example:
+        >>> x, weight, bias = torch.ones(2, 3), torch.ones(4, 3), torch.full((4,), -5.0)
+        >>> fastmlp.functional.linear(x, weight, bias, activation="relu")
+        tensor([[0., 0., 0., 0.],
+                [0., 0., 0., 0.]])
+    """
+    if type(input) in _PLAIN and type(weight) in _PLAIN and type(bias) in _PLAIN:
+        y: Tensor = _linear(input, weight, bias, activation or "identity")
+        return y
+    z = torch.nn.functional.linear(input, weight, bias)
+    return z if activation is None else COMPOSITES[check_activation(activation)](z)
+
+
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Linear layer and ReLU in one kernel: y = max(x Wᵀ + b, 0). See :func:`linear`."""
+    return linear(input, weight, bias, "relu")
+
+
+def why_not_fused(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    """Why :func:`linear` would compute these arguments with torch's own operations; None where a kernel does.
+
+    Example:
+        >>> fastmlp.functional.why_not_fused(torch.ones(2, 3), torch.ones(4, 3))
+        >>> fastmlp.functional.why_not_fused(torch.ones(2, 3).double(), torch.ones(4, 3).double())
+        'the CPU kernels cover float32 and bfloat16'
+    """
+    for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
+        if type(tensor) not in _PLAIN:
+            return f"{name} is of a tensor type of its own, {type(tensor).__name__}"
+    reason: str = _why_not_fused(input, weight, bias)
+    return reason or None
+
+
+def check_activation(activation: str) -> str:
+    """The name itself; ValueError where the kernels know no activation of that name."""
+    if activation not in COMPOSITES:
+        raise ValueError(
+            f"activation: expected {', '.join(map(repr, COMPOSITES))} or None, got {activation!r}"
+        )
+    return activation

@@ -1,0 +1,123 @@
+"""Drop-in modules: the parameters, initial values and ``state_dict`` of torch's own, with fused kernels."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmlp import functional
+
+__all__ = ["MLP", "Linear", "LinearReLU"]
+
+
+class Linear(torch.nn.Linear):
+    """``torch.nn.Linear`` followed by an activation, in one kernel: y = g(x Wᵀ + b).
+
+    Shapes: input [..., in_features], output [..., out_features], weight [out_features, in_features],
+    bias [out_features].
+
+    Args:
+        in_features: size of each input row.
+        out_features: size of each output row.
+        bias: whether b is there.
+        device: where the parameters are made.
+        dtype: what the parameters are made of.
+        activation: g: "relu", "sigmoid", "tanh", or None for the identity.
+
+    Raises:
+        ValueError: for an unknown activation.
+
+    Example:
+        >>> layer = fastmlp.Linear(784, 500, activation="tanh")
+        >>> layer(torch.randn(64, 784)).shape
+        torch.Size([64, 500])
+        >>> layer
+        Linear(in_features=784, out_features=500, bias=True, activation='tanh')
+    """
+
+    activation: functional.Activation | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: functional.Activation | None = None,
+    ) -> None:
+        """See the class."""
+        if activation is not None:
+            functional.check_activation(activation)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Y = g(x Wᵀ + b): [..., in_features] to [..., out_features]."""
+        return functional.linear(input, self.weight, self.bias, self.activation)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows: as torch.nn.Linear, and the activation if there is one."""
+        activation = "" if self.activation is None else f", activation={self.activation!r}"
+        return super().extra_repr() + activation
+
+
+class LinearReLU(Linear):
+    """:class:`Linear` with ReLU: y = max(x Wᵀ + b, 0).
+
+    Example:
+        >>> layer = fastmlp.LinearReLU(784, 500)
+        >>> layer.load_state_dict(torch.nn.Linear(784, 500).state_dict())
+        <All keys matched successfully>
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        """See the class."""
+        super().__init__(in_features, out_features, bias, device, dtype, activation="relu")
+
+
+class MLP(torch.nn.Sequential):
+    """A multilayer perceptron: an activation between layers, logits out.
+
+    It is a ``torch.nn.Sequential`` of :class:`Linear`: its parts can be indexed, initialised, hooked and swapped.
+    ``state_dict`` keys are "0.weight", "0.bias", "1.weight", ... by layer.
+
+    Args:
+        *sizes: the widths, at least two: in_features, hidden layers, out_features.
+        activation: between layers: "relu", "sigmoid" or "tanh".
+        bias: whether the layers have one.
+        device: where the parameters are made.
+        dtype: what the parameters are made of.
+
+    Raises:
+        ValueError: for fewer than two sizes, or an unknown activation.
+
+    Example:
+        >>> fastmlp.MLP(784, 500, 10)
+        MLP(
+          (0): Linear(in_features=784, out_features=500, bias=True, activation='relu')
+          (1): Linear(in_features=500, out_features=10, bias=True)
+        )
+    """
+
+    def __init__(
+        self,
+        *sizes: int,
+        activation: functional.Activation = "relu",
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        """See the class."""
+        if len(sizes) < 2:
+            raise ValueError(f"sizes: expected at least in_features and out_features, got {sizes}")
+        last = len(sizes) - 2
+        super().__init__(
+            *(
+                Linear(*pair, bias, device, dtype, activation=activation if i < last else None)
+                for i, pair in enumerate(zip(sizes, sizes[1:], strict=False))
+            )
+        )
