@@ -10,8 +10,9 @@ from pathlib import Path
 
 from setuptools import setup
 
-# pip builds in an isolated environment, which does not see the torch of the environment it installs into. Torch is
-# no build requirement either: another release would be fetched, and the extension would not load with the user's.
+# pip builds in an isolated environment, which does not see the torch of the environment it installs into.
+# Torch is no build requirement: another release could be fetched, and the extension would not load with the
+# user's.
 try:
     import torch
 except ImportError:
@@ -26,7 +27,7 @@ except ImportError:
 
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
-# Ampere to Blackwell, with PTX for what comes after. 9.0a by name: the Hopper instructions are in no other target.
+# Ampere to Blackwell, with PTX for what comes after. 9.0a by name: Hopper's own instructions need it.
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
 
 
@@ -81,7 +82,7 @@ else:
         "fastmlp._C", [str(p) for p in sorted(sources)], extra_compile_args=flags, **arguments
     )
 
-# The C++ interface of torch is stable within a release only: the package runs with the one it was built against.
+# The C++ interface of torch is stable within a release only: the package runs with the one it was built for.
 release = ".".join(torch.__version__.split(".")[:2])
 setup(
     ext_modules=[extension],

@@ -15,8 +15,8 @@ try:
     from fastmlp import _C
 except ImportError as error:
     raise ImportError(
-        f"fastmlp's extension is not built for torch {torch.__version__} and this Python. Build it in a copy of the "
-        "source: pip install --force-reinstall --no-deps ."
+        f"fastmlp's extension is not built for torch {torch.__version__} and this Python. "
+        "Build it, in a copy of the source: pip install --force-reinstall --no-deps ."
     ) from error
 
 if _asked := os.environ.get("FASTMLP_CPU"):
@@ -25,8 +25,8 @@ if _asked := os.environ.get("FASTMLP_CPU"):
     except ValueError as error:
         raise ValueError(f"FASTMLP_CPU: {error}") from None
 
-from fastmlp import functional  # noqa: E402
-from fastmlp.nn import MLP, Linear, LinearReLU  # noqa: E402
+from fastmlp import functional
+from fastmlp.nn import MLP, Linear, LinearReLU
 
 __all__ = ["MLP", "Linear", "LinearReLU", "build_info", "functional"]
 
@@ -35,8 +35,8 @@ def build_info() -> dict[str, str | None]:
     """What was built, and what runs here.
 
     Returns:
-        "compiler", "cuda" (the toolkit's version) and "cuda_architectures", the last two None in a build without
-        CUDA; "cpu": the instruction set in use, and "cpu_supported": all that this processor can run.
+        "compiler"; "cuda", the toolkit's version, and "cuda_architectures", both None in a build without CUDA;
+        "cpu", the instruction set in use, and "cpu_supported", all that this processor can run.
     """
     return {
         "compiler": _C.compiler,

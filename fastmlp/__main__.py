@@ -1,4 +1,4 @@
-"""``python -m fastmlp``: what is built, what this machine will run, and a self-check of every kernel it can run.
+"""``python -m fastmlp``: what is built, what this machine runs, and a self-check of all its kernels.
 
 Exit status 1 where a kernel's result is wrong.
 """
@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 def reference(
     activation: str, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, grad_y: Tensor
 ) -> list[Tensor]:
-    """Y, dx, dW and db in float64; dz = dy · g'(y) from the y under test, so that each product stands alone."""
+    """The float64 y, dx, dW and db; dz = dy · g'(y) from the y under test, so that each stands alone."""
     x, weight, bias, y, grad_y = (t.double() for t in (x, weight, bias, y, grad_y))
     z = x @ weight.T + bias
     expected, derivative = {

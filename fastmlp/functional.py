@@ -34,8 +34,8 @@ def linear(
 ) -> Tensor:
     """Linear layer and activation in one kernel: y = g(x Wᵀ + b).
 
-    The same as ``g(torch.nn.functional.linear(input, weight, bias))``, derivatives of any order, autocast and tracing
-    included. What the kernels do not cover is computed in just that way; :func:`why_not_fused` tells.
+    The same as ``g(torch.nn.functional.linear(input, weight, bias))``, derivatives of any order, autocast and
+    tracing included. What the kernels do not cover is computed in just that way; :func:`why_not_fused` tells.
 
     Args:
         input: x, of shape [..., in_features].

@@ -1,5 +1,6 @@
 """Drop-in modules: the parameters, initial values and ``state_dict`` of torch's own, with fused kernels."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class LinearReLU(Linear):
 class MLP(torch.nn.Sequential):
     """A multilayer perceptron: an activation between layers, logits out.
 
-    It is a ``torch.nn.Sequential`` of :class:`Linear`: its parts can be indexed, initialised, hooked and swapped.
+    A ``torch.nn.Sequential`` of :class:`Linear`: its parts can be indexed, initialised, hooked and swapped.
     ``state_dict`` keys are "0.weight", "0.bias", "1.weight", ... by layer.
 
     Args:
@@ -118,6 +119,6 @@ class MLP(torch.nn.Sequential):
         super().__init__(
             *(
                 Linear(*pair, bias, device, dtype, activation=activation if i < last else None)
-                for i, pair in enumerate(zip(sizes, sizes[1:], strict=False))
+                for i, pair in enumerate(pairwise(sizes))
             )
         )

@@ -1,0 +1,9 @@
+"""The extension: importing it registers the ops."""
+
+compiler: str
+cuda: str | None
+cuda_architectures: str | None
+
+def instruction_set() -> str: ...
+def instruction_sets() -> list[str]: ...
+def use_instruction_set(name: str) -> None: ...
