@@ -35,8 +35,8 @@ def build_info() -> dict[str, str | None]:
     """What was built, and what runs here.
 
     Returns:
-        "compiler"; "cuda", the toolkit's version, and "cuda_architectures", both None in a build without CUDA;
-        "cpu", the instruction set in use, and "cpu_supported", all that this processor can run.
+        "compiler"; "cuda", the toolkit's version, and "cuda_architectures", both None without CUDA kernels;
+        "cpu", the instruction set in use, and "cpu_supported", those that this processor can run.
     """
     return {
         "compiler": _C.compiler,

@@ -91,7 +91,6 @@ def main() -> int:
         print(
             f"  {kernel:25s}  {error:.1e}  {'ok' if right else f'WRONG, expected < {TOLERANCE[dtype]:.0e}'}"
         )
-    _C.use_instruction_set(info["cpu"])
     print(f"\n{wrong} of {len(cpu + cuda)} kernels are wrong" if wrong else "\nevery kernel is right")
     return 1 if wrong else 0
 

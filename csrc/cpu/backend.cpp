@@ -40,17 +40,21 @@ std::atomic<const InstructionSet*>& chosen() {
   return set;
 }
 
+std::atomic<bool> asked_for{false};  // by use()
+
 // libgomp's threads do not survive a fork, and its pool waits for them for ever: a child works alone.
 std::atomic<bool> forked{false};
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-// Waking the pool costs about as much as this many multiply-adds on one core.
-constexpr double least_parallel_work = 1 << 19;
+// Waking the pool costs about as much as this many multiply-adds on one core. (The tests set it to 0.)
+#ifndef FASTMLP_LEAST_PARALLEL_WORK
+#define FASTMLP_LEAST_PARALLEL_WORK (1 << 19)
+#endif
 
 // Runs work(rank, size) on `size` threads at once, or on this one where there is too little of it.
 template <class Work>
 void share(int threads, double multiply_adds, Work work) {
-  if (threads <= 1 || multiply_adds < least_parallel_work || omp_in_parallel() || forked) return work(0, 1);
+  if (threads <= 1 || multiply_adds < FASTMLP_LEAST_PARALLEL_WORK || omp_in_parallel() || forked) return work(0, 1);
 #pragma omp parallel
   work(omp_get_thread_num(), omp_get_num_threads());
 }
@@ -98,8 +102,16 @@ bool supports(const char* instruction_set) { return find(instruction_set); }
 
 bool use(const char* instruction_set) {
   const InstructionSet* set = find(instruction_set);
-  if (set) chosen() = set;
+  if (set) chosen() = set, asked_for = true;
   return set;
+}
+
+bool covers(Dtype dtype) {
+#ifdef __x86_64__
+  static const bool native_bfloat16 = __builtin_cpu_supports("avx512bf16");
+  if (dtype == Dtype::bfloat16) return !native_bfloat16 || asked_for;
+#endif
+  return dtype != Dtype::float16;
 }
 
 void forward(const Forward& p, int threads) {

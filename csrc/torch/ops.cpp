@@ -47,6 +47,17 @@ void check_same(const char* name, const Tensor& argument, const Tensor& input) {
               ", the dtype of input, got ", argument.scalar_type());
 }
 
+Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kBFloat16:
+      return Dtype::bfloat16;
+    case at::kHalf:
+      return Dtype::float16;
+    default:
+      return Dtype::float32;
+  }
+}
+
 // For what has the shape and the dtype of the result.
 void check_result(const char* name, const Tensor& argument, const Tensor& input, const Tensor& weight) {
   check_same(name, argument, input);
@@ -122,6 +133,8 @@ const char* why_not_fused(const Tensor& input, const Tensor& weight, const std::
 #endif
   } else if (input.is_cpu() || input.is_meta()) {
     if (dtype != at::kFloat && dtype != at::kBFloat16) return "the CPU kernels cover float32 and bfloat16";
+    if (!cpu::covers(dtype_of(input)))
+      return "this processor multiplies bfloat16 natively, which torch's library does faster";
   } else {
     return "there are kernels for CPU and CUDA only";
   }
@@ -169,17 +182,6 @@ struct Cuda {
   static int64_t workspace(const Backward& p) { return cuda::backward_workspace(p); }
 };
 #endif
-
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kBFloat16:
-      return Dtype::bfloat16;
-    case at::kHalf:
-      return Dtype::float16;
-    default:
-      return Dtype::float32;
-  }
-}
 
 // The tensor as a matrix [rows, columns] whose columns are adjacent: itself where its strides allow, else a
 // copy.

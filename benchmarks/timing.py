@@ -1,0 +1,148 @@
+"""How the project measures, and how it writes down what it measured.
+
+On a shared machine an absolute time says little, so the sides of a comparison take turns: each round times
+every side, and the figure that counts is the ratio to the first side within one round. All are quantiles.
+"""
+
+import platform
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from itertools import chain
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple, TypeVar
+
+import torch
+
+WARM_UP = 20  # calls
+ROUNDS = 9
+ROUND_SECONDS = 0.02  # long against the resolution of the clock, short against the swings of a shared machine
+
+Side = TypeVar("Side")
+
+
+class Quantiles(NamedTuple):
+    """What stays of many samples."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Quantiles":
+        """The quantiles of one or more samples."""
+        values = torch.tensor(samples, dtype=torch.float64)
+        return cls(*values.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist())
+
+
+class Timing(NamedTuple):
+    """How long one side takes, and how that compares."""
+
+    seconds: Quantiles  # per call
+    speedup: Quantiles  # the first side's median seconds over this side's, round by round: above 1 is faster
+
+
+def compare(
+    sides: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS
+) -> dict[str, Timing]:
+    """Times the calls in turns; every round starts with another side."""
+    calls = {}
+    for name, call in sides.items():
+        seconds_of(call, device, WARM_UP)
+        calls[name] = max(1, round(ROUND_SECONDS / seconds_of(call, device, WARM_UP)))
+    samples: dict[str, list[list[float]]] = {name: [] for name in sides}
+    for index in range(rounds):
+        for name in in_turn(list(sides), index):
+            samples[name].append([seconds_of(sides[name], device, calls[name])])
+    return summarise(samples)
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Seconds per call, from an idle device to an idle device."""
+    synchronize(device)
+    start = perf_counter()
+    for _ in range(calls):
+        call()
+    synchronize(device)
+    return (perf_counter() - start) / calls
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for what was launched on a GPU; a CPU has nothing to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_turn(sides: Sequence[Side], index: int) -> list[Side]:
+    """The sides in the order of round `index`, so that none always comes first."""
+    first = index % len(sides)
+    return [*sides[first:], *sides[:first]]
+
+
+def summarise(samples: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, Timing]:
+    """From seconds per call, as samples[side][round][call], to quantiles."""
+    medians = {name: [Quantiles.of(calls).p50 for calls in rounds] for name, rounds in samples.items()}
+    first = next(iter(medians.values()))
+    return {
+        name: Timing(
+            seconds=Quantiles.of(list(chain.from_iterable(samples[name]))),
+            speedup=Quantiles.of([a / b for a, b in zip(first, own, strict=True)]),
+        )
+        for name, own in medians.items()
+    }
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """Where the figures come from: they mean nothing without it."""
+    return {
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "fastmlp": _version("fastmlp"),
+        "commit": _commit(),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The commit checked out, marked where files differ from it; empty outside a git repository."""
+    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git here
+        return ""
+    return result.stdout.strip()
+
+
+@contextmanager
+def all_or_none(folder: Path) -> Iterator[Path]:
+    """A place to write files that belong together: at the end all move to `folder`, on an exception none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as staging:
+        yield Path(staging)
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C must not fall between two files
+        try:
+            for path in Path(staging).iterdir():
+                path.replace(folder / path.name)
+        finally:
+            signal.signal(signal.SIGINT, previous)

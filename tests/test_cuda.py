@@ -1,0 +1,134 @@
+"""The CUDA backend through torch, on a GPU."""
+
+import pytest
+import torch
+
+import fastmlp
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.skipif(fastmlp.build_info()["cuda"] is None, reason="fastmlp is built without CUDA"),
+]
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the largest element
+SHAPES = [(1, 1, 1), (3, 5, 7), (64, 500, 784), (64, 10, 500), (65, 67, 33), (1000, 30, 17)]
+ACTIVATIONS = {
+    "identity": (lambda z: z, lambda y: torch.ones_like(y)),
+    "relu": (torch.relu, lambda y: (y > 0).double()),
+    "sigmoid": (torch.sigmoid, lambda y: y * (1 - y)),
+    "tanh": (torch.tanh, lambda y: 1 - y * y),
+}
+
+
+def inputs(shape, dtype=torch.float32, device="cuda"):
+    """x, weight and bias that ask for gradients, and grad_y; z is of the order of 1."""
+    M, N, K = shape
+    torch.manual_seed(0)
+    sizes = [(M, K), (N, K), (N,), (M, N)]
+    tensors = [torch.randn(size, dtype=dtype, device=device) for size in sizes]
+    tensors[1] /= max(K, 1) ** 0.5
+    return [tensor.requires_grad_() for tensor in tensors[:3]], tensors[3]
+
+
+def results(parameters, grad_y, activation):
+    """The output and the three gradients."""
+    y = torch.ops.fastmlp.linear(*parameters, activation)
+    return [y.detach(), *torch.autograd.grad(y, parameters, grad_y)]
+
+
+def assert_right(actual, parameters, grad_y, activation):
+    x, weight, bias = (tensor.detach().double() for tensor in parameters)
+    function, slope = ACTIVATIONS[activation]
+    dz = grad_y.double() * slope(actual[0].double())
+    expected = [function(x @ weight.T + bias), dz @ weight, dz.T @ x, dz.sum(0)]
+    for ours, right in zip(actual, expected, strict=True):
+        tolerance = TOLERANCE[ours.dtype] * right.abs().max().item()
+        torch.testing.assert_close(ours.double(), right, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_output_and_gradients_are_right(dtype, activation, shape):
+    parameters, grad_y = inputs(shape, dtype)
+    assert_right(results(parameters, grad_y, activation), parameters, grad_y, activation)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (4, 0, 3), (4, 3, 0)], ids=str)
+def test_sizes_of_zero_work_as_in_torch(shape):
+    parameters, grad_y = inputs(shape)
+    y = torch.nn.functional.linear(*parameters)
+    expected = [y.detach(), *torch.autograd.grad(y, parameters, grad_y)]
+    for ours, stock in zip(results(parameters, grad_y, "identity"), expected, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=0, atol=0)
+
+
+def test_more_blocks_than_fit_in_a_grid_row_work():
+    parameters, grad_y = inputs((65536 * 64 + 1, 1, 1))
+    x, weight, bias = parameters
+    y = torch.ops.fastmlp.linear(x, weight, bias, "identity")
+    torch.testing.assert_close(y, x * weight + bias)
+    (grad_x,) = torch.autograd.grad(y, x, grad_y)
+    torch.testing.assert_close(grad_x, grad_y * weight)
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.T.contiguous().T,
+    "sliced": lambda x: x[:, 3:36],
+    "expanded": lambda x: x[0, :33].expand(65, 33),
+    "3-d": lambda x: x[:, :33].reshape(5, 13, 33),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_of_any_layout_work(layout):
+    x = LAYOUTS[layout](torch.randn(65, 40, device="cuda"))
+    (_, weight, bias), _ = inputs((1, 67, x.shape[-1]))
+    y = fastmlp.functional.linear(x, weight, bias, activation="relu")
+    torch.testing.assert_close(
+        y, torch.relu(torch.nn.functional.linear(x, weight, bias)), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_every_run_gives_the_same_bits(dtype):
+    parameters, grad_y = inputs((5000, 130, 70), dtype)
+    runs = [results(parameters, grad_y, "tanh") for _ in range(2)]
+    assert all(map(torch.equal, *runs))
+
+
+def test_work_goes_to_the_current_stream():
+    parameters, grad_y = inputs((64, 500, 784))
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(10_000_000)  # a kernel on another stream would read the inputs before they change
+        with torch.no_grad():
+            for tensor in parameters:
+                tensor.mul_(2)
+        actual = results(parameters, grad_y, "relu")
+        torch.cuda.current_stream().synchronize()
+    assert_right(actual, parameters, grad_y, "relu")
+
+
+def test_a_cuda_graph_captures_forward_and_backward():
+    parameters, grad_y = inputs((64, 500, 784))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        results(parameters, grad_y, "sigmoid")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = results(parameters, grad_y, "sigmoid")
+    with torch.no_grad():
+        parameters[0].mul_(0.5)
+    graph.replay()
+    assert_right(actual, parameters, grad_y, "sigmoid")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_than_the_current_device_work():
+    parameters, grad_y = inputs((64, 10, 500), device="cuda:1")
+    actual = results(parameters, grad_y, "relu")
+    assert {tensor.device.index for tensor in actual} == {1}
+    assert_right(actual, parameters, grad_y, "relu")

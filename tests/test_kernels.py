@@ -1,0 +1,366 @@
+"""Every kernel, without torch, against float64 in numpy: the CPU's in each instruction set, CUDA's emulated.
+
+The sources are compiled by g++ as they are; cuda_emulator.h gives CUDA's part of the language its meaning.
+"""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = ["float32", "bfloat16", "float16"]
+BACKENDS = ["avx512", "avx2", "portable", "cuda"]
+KERNELS = [
+    (backend, dtype) for backend in BACKENDS for dtype in DTYPES if backend == "cuda" or dtype != "float16"
+]
+every_kernel = pytest.mark.parametrize(("backend", "dtype"), KERNELS, indirect=["backend"])
+ACTIVATIONS = ["identity", "relu", "sigmoid", "tanh"]
+SHAPES = [(1, 1, 1), (3, 5, 7), (64, 10, 500), (65, 67, 33), (0, 4, 3), (4, 0, 3), (4, 3, 0), (300, 3, 2)]
+LAUNCH_FAILURE = 719
+
+STORAGE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
+ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # half a unit in the last place
+UNDERFLOW = {"float32": 2.0**-149, "bfloat16": 2.0**-133, "float16": 2.0**-24}
+
+# Edits of tiled.cuh that a test must notice.
+BARRIER = "__syncthreads();"
+BROKEN = {
+    "the tiles are used before they are written": (f"{BARRIER}\n    fetch", "fetch"),
+    "the tiles are overwritten while in use": (f"{BARRIER}\n  }}", "}"),
+    "the column sums are used before they are written": (f"{BARRIER}\n  if (warp", "if (warp"),
+    "a barrier that some threads skip": (
+        f"{BARRIER}\n  if (warp > 0 || column >= columns) return;",
+        f"if (warp > 0 || column >= columns) return;\n  {BARRIER}",
+    ),
+}
+
+
+# ---- building
+
+SOURCES = {
+    "cuda": ["csrc/cuda/backend.cu", "tests/kernels_driver.cpp"],
+    "cpu": [*(f"csrc/cpu/{name}.cpp" for name in ("backend", "avx512", "avx2", "portable")),
+            "tests/kernels_driver.cpp"],
+}  # fmt: skip
+FLAGS = {"cuda": ["-DFASTMLP_EMULATE"], "cpu": ["-DFASTMLP_LEAST_PARALLEL_WORK=0"]}
+
+
+def compile_backend(name: str, root: Path, output: Path, *flags: str) -> Path:
+    command = ["g++", "-std=c++17", "-fopenmp", f"-I{root / 'tests'}", *FLAGS[name], *flags, "-x", "c++"]
+    command += [root / source for source in SOURCES[name]]
+    subprocess.run([*map(str, command), "-o", str(output)], check=True, capture_output=True, text=True)
+    return output
+
+
+def break_source(folder: Path, edit: tuple[str, str]) -> Path:
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    (folder / "tests").mkdir()
+    for name in ("kernels_driver.cpp", "cuda_emulator.h"):
+        shutil.copy(ROOT / "tests" / name, folder / "tests")
+    kernels = folder / "csrc/cuda/tiled.cuh"
+    text = kernels.read_text()
+    assert text.count(edit[0]) == 1
+    kernels.write_text(text.replace(*edit))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory):
+    """Everything that is compiled, two at a time: name -> future of a path."""
+    folder = tmp_path_factory.mktemp("kernels")
+    library = ["-shared", "-fPIC"]
+    undefined = ["-O1", "-fsanitize=undefined", "-fno-sanitize-recover"]
+    address = ["-O1", "-g", "-fsanitize=address"]
+    with ThreadPoolExecutor(2) as pool:
+        futures = {}
+        for name in SOURCES:
+            output = folder / f"{name}.so"
+            futures[name] = pool.submit(compile_backend, name, ROOT, output, *library, *undefined)
+        for number, (name, edit) in enumerate(BROKEN.items()):
+            source = break_source(folder / str(number), edit)
+            futures[name] = pool.submit(compile_backend, "cuda", source, folder / f"{number}.so", *library)
+        for name in SOURCES:
+            futures[f"{name} driver"] = pool.submit(compile_backend, name, ROOT, folder / name, *address)
+        yield futures
+
+
+@pytest.fixture(scope="session", params=BACKENDS)
+def backend(request, builds: dict[str, Future]) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(builds["cuda" if request.param == "cuda" else "cpu"].result()))
+    library.backward_workspace.restype = ctypes.c_int64
+    if not library.use(request.param.encode()):
+        pytest.skip(f"this processor has no {request.param}")
+    return library
+
+
+# ---- calling
+
+
+class Forward(ctypes.Structure):
+    _fields_ = [("dtype", ctypes.c_int), ("activation", ctypes.c_int)]
+    _fields_ += [(size, ctypes.c_int64) for size in "MNK"]
+    _fields_ += [("x", ctypes.c_void_p), ("ldx", ctypes.c_int64)]
+    _fields_ += [("weight", ctypes.c_void_p), ("ldw", ctypes.c_int64)]
+    _fields_ += [("bias", ctypes.c_void_p), ("y", ctypes.c_void_p)]
+
+
+class Backward(ctypes.Structure):
+    _fields_ = [*Forward._fields_[:5], ("grad_y", ctypes.c_void_p), ("y", ctypes.c_void_p)]
+    _fields_ += Forward._fields_[5:9]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("grad_x", "grad_weight", "grad_bias", "workspace")]
+
+
+class Buffer:
+    """Elements of a dtype between two guard bands; NaN until written."""
+
+    guard = 64
+
+    def __init__(self, dtype: str, shape: tuple[int, ...], values: np.ndarray | None = None):
+        self.dtype, self.shape, self.size = dtype, shape, int(np.prod(shape))
+        self.memory = np.empty(self.size + 2 * self.guard, STORAGE[dtype])
+        self.memory.view(np.uint8)[:] = 0xFF
+        self.elements = self.memory[self.guard : self.guard + self.size]
+        if values is not None and dtype == "bfloat16":
+            bits = values.astype(np.float32).ravel().view(np.uint32)
+            self.elements[:] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        elif values is not None:
+            self.elements[:] = values.ravel()
+
+    @property
+    def pointer(self) -> int:
+        return self.elements.ctypes.data
+
+    def float64(self) -> np.ndarray:
+        """The values, once the guard bands have been seen to be whole."""
+        for band in (self.memory[: self.guard], self.memory[self.guard + self.size :]):
+            assert (band.view(np.uint8) == 0xFF).all(), "written beyond the end"
+        values = self.elements
+        if self.dtype == "bfloat16":
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float64).reshape(self.shape)
+
+
+class Layer:
+    """One linear layer with inputs drawn by a seed, its calls to the backend, and the float64 results."""
+
+    def __init__(self, dtype, activation, shape, ldx=None, ldw=None, bias=True, seed=0):
+        self.dtype, self.activation, (self.M, self.N, self.K) = dtype, activation, shape
+        self.ldx = self.K if ldx is None else ldx
+        self.ldw = self.K if ldw is None else ldw
+        random = np.random.default_rng(seed)
+
+        def draw(*sizes: int) -> Buffer:
+            return Buffer(dtype, sizes, random.standard_normal(sizes))
+
+        self.x_memory = draw(max(self.M - 1, 0) * self.ldx + self.K if self.M else 0)
+        self.weight_memory = draw(max(self.N - 1, 0) * self.ldw + self.K if self.N else 0)
+        self.bias = draw(self.N) if bias else None
+        self.grad_y = draw(self.M, self.N)
+        self.y = Buffer(
+            dtype, (self.M, self.N), np.array(self.activate(random.standard_normal((self.M, self.N))))
+        )
+
+    @property
+    def x(self) -> np.ndarray:
+        return self.x_memory.float64()[np.arange(self.M)[:, None] * self.ldx + np.arange(self.K)]
+
+    @property
+    def weight(self) -> np.ndarray:
+        return self.weight_memory.float64()[np.arange(self.N)[:, None] * self.ldw + np.arange(self.K)]
+
+    def activate(self, z: np.ndarray) -> np.ndarray:
+        functions = {
+            "relu": lambda z: np.maximum(z, 0),
+            "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
+            "tanh": np.tanh,
+        }
+        return functions.get(self.activation, lambda z: z)(z)
+
+    def slope(self) -> np.ndarray:
+        y = self.y.float64()
+        slopes = {"relu": ~(y <= 0), "sigmoid": y * (1 - y), "tanh": 1 - y * y}
+        return slopes.get(self.activation, np.ones_like(y))
+
+    def call(self, struct, function, variant: int, **fields) -> int:
+        numbers = {"dtype": DTYPES.index(self.dtype), "activation": ACTIVATIONS.index(self.activation)}
+        pointers = {key: value.pointer if value is not None else None for key, value in fields.items()}
+        sizes = {"M": self.M, "N": self.N, "K": self.K, "ldx": self.ldx, "ldw": self.ldw}
+        return function(ctypes.byref(struct(**numbers, **sizes, **pointers)), variant)
+
+    def forward(self, backend: ctypes.CDLL, variant: int = 0) -> np.ndarray:
+        y = Buffer(self.dtype, (self.M, self.N))
+        inputs = {"x": self.x_memory, "weight": self.weight_memory, "bias": self.bias}
+        error = self.call(Forward, backend.forward, variant, **inputs, y=y)
+        assert error == 0
+        return y.float64()
+
+    def backward(
+        self, backend: ctypes.CDLL, variant: int = 0, wanted=("grad_x", "grad_weight", "grad_bias")
+    ) -> dict[str, np.ndarray]:
+        shapes = {"grad_x": (self.M, self.K), "grad_weight": (self.N, self.K), "grad_bias": (self.N,)}
+        outputs = {name: Buffer(self.dtype, shapes[name]) for name in wanted}
+        inputs = {
+            "grad_y": self.grad_y,
+            "y": self.y if self.activation != "identity" else None,
+            "x": self.x_memory if "grad_weight" in wanted else None,
+            "weight": self.weight_memory if "grad_x" in wanted else None,
+        }
+        size = backend.backward_workspace
+        bytes_needed = self.call(Backward, lambda struct, _: size(struct), variant)
+        workspace = Buffer("float32", (bytes_needed // 4,))
+        error = self.call(Backward, backend.backward, variant, **inputs, **outputs, workspace=workspace)
+        assert error == 0, f"error {error}"
+        workspace.float64()
+        return {name: output.float64() for name, output in outputs.items()}
+
+    def check(self, backend: ctypes.CDLL, variant: int = 0) -> None:
+        self.assert_forward(self.forward(backend, variant))
+        self.assert_backward(self.backward(backend, variant))
+
+    # The bounds are the textbook's: a sum of n terms in float32 is off by at most n roundings of Σ |term|.
+
+    def assert_forward(self, y: np.ndarray) -> None:
+        bias = self.bias.float64() if self.bias else np.zeros(self.N)
+        expected = self.activate(self.x @ self.weight.T + bias)
+        size = np.abs(self.x) @ np.abs(self.weight).T + np.abs(bias)
+        self.assert_close(y, expected, (self.K + 4) * ROUNDING["float32"] * size)
+
+    def assert_backward(self, gradients: dict[str, np.ndarray]) -> None:
+        grad_y = self.grad_y.float64()
+        dz = grad_y * self.slope()
+        computed = 4 * ROUNDING["float32"] * np.abs(grad_y)
+        stored = computed + ROUNDING[self.dtype] * np.abs(dz) + UNDERFLOW[self.dtype]
+        products = {"grad_x": (dz, stored, self.weight), "grad_weight": (dz.T, stored.T, self.x)}
+        for name in gradients.keys() & products.keys():
+            left, left_error, right = products[name]
+            terms = left.shape[1]
+            roundings = (terms + 4) * ROUNDING["float32"] * np.abs(left)
+            self.assert_close(gradients[name], left @ right, (left_error + roundings) @ np.abs(right))
+        if "grad_bias" in gradients:
+            roundings = 48 * ROUNDING["float32"] * np.abs(dz)
+            self.assert_close(gradients["grad_bias"], dz.sum(0), (computed + roundings).sum(0))
+
+    def assert_close(self, actual: np.ndarray, expected: np.ndarray, error: np.ndarray) -> None:
+        rounding = (ROUNDING[self.dtype] + 8 * ROUNDING["float32"]) * np.abs(expected)
+        excess = np.abs(actual - expected) - 1.01 * (error + rounding) - UNDERFLOW[self.dtype]
+        assert (excess <= 0).all()  # NaN, which is what an element not written holds, is not
+
+
+# ---- the specification
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@every_kernel
+def test_forward_is_right(backend, dtype, activation, shape):
+    layer = Layer(dtype, activation, shape)
+    layer.assert_forward(layer.forward(backend))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@every_kernel
+def test_backward_is_right(backend, dtype, activation, shape):
+    layer = Layer(dtype, activation, shape)
+    layer.assert_backward(layer.backward(backend))
+
+
+sizes = st.one_of(st.integers(0, 20), st.sampled_from([63, 64, 65, 129]))
+
+
+@every_kernel
+@settings(max_examples=25, deadline=None, database=None)
+@given(
+    activation=st.sampled_from(ACTIVATIONS),
+    shape=st.tuples(sizes, sizes, sizes),
+    gaps=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_shape_and_stride_is_right(backend, dtype, activation, shape, gaps, bias, seed):
+    layer = Layer(dtype, activation, shape, shape[2] + gaps[0], shape[2] + gaps[1], bias, seed)
+    layer.check(backend, variant=seed)
+
+
+@every_kernel
+def test_one_row_of_x_can_stand_for_all(backend, dtype):
+    Layer(dtype, "tanh", (70, 5, 9), ldx=0).check(backend)
+
+
+@every_kernel
+def test_bias_can_be_missing(backend, dtype):
+    layer = Layer(dtype, "relu", (5, 4, 3), bias=False)
+    layer.assert_forward(layer.forward(backend))
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.parametrize(
+    "wanted", [c for n in range(4) for c in itertools.combinations(["grad_x", "grad_weight", "grad_bias"], n)]
+)
+def test_each_gradient_can_be_had_alone_from_the_inputs_it_needs(backend, wanted, activation):
+    layer = Layer("float32", activation, (300, 5, 9))
+    everything, some = layer.backward(backend), layer.backward(backend, wanted=wanted)
+    assert all((some[name] == everything[name]).all() for name in wanted)
+
+
+@pytest.mark.parametrize("variant", [1, 2, 3, 6])
+def test_neither_the_number_of_threads_nor_their_order_changes_a_bit(backend, variant):
+    layer = Layer("float32", "sigmoid", (260, 66, 20))
+    assert (layer.forward(backend) == layer.forward(backend, variant)).all()
+    gradients, again = layer.backward(backend), layer.backward(backend, variant)
+    assert all((gradients[name] == again[name]).all() for name in gradients)
+
+
+def test_bias_gradient_of_a_large_batch_is_as_accurate_as_a_blocked_sum(backend):
+    layer = Layer("float32", "identity", (65536, 1, 0))
+    layer.grad_y = Buffer("float32", (65536, 1), np.full(65536, 0.1))
+    gradient, expected = layer.backward(backend)["grad_bias"], layer.grad_y.float64().sum(0)
+    assert abs(gradient - expected) <= 8 * ROUNDING["float32"] * expected
+
+
+def test_relu_keeps_nan_and_its_gradient_is_0_at_0_and_passes_at_nan(backend):
+    layer = Layer("float32", "relu", (3, 1, 1))
+    layer.x_memory.elements[:] = [np.nan, 1, np.inf]
+    layer.y.elements[:] = [np.nan, 0, np.inf]
+    assert np.isnan(layer.forward(backend)[0, 0])
+    weight, grad_y = layer.weight[0, 0], layer.grad_y.float64()
+    gradient = layer.backward(backend, wanted=("grad_x",))["grad_x"]
+    assert (gradient == (grad_y * [[1], [0], [1]] * weight).astype(np.float32)).all()
+
+
+# ---- the checks checked
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_address_sanitizer_finds_nothing(builds, name):
+    driver = builds["cuda driver" if name == "cuda" else "cpu driver"].result()
+    result = subprocess.run([driver, name], capture_output=True, text=True)
+    if result.returncode == 2:
+        pytest.skip(f"this processor has no {name}")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", list(BROKEN)[:3])
+def test_a_missing_barrier_gives_wrong_values(builds, name):
+    broken = ctypes.CDLL(str(builds[name].result()))
+    layer = Layer("float32", "relu", (70, 70, 40))
+    with pytest.raises(AssertionError):
+        layer.check(broken)
+
+
+def test_a_barrier_that_some_threads_skip_fails_the_launch(builds):
+    broken = ctypes.CDLL(str(builds["a barrier that some threads skip"].result()))
+    layer = Layer("float32", "relu", (70, 70, 40))
+    layer.assert_forward(layer.forward(broken))
+    with pytest.raises(AssertionError, match=str(LAUNCH_FAILURE)):
+        layer.backward(broken)
