@@ -10,13 +10,14 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple, TypeVar
 
 import torch
+
+import fastmlp
 
 WARM_UP = 20  # calls
 ROUNDS = 9
@@ -104,7 +105,7 @@ def machine(device: torch.device) -> dict[str, str | int]:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "fastmlp": _version("fastmlp"),
+        "fastmlp": fastmlp.__version__,
         "commit": _commit(),
     }
 
@@ -115,13 +116,6 @@ def _cpu() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _commit() -> str:

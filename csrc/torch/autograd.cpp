@@ -1,5 +1,4 @@
-// Autograd: one node for a fused layer, whose backward calls the dispatched op again, so that tracing sees
-// it.
+// Autograd: one node for a fused layer, whose backward calls the dispatched op again, so that tracing sees it.
 //
 // Higher derivatives need no code of their own: where a gradient is itself to be differentiated, the autograd
 // kernel of linear_backward is the composite formula.
@@ -14,29 +13,28 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-std::optional<Tensor> optional(const Tensor& t) {
-  return t.defined() ? std::optional<Tensor>(t) : std::nullopt;
-}
-
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static constexpr bool is_traceable = true;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight, const Tensor& bias,
-                        std::string_view activation) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
+                        const std::optional<Tensor>& bias, std::string_view activation) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor y = call_linear(input, weight, optional(bias), activation);
+    Tensor y = call_linear(input, weight, bias, activation);
     // g' is a function of y; the identity's needs none, and the layer then keeps no more than torch's own.
     ctx->save_for_backward({input, weight, activation == "identity" ? Tensor() : y});
     ctx->saved_data["activation"] = std::string(activation);
+    ctx->saved_data["has_bias"] = bias.has_value();
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_y) {
     const variable_list saved = ctx->get_saved_variables();
-    const std::string& activation = ctx->saved_data["activation"].toStringRef();
-    const Mask mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
-    auto [grad_input, grad_weight, grad_bias] =
-        call_linear_backward(grad_y[0], saved[0], saved[1], optional(saved[2]), activation, mask);
+    const auto y = saved[2].defined() ? std::optional<Tensor>(saved[2]) : std::nullopt;
+    const bool has_bias = ctx->saved_data["has_bias"].toBool();
+    const Mask mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                       has_bias && ctx->needs_input_grad(2)};
+    auto [grad_input, grad_weight, grad_bias] = call_linear_backward(
+        grad_y[0], saved[0], saved[1], y, ctx->saved_data["activation"].toStringRef(), mask);
     return {grad_input, grad_weight, grad_bias, Tensor()};
   }
 };
@@ -52,8 +50,7 @@ bool is_differentiated(const Arguments&... arguments) {
 Tensor linear_autograd(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                        std::string_view activation) {
   if (why_not_fused(input, weight, bias)) return linear_composite(input, weight, bias, activation);
-  if (is_differentiated(input, weight, bias))
-    return LinearFunction::apply(input, weight, bias.value_or(Tensor()), activation);
+  if (is_differentiated(input, weight, bias)) return LinearFunction::apply(input, weight, bias, activation);
   const at::AutoDispatchBelowADInplaceOrView guard;
   return call_linear(input, weight, bias, activation);
 }

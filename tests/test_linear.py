@@ -1,0 +1,347 @@
+"""fastmlp.functional.linear against torch's own linear and activation: values, gradients, layouts, errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastmlp
+from fastmlp.functional import COMPOSITES, linear, linear_relu, why_not_fused
+
+ACTIVATIONS = [None, *COMPOSITES]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def stock(x, weight, bias=None, activation=None):
+    z = F.linear(x, weight, bias)
+    return z if activation is None else COMPOSITES[activation](z)
+
+
+def layer(*shape, out_features=5, bias=True, dtype=torch.float32):
+    """Leaves that require a gradient: x of the shape, weight and bias."""
+    weight = torch.randn(out_features, shape[-1]) / max(shape[-1], 1) ** 0.5
+    leaves = [torch.randn(shape), weight, torch.randn(out_features) if bias else None]
+    return [None if t is None else t.to(dtype).requires_grad_() for t in leaves]
+
+
+def gradients(function, x, weight, bias, activation, grad_y=None):
+    """Y, and the gradients of whatever requires one."""
+    y = function(x, weight, bias, activation)
+    leaves = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
+    return y, *torch.autograd.grad(y, leaves, torch.ones_like(y) if grad_y is None else grad_y)
+
+
+def assert_as_stock(x, weight, bias, activation, rtol=1e-5, atol=1e-5):
+    torch.testing.assert_close(
+        gradients(linear, x, weight, bias, activation),
+        gradients(stock, x, weight, bias, activation),
+        rtol=rtol,
+        atol=atol,
+        equal_nan=True,
+    )
+
+
+def is_fused(y):
+    return "LinearFunction" in y.grad_fn.name()
+
+
+# ---- values
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.lists(st.integers(0, 9), max_size=2).flatmap(
+        lambda leading: st.integers(0, 70).map(lambda k: (*leading, k))
+    ),
+    out_features=st.integers(0, 40),
+    bias=st.booleans(),
+    activation=st.sampled_from(ACTIVATIONS),
+)
+def test_any_shape_gives_the_values_and_gradients_of_stock(
+    instruction_set, shape, out_features, bias, activation
+):
+    x, weight, b = layer(*shape, out_features=out_features, bias=bias)
+    assert is_fused(linear(x, weight, b, activation))
+    assert_as_stock(x, weight, b, activation)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64, 784, 500), (1, 784, 500), (33, 17, 6), (2000, 30, 64)], ids=str)
+def test_error_is_within_one_and_a_half_of_stocks(instruction_set, shape, dtype, activation):
+    batch, in_features, out_features = shape
+    torch.manual_seed(0)
+    squares = torch.zeros(2, 4, dtype=torch.float64)  # ours and stock's, of y and the three gradients
+    for _ in range(max(1, 10000 // (batch * out_features))):
+        x, weight, bias = layer(batch, in_features, out_features=out_features, dtype=dtype)
+        grad_y = torch.randn(batch, out_features, dtype=dtype)
+        exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+        if activation == "relu":  # where rounding moves z across 0, the gradient jumps: an error of neither
+            grad_y[F.linear(*exact).abs() < 0.05] = 0
+        expected = gradients(stock, *exact, activation, grad_y.double())
+        for i, function in enumerate((linear, stock)):
+            results = gradients(function, x, weight, bias, activation, grad_y)
+            squares[i] += torch.stack(
+                [((r - e).norm() / e.norm()) ** 2 for r, e in zip(results, expected, strict=True)]
+            )
+    ours, stocks = squares
+    assert (ours <= 1.5**2 * stocks).all(), (ours / stocks).sqrt()
+
+
+def test_linear_relu_is_linear_with_relu():
+    x, weight, bias = layer(3, 4)
+    assert torch.equal(linear_relu(x, weight, bias), linear(x, weight, bias, "relu"))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_infinity_and_signed_zero_come_out_as_stocks(instruction_set, activation):
+    z = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-40, -1e-40, 100.0, -100.0, 88.8, -88.8])
+    x, weight = z[:, None].clone().requires_grad_(), torch.ones(1, 1, requires_grad=True)
+    ours, theirs = linear(x, weight, None, activation), stock(x, weight, None, activation)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0, equal_nan=True)
+    numbers = ~theirs.isnan()
+    assert torch.equal(ours[numbers].signbit(), theirs[numbers].signbit())
+    assert_as_stock(x, weight, None, activation)
+
+
+def test_relus_gradient_is_0_at_0_and_passes_at_nan(instruction_set):
+    x = torch.tensor([[0.0], [-0.0], [torch.nan], [1.0], [-1.0]], requires_grad=True)
+    linear(x, torch.ones(1, 1), None, "relu").sum().backward()
+    assert x.grad.flatten().tolist() == [0, 0, 1, 1, 0]
+
+
+# ---- layouts
+
+
+LAYOUTS = {
+    "transposed": lambda: torch.randn(7, 6).t(),
+    "a slice of columns": lambda: torch.randn(6, 20)[:, 3:10],
+    "every other row": lambda: torch.randn(12, 7)[::2],
+    "every other column": lambda: torch.randn(6, 14)[:, ::2],
+    "one row expanded": lambda: torch.randn(1, 7).expand(6, 7),
+    "one number expanded": lambda: torch.randn(1, 1).expand(6, 7),
+    "permuted": lambda: torch.randn(3, 7, 2).permute(2, 0, 1),
+    "a slice of three dimensions": lambda: torch.randn(4, 5, 9)[1:3, :3, 1:8],
+    "one dimension": lambda: torch.randn(14)[::2],
+    "a view with an offset": lambda: torch.randn(50)[1:43].view(6, 7),
+    "channels last": lambda: torch.randn(2, 3, 4, 7).to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_input_may_lie_in_memory_in_any_way(instruction_set, layout):
+    x = LAYOUTS[layout]()
+    _, weight, bias = layer(7)
+    y = linear(x, weight, bias, "tanh")
+    assert is_fused(y)
+    assert y.is_contiguous()
+    assert_as_stock(x.requires_grad_(), weight, bias, "tanh")
+
+
+@pytest.mark.parametrize("rows", [slice(None, None, 2), slice(1, 6)], ids=str)
+def test_weight_may_be_a_slice_of_rows(instruction_set, rows):
+    x, weight, _ = layer(6, 7, out_features=10)
+    assert is_fused(linear(x, weight[rows], None, "relu"))
+    assert_as_stock(x, weight[rows], None, "relu")
+
+
+def test_gradient_may_be_expanded(instruction_set):
+    x, weight, bias = layer(6, 7)
+    linear(x, weight, bias, "sigmoid").sum().backward()
+    expected = torch.autograd.grad(stock(x, weight, bias, "sigmoid").sum(), (x, weight, bias))
+    torch.testing.assert_close((x.grad, weight.grad, bias.grad), expected)
+
+
+def test_an_empty_batch_gives_zero_gradients_and_not_none():
+    x, weight, bias = layer(0, 7)
+    linear(x, weight, bias, "relu").sum().backward()
+    assert x.grad.shape == (0, 7)
+    assert weight.grad.shape == (5, 7)
+    assert not weight.grad.any()
+    assert not bias.grad.any()
+
+
+@pytest.mark.parametrize("wanted", range(1, 8))
+def test_each_gradient_is_computed_where_it_is_asked_for_and_nowhere_else(wanted):
+    arguments = layer(6, 7)
+    for i, tensor in enumerate(arguments):
+        tensor.requires_grad_(bool(wanted >> i & 1))
+    assert_as_stock(*arguments, "tanh")
+    y = linear(*arguments, "tanh")
+    y.sum().backward()
+    assert [t.grad is not None for t in arguments] == [t.requires_grad for t in arguments]
+
+
+# ---- what the kernels cover
+
+
+def test_the_reference_layer_is_fused():
+    assert why_not_fused(*layer(64, 784, out_features=500)) is None
+    assert is_fused(linear(*layer(64, 784, out_features=500), "relu"))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+UNCOVERED = {
+    "float64": lambda: layer(6, 7, dtype=torch.float64),
+    "float16": lambda: layer(6, 7, dtype=torch.float16),
+    "weight transposed": lambda: [
+        torch.randn(6, 7),
+        torch.randn(7, 5, requires_grad=True).t(),
+        torch.randn(5),
+    ],
+    "weight of one dimension": lambda: [torch.randn(6, 7), torch.randn(7, requires_grad=True), None],
+    "bias of one number": lambda: [torch.randn(6, 7), torch.randn(5, 7, requires_grad=True), torch.randn(1)],
+    "bias a matrix": lambda: [torch.randn(6, 7), torch.randn(5, 7, requires_grad=True), torch.randn(6, 5)],
+    "a tensor subclass": lambda: [torch.randn(6, 7).as_subclass(Subclass), *layer(6, 7)[1:]],
+    "a sparse weight": lambda: [torch.randn(6, 7), torch.eye(5, 7).to_sparse_csr(), None],
+}
+
+
+@pytest.mark.parametrize("case", UNCOVERED)
+def test_what_the_kernels_do_not_cover_takes_the_composite_path(case):
+    arguments = UNCOVERED[case]()
+    assert why_not_fused(*arguments)
+    expected = stock(*arguments, "relu")
+    y = linear(*arguments, "relu")
+    torch.testing.assert_close(y, expected)
+    assert type(y) is type(expected)
+    if y.requires_grad:
+        assert not is_fused(y)
+
+
+def test_meta_tensors_have_a_shape_and_nothing_else():
+    y = linear(*(t.to("meta") for t in layer(2, 3, 7)), "relu")
+    assert y.is_meta
+    assert y.shape == (2, 3, 5)
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_autocast_casts_as_for_stock(instruction_set, dtype, cast):
+    arguments = layer(6, 7, dtype=dtype)
+    with torch.autocast("cpu", dtype=cast):
+        ours, theirs = (gradients(f, *arguments, "relu") for f in (linear, stock))
+    assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+def test_bfloat16_takes_the_librarys_path_where_the_processor_multiplies_it_natively():
+    # A process of its own: choosing an instruction set asks for the kernels, and other tests have.
+    import subprocess
+    import sys
+
+    code = (
+        "import torch, fastmlp; x = torch.ones(2, 3, dtype=torch.bfloat16); "
+        "print(fastmlp.functional.why_not_fused(x, x))"
+    )
+    reason = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    with open("/proc/cpuinfo") as file:
+        native = "avx512_bf16" in file.read()
+    assert reason.startswith("this processor multiplies bfloat16 natively" if native else "None")
+
+
+# ---- errors
+
+
+ERRORS = {
+    "columns that differ": (
+        [(6, 7), (5, 8)],
+        {},
+        r"input: expected shape \[..., 8\].*\[5, 8\], got \[6, 7\]",
+    ),
+    "a bias of another size": (
+        [(6, 7), (5, 7), (4,)],
+        {},
+        r"bias: expected shape \[5\].*\[5, 7\], got \[4\]",
+    ),
+    "an input of no dimension": ([(), (5, 7)], {}, r"input: expected shape"),
+    "a weight of another dtype": (
+        [(6, 7), (5, 7)],
+        {1: torch.float64},
+        "weight: expected dtype Float.*got Double",
+    ),
+    "a bias of another dtype": (
+        [(6, 7), (5, 7), (5,)],
+        {2: torch.bfloat16},
+        "bias: expected dtype Float.*BFloat16",
+    ),
+    "an integer weight": ([(6, 7), (5, 7)], {1: torch.int64}, "weight: expected dtype Float.*got Long"),
+}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("case", ERRORS)
+def test_wrong_arguments_raise_stocks_type_of_error_and_name_the_argument(case, grad):
+    shapes, changes, message = ERRORS[case]
+    arguments = [torch.zeros(shape).to(changes.get(i, torch.float32)) for i, shape in enumerate(shapes)]
+    arguments[0].requires_grad_(grad)
+    with pytest.raises(RuntimeError):
+        stock(*arguments)
+    with pytest.raises(RuntimeError, match=message):
+        linear(*arguments, activation="relu")
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: t.as_subclass(Subclass)], ids=["plain", "subclass"])
+def test_an_unknown_activation_is_a_value_error_that_lists_the_known(wrap):
+    x, weight, _ = layer(6, 7)
+    with pytest.raises(ValueError, match=r"activation: expected .*'relu', 'sigmoid'.*got 'gelu'"):
+        linear(wrap(x), weight, None, "gelu")
+
+
+@pytest.mark.parametrize(
+    ("grad_y", "y", "message"),
+    [((6, 4), (6, 5), r"grad_y: expected shape \[6, 5\]"), ((6, 5), (5, 5), r"y: expected shape \[6, 5\]")],
+)
+def test_the_backward_op_checks_its_own_arguments(grad_y, y, message):
+    x, weight, _ = (t.detach() for t in layer(6, 7))
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.fastmlp.linear_backward(torch.ones(grad_y), x, weight, torch.ones(y), "relu", [True] * 3)
+
+
+def test_the_backward_op_asks_for_y_where_the_activation_needs_it():
+    x, weight, _ = (t.detach() for t in layer(6, 7))
+    with pytest.raises(RuntimeError, match="y: expected the result of the forward pass"):
+        torch.ops.fastmlp.linear_backward(torch.ones(6, 5), x, weight, None, "relu", [True] * 3)
+
+
+# ---- determinism
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_input_gives_the_same_bits_for_every_number_of_threads(instruction_set, dtype):
+    arguments = [*layer(65, 785, out_features=501, dtype=dtype), "tanh"]
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results += [gradients(linear, *arguments), gradients(linear, *arguments)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
+
+
+def test_parameters_and_inputs_are_left_as_they_are():
+    arguments = layer(6, 7)
+    before = [t.clone() for t in arguments]
+    gradients(linear, *arguments, "relu")
+    assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
+
+
+def test_a_plain_layer_saves_no_more_for_backward_than_stocks():
+    x, weight, bias = layer(6, 7)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        linear(x, weight, bias)
+    assert sorted(saved) == [(5, 7), (6, 7)]
+
+
+def test_build_info_names_the_instruction_set_in_use(instruction_set):
+    assert fastmlp.build_info()["cpu"] == instruction_set
+    assert instruction_set in fastmlp.build_info()["cpu_supported"].split(", ")

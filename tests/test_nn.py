@@ -1,0 +1,137 @@
+"""The modules: torch.nn.Linear in everything but the speed, and training that follows stock's."""
+
+import copy
+import pickle
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import fastmlp
+
+MODULES = {None: nn.Identity, "relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
+
+
+def stock_mlp(*sizes, activation="relu"):
+    layers = []
+    for in_features, out_features in pairwise(sizes):
+        layers += [nn.Linear(in_features, out_features), MODULES[activation]()]
+    return nn.Sequential(*layers[:-1])
+
+
+def copy_parameters(source, target):
+    with torch.no_grad():
+        for a, b in zip(source.parameters(), target.parameters(), strict=True):
+            b.copy_(a)
+
+
+def test_a_layer_is_a_linear_of_the_same_initial_values_and_state():
+    torch.manual_seed(0)
+    stock = nn.Linear(7, 5)
+    torch.manual_seed(0)
+    ours = fastmlp.LinearReLU(7, 5)
+    assert isinstance(ours, nn.Linear)
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), stock.parameters(), strict=True))
+    nn.Linear(7, 5).load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", MODULES)
+def test_a_layer_computes_linear_and_activation(activation, bias):
+    layer, x = fastmlp.Linear(7, 5, bias, activation=activation), torch.randn(3, 7)
+    expected = MODULES[activation]()(nn.functional.linear(x, layer.weight, layer.bias))
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_arguments_are_those_of_linear():
+    layer = fastmlp.LinearReLU(7, 5, False, device="meta", dtype=torch.float64)
+    assert layer.bias is None
+    assert (layer.weight.device.type, layer.weight.dtype) == ("meta", torch.float64)
+    assert torch.nn.utils.skip_init(fastmlp.Linear, 7, 5, activation="relu").weight.shape == (5, 7)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda a: fastmlp.Linear(7, 5, activation=a), lambda a: fastmlp.MLP(7, 5, 3, activation=a)]
+)
+def test_an_unknown_activation_is_a_value_error(make):
+    with pytest.raises(
+        ValueError, match="activation: expected 'relu', 'sigmoid', 'tanh' or None, got 'gelu'"
+    ):
+        make("gelu")
+
+
+@pytest.mark.parametrize("sizes", [(), (7,)])
+def test_an_mlp_of_less_than_two_sizes_is_a_value_error(sizes):
+    with pytest.raises(ValueError, match="sizes: expected at least in_features and out_features"):
+        fastmlp.MLP(*sizes)
+
+
+def test_printing_shows_the_activation():
+    assert str(fastmlp.Linear(7, 5)) == "Linear(in_features=7, out_features=5, bias=True)"
+    assert (
+        str(fastmlp.LinearReLU(7, 5))
+        == "LinearReLU(in_features=7, out_features=5, bias=True, activation='relu')"
+    )
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_a_model_can_be_copied_and_pickled(duplicate):
+    model, x = fastmlp.MLP(7, 5, 3, activation="tanh"), torch.randn(2, 7)
+    assert torch.equal(duplicate(model)(x), model(x))
+
+
+def test_a_checkpoint_can_be_saved_and_loaded(tmp_path):
+    model, other, x = fastmlp.MLP(7, 5, 3), fastmlp.MLP(7, 5, 3), torch.randn(2, 7)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    assert torch.equal(model(x), other(x))
+
+
+def test_an_mlp_is_a_sequential_of_layers_with_activations_between():
+    model = fastmlp.MLP(7, 5, 4, 3, activation="sigmoid", bias=False)
+    assert isinstance(model, nn.Sequential)
+    assert [layer.activation for layer in model] == ["sigmoid", "sigmoid", None]
+    assert list(model.state_dict()) == ["0.weight", "1.weight", "2.weight"]
+
+
+def test_parts_of_an_mlp_can_be_swapped_hooked_and_parametrized():
+    model, x, seen = fastmlp.MLP(7, 5, 3), torch.randn(2, 7), []
+    model[0].register_forward_hook(lambda module, args, y: seen.append(y))
+    model[1] = nn.Linear(5, 2)
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    y = model(x)
+    y.sum().backward()
+    assert y.shape == (2, 2)
+    assert seen[0].min() >= 0
+    assert model[0].parametrizations.weight.original0.grad is not None
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_two_hundred_steps_of_sgd_follow_stocks(instruction_set, activation, momentum):
+    torch.manual_seed(0)
+    stock, ours = (
+        stock_mlp(784, 100, 10, activation=activation),
+        fastmlp.MLP(784, 100, 10, activation=activation),
+    )
+    copy_parameters(stock, ours)
+    centres, generator = torch.randn(10, 784), torch.Generator().manual_seed(1)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01, momentum=momentum) for m in (stock, ours)]
+    curves = [[], []]
+    for _ in range(200):
+        target = torch.randint(10, (32,), generator=generator)
+        x = centres[target] + torch.randn(32, 784, generator=generator)
+        for model, optimizer, curve in zip((stock, ours), optimizers, curves, strict=True):
+            loss = nn.functional.cross_entropy(model(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+    assert curves[1][-1] < 0.5 * curves[1][0]
+    torch.testing.assert_close(curves[1], curves[0], rtol=1e-3, atol=1e-4)
+    for a, b in zip(ours.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
