@@ -3,6 +3,7 @@
 #   make demo     train on real digits, stock PyTorch and fastmlp side by side
 #   make test     the tests
 #   make lint     what CI checks besides; make format mends what can be mended
+#   make bench    measure again: benchmarks/results/ and the README's figures
 #   make wheel    a wheel in dist/, for the torch release of the environment
 #   make cuda     build the CUDA side against a CUDA torch, in an environment of its own; needs nvcc, no GPU
 #
@@ -26,7 +27,7 @@ endif
 
 cpp = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format extension wheel cuda clean
+.PHONY: demo test lint format bench extension wheel cuda clean
 
 demo: extension
 	$(python) benchmarks/train.py
@@ -44,6 +45,10 @@ format: $(environment)
 	$(python) -m ruff check --fix
 	$(python) -m ruff format
 	clang-format -i $(cpp)
+
+bench: extension
+	$(python) benchmarks/train.py --output benchmarks/results
+	$(python) benchmarks/readme.py
 
 extension: $(environment)
 	$(python) setup.py --quiet build_ext --inplace

@@ -15,11 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
+
 from timing import all_or_none
 
 Floats = NDArray[np.float64]
 
-CURVES = Path(__file__).parent / "results" / "train.csv"
+CURVES = Path("demo/train.csv")
 
 # From the colours of Okabe and Ito, which the colour-blind tell apart: https://jfly.uni-koeln.de/color
 COLOURS = ("#999999", "#D55E00", "#0072B2", "#009E73", "#CC79A7")

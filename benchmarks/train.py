@@ -23,20 +23,20 @@ from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-import data
-import timing
 import torch
 import torch.nn.functional as F
-from plot import draw
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
+import data
 import fastmlp
+import timing
+from plot import draw
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path("demo")
 NAME = "train"
 CHUNK = 20  # steps that a side takes in its turn
 EPOCHS_DIGITS, EPOCHS_IDX = 100, 5
@@ -284,7 +284,7 @@ def parser() -> Parser:
     add("--threads", type=whole(1, cores), help="of the CPU (as many as torch takes)")
     add("--seed", type=whole(0, (1 << 63) - 1), default=0, help="of all that is random (%(default)s)")
     add("--data", type=Path, metavar="DIR", help="with MNIST's IDX files (scikit-learn's digits)")
-    add("--output", type=Path, metavar="DIR", default=RESULTS, help="where results go (benchmarks/results)")
+    add("--output", type=Path, metavar="DIR", default=RESULTS, help="where results go (%(default)s)")
     return parser
 
 

@@ -53,8 +53,9 @@ const char* instruction_set();
 bool supports(const char* instruction_set);  // by this build and this processor
 bool use(const char* instruction_set);       // false, and nothing changed, where it is not supported
 
-// False where the processor multiplies this dtype by instructions of its own, which torch's library uses and the
-// kernels do not: bfloat16 with AVX512-BF16. After use(), which asks for the kernels by name, always true.
+// False where the processor multiplies this dtype by instructions of its own, which torch's library uses and
+// the kernels do not: bfloat16 with AVX512-BF16. After use(), which asks for the kernels by name, always
+// true.
 bool covers(Dtype);
 
 // float32 and bfloat16. `threads` is the size of the caller's OpenMP pool: 1 opens no parallel region.

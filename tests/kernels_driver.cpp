@@ -1,5 +1,5 @@
-// A backend without torch: the C functions that test_kernels.py calls, and a program for AddressSanitizer that
-// runs every dtype and activation over awkward shapes in buffers of the exact size.
+// A backend without torch: the C functions that test_kernels.py calls, and a program for AddressSanitizer
+// that runs every dtype and activation over awkward shapes in buffers of the exact size.
 //
 // Compiled with FASTMLP_EMULATE for the CUDA backend on the emulator, without for the CPU backend.
 #include <omp.h>

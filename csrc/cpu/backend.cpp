@@ -54,7 +54,8 @@ std::atomic<bool> forked{false};
 // Runs work(rank, size) on `size` threads at once, or on this one where there is too little of it.
 template <class Work>
 void share(int threads, double multiply_adds, Work work) {
-  if (threads <= 1 || multiply_adds < FASTMLP_LEAST_PARALLEL_WORK || omp_in_parallel() || forked) return work(0, 1);
+  if (threads <= 1 || multiply_adds < FASTMLP_LEAST_PARALLEL_WORK || omp_in_parallel() || forked)
+    return work(0, 1);
 #pragma omp parallel
   work(omp_get_thread_num(), omp_get_num_threads());
 }
