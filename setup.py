@@ -25,7 +25,18 @@ except ImportError:
             f"    {sys.executable} -m pip install 'torch>=2.11,<2.14'\nand then this command again."
         )
 
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+def output(*command: str) -> str:
+    """What the command prints."""
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
+
+# Torch takes the folder above the nvcc on PATH for the toolkit, but that may be a link or a script. nvcc knows.
+if not os.environ.get("CUDA_HOME") and (nvcc := shutil.which("nvcc")):
+    if top := re.search(r"TOP=(.+)", output(nvcc, "--dryrun", "file.cu")):
+        os.environ["CUDA_HOME"] = str(Path(top[1]).resolve())
+
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 # Ampere to Blackwell, with PTX for what comes after. 9.0a by name: Hopper's own instructions need it.
 DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
@@ -36,9 +47,7 @@ def nvcc_version() -> str | None:
     nvcc = shutil.which("nvcc", path=str(Path(CUDA_HOME, "bin"))) if CUDA_HOME else None
     if nvcc is None:
         return None
-    found = re.search(
-        r"release (\d+\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    )
+    found = re.search(r"release (\d+\.\d+)", output(nvcc, "--version"))
     return found[1] if found else None
 
 

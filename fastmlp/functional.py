@@ -57,7 +57,7 @@ def linear(
                 [0., 0., 0., 0.]])
     """
     if type(input) in _PLAIN and type(weight) in _PLAIN and type(bias) in _PLAIN:
-        y: Tensor = _linear(input, weight, bias, activation or "identity")
+        y: Tensor = _linear(input, weight, bias, "identity" if activation is None else activation)
         return y
     z = torch.nn.functional.linear(input, weight, bias)
     return z if activation is None else COMPOSITES[check_activation(activation)](z)

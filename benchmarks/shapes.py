@@ -1,0 +1,23 @@
+"""The grid: the networks and batches that every benchmark measures."""
+
+from typing import NamedTuple
+
+
+class Network(NamedTuple):
+    """Widths from input to output, and the batches it is measured at."""
+
+    name: str
+    sizes: tuple[int, ...]
+    batches: tuple[int, ...]
+    loss: str = "cross_entropy"
+
+
+GRID = (
+    Network("seed", (784, 500, 10), (1, 64, 1024)),  # the reference workload, MNIST-shaped
+    Network("rl", (17, 256, 256, 6), (1, 64, 2048)),  # policy networks
+    Network("tabular", (30, 256, 256, 2), (128, 4096)),
+    Network("wide", (1024,) * 5, (256, 2048)),
+    Network("ffn", (512, 2048, 512), (4096,), "mse"),  # a transformer's feed-forward block
+    Network("ranking", (479, 1024, 1024, 512, 256, 1), (2048,), "bce"),  # recommendation, top MLP
+    Network("field", (64, 64, 64, 64, 16), (65536,), "mse"),  # coordinate networks
+)
