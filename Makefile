@@ -57,8 +57,8 @@ wheel: $(environment)
 	$(python) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 cuda: .venv-cuda/installed
-	FASTMLP_CUDA=1 .venv-cuda/bin/python setup.py --quiet build_ext --inplace
-	.venv-cuda/bin/python -m fastmlp
+	FASTMLP_CUDA=1 .venv-cuda/bin/python setup.py --quiet build --build-base build/cuda --build-lib build/cuda/lib
+	cd build/cuda/lib && PYTHONPATH= $(CURDIR)/.venv-cuda/bin/python -m fastmlp
 
 # pip understands dependency groups from 25.1 on.
 .venv/installed .venv-cuda/installed: pyproject.toml

@@ -31,10 +31,10 @@ def output(*command: str) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
 
 
-# Torch takes the folder above the nvcc on PATH for the toolkit, but that may be a link or a script. nvcc knows.
-if not os.environ.get("CUDA_HOME") and (nvcc := shutil.which("nvcc")):
-    if top := re.search(r"TOP=(.+)", output(nvcc, "--dryrun", "file.cu")):
-        os.environ["CUDA_HOME"] = str(Path(top[1]).resolve())
+# Torch takes the folder above the nvcc on PATH for the toolkit. That nvcc may be a link or a script: ask it.
+nvcc = None if os.environ.get("CUDA_HOME") else shutil.which("nvcc")
+if nvcc and (top := re.search(r"TOP=(.+)", output(nvcc, "--dryrun", "file.cu"))):
+    os.environ["CUDA_HOME"] = str(Path(top[1]).resolve())
 
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
