@@ -314,8 +314,10 @@ def test_the_backward_op_asks_for_y_where_the_activation_needs_it():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_input_gives_the_same_bits_for_every_number_of_threads(instruction_set, dtype):
-    arguments = [*layer(65, 785, out_features=501, dtype=dtype), "tanh"]
+@pytest.mark.parametrize("shape", [(65, 785, 501), (300, 30, 256), (128, 256, 256), (7000, 64, 16)], ids=str)
+def test_the_same_input_gives_the_same_bits_for_every_number_of_threads(instruction_set, dtype, shape):
+    batch, in_features, out_features = shape
+    arguments = [*layer(batch, in_features, out_features=out_features, dtype=dtype), "tanh"]
     before = torch.get_num_threads()
     try:
         results = []

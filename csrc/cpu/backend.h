@@ -1,6 +1,7 @@
 // What an instruction set offers to the CPU backend: each product over a block of its output, on one thread.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "../kernels.h"

@@ -72,7 +72,7 @@ FASTMLP_INLINE void with_count(int64_t n, F f) {
   f(Count<most>{});
 }
 
-// ---- y = g(x Wᵀ + b)
+// ---- C = A Bᵀ, with registers along the sum
 
 // Adds pairs of lanes of a and b: the sums of a's pairs of `step`-wide pieces, then those of b's.
 template <int step, int... lane>
@@ -123,35 +123,175 @@ void inner_tile(int64_t K, const T* x, int64_t ldx, const T* w, int64_t ldw, flo
   for (int i = 0; i < rows; ++i) store(sums + i * ld, sum_lanes<columns>(sum[i]), columns);
 }
 
+// ---- C = A B, with registers along the rows of C and B
+
+// A panel of B: as many rows as a chunk of the sum, as wide as the tile. Copied together it is a third of the
+// first-level cache and at home in the second; where it lies in memory, its rows may be pages apart or fall
+// on one another in the cache (at multiples of 4096 bytes).
+constexpr int chunk = 256, panel = outer_vectors * width;
+struct alignas(64) Panel {
+  float data[chunk * panel];
+};
+
+// The first `columns` of B's columns, and 0 beyond.
+void pack(Panel& to, const float* b, int64_t ldb, int64_t rows, int64_t columns) {
+  for (int64_t p = 0; p < rows; ++p)
+    for (int64_t j = 0; j < panel; j += width)
+      store(to.data + p * panel + j, j < columns ? load(b + p * ldb + j, columns - j) : V{});
+}
+
+// Of a and b as rows of a matrix of blocks of `step` lanes: its transpose.
+template <int step, int... lane>
+FASTMLP_INLINE void interchange(V& a, V& b, std::integer_sequence<int, lane...>) {
+  const V upper = __builtin_shufflevector(a, b, (lane & step ? width + lane - step : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & step ? width + lane : lane + step)...);
+  a = upper;
+}
+
+template <int step = width / 2>
+FASTMLP_INLINE void transpose(V* v) {
+#pragma GCC unroll 16
+  for (int i = 0; i < width; ++i)
+    if (!(i & step)) interchange<step>(v[i], v[i + step], std::make_integer_sequence<int, width>{});
+  if constexpr (step > 1) transpose<step / 2>(v);
+}
+
+// The transpose of the first `columns` rows of W: B[k][j] = w[j][k], and 0 beyond.
+void pack_transposed(Panel& to, const float* w, int64_t ldw, int64_t depth, int64_t columns) {
+  for (int64_t j = 0; j < panel; j += width)
+    for (int64_t k = 0; k < depth; k += width) {
+      V v[width];
+#pragma GCC unroll 16
+      for (int i = 0; i < width; ++i) v[i] = j + i < columns ? load(w + (j + i) * ldw + k, depth - k) : V{};
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < width; ++i)
+        if (k + i < depth) store(to.data + (k + i) * panel + j, v[i]);
+    }
+}
+
+// A tile of rows x vectors registers of C; of each row's last register only `last` lanes are stored and, when
+// `cut`, loaded from B. Bound by FMA: a step loads `vectors` registers and broadcasts `rows` floats for
+// rows * vectors FMAs.
+template <int rows, int vectors, bool cut, class T>
+void outer_tile(int64_t P, const float* a, int64_t a_row, int64_t a_column, const T* b, int64_t ldb, T* c,
+                int64_t ldc, int64_t last, bool accumulate) {
+  V sum[rows][vectors] = {};
+  for (; P > 0; --P) {
+    V row[vectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v)
+      row[v] = cut && v == vectors - 1 ? load(b + v * width, last) : load(b + v * width);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; ++i) {
+      const float factor = a[i * a_row];
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) sum[i][v] += factor * row[v];
+    }
+    a += a_column;
+    b += ldb;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; ++i, c += ldc) {
+#pragma GCC unroll 16
+    for (int v = 0; v < vectors; ++v) {
+      T* at = c + v * width;
+      const int64_t n = v == vectors - 1 ? last : width;
+      store(at, accumulate ? sum[i][v] + load(at, n) : sum[i][v], n);
+    }
+  }
+}
+
+// The tile of m <= outer_rows rows and n <= panel columns. `padded`: B's rows are whole registers, 0 beyond
+// n.
+template <class T>
+FASTMLP_INLINE void outer(int64_t m, int64_t n, bool padded, int64_t P, const float* a, int64_t a_row,
+                          int64_t a_column, const T* b, int64_t ldb, T* c, int64_t ldc, bool accumulate) {
+  const int64_t vectors = (n + width - 1) / width, last = n - (vectors - 1) * width;
+  with_count<outer_rows>(m, [&](auto m_tile) {
+    with_count<outer_vectors>(vectors, [&](auto n_tile) {
+      constexpr int rows = decltype(m_tile)::value, columns = decltype(n_tile)::value;
+      const auto tile =
+          padded || last == width ? outer_tile<rows, columns, false, T> : outer_tile<rows, columns, true, T>;
+      tile(P, a, a_row, a_column, b, ldb, c, ldc, last, accumulate);
+    });
+  });
+}
+
+// ---- y = g(x Wᵀ + b)
+
+// y = g(sums + b) for m rows and n columns.
 template <Activation g, class T>
-void forward(const Forward& p, Range rows, Range columns) {
+FASTMLP_INLINE void finish(const float* sums, int64_t ld, const T* bias, T* y, int64_t ldy, int64_t m,
+                           int64_t n) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; j += width) {
+      const V b = bias ? load(bias + j, n - j) : V{};
+      store(y + i * ldy + j, activate<g>(load(sums + i * ld + j, n - j) + b), n - j);
+    }
+}
+
+// Registers along the sum: W as it is. A panel of W stays in the second-level cache while x streams past it;
+// the sums of a few rows over the panel stay in the first-level one until bias and activation are applied.
+template <Activation g, class T>
+void forward_inner(const Forward& p, Range rows, Range columns) {
   const T* x = static_cast<const T*>(p.x);
   const T* weight = static_cast<const T*>(p.weight);
   const T* bias = static_cast<const T*>(p.bias);
-  T* y = static_cast<T*>(p.y);
-  // A panel of W stays in the second-level cache while x streams past it; the sums of a few rows over the
-  // panel stay in the first-level one until bias and activation have been applied.
-  constexpr int panel = 16 * inner_columns;
-  float sums[inner_rows][panel];
-  for (int64_t n = columns.begin; n < columns.end; n += panel) {
-    const int64_t n_count = smaller(panel, columns.end - n);
+  constexpr int wide = 16 * inner_columns;
+  float sums[inner_rows][wide];
+  for (int64_t n = columns.begin; n < columns.end; n += wide) {
+    const int64_t n_count = smaller(wide, columns.end - n);
     for (int64_t m = rows.begin; m < rows.end; m += inner_rows) {
       const int64_t m_count = smaller(inner_rows, rows.end - m);
       with_count<inner_rows>(m_count, [&](auto m_tile) {
         for (int64_t j = 0; j < n_count; j += inner_columns)
           with_count<inner_columns>(smaller(inner_columns, n_count - j), [&](auto n_tile) {
             inner_tile<decltype(m_tile)::value, decltype(n_tile)::value>(
-                p.K, x + m * p.ldx, p.ldx, weight + (n + j) * p.ldw, p.ldw, sums[0] + j, panel);
+                p.K, x + m * p.ldx, p.ldx, weight + (n + j) * p.ldw, p.ldw, sums[0] + j, wide);
           });
       });
-      for (int64_t i = 0; i < m_count; ++i)
-        for (int64_t j = 0; j < n_count; j += width) {
-          const int64_t count = n_count - j;
-          const V b = bias ? load(bias + n + j, count) : V{};
-          store(y + (m + i) * p.N + n + j, activate<g>(load(sums[i] + j, count) + b), count);
-        }
+      finish<g>(sums[0], wide, bias ? bias + n : nullptr, static_cast<T*>(p.y) + m * p.N + n, p.N, m_count,
+                n_count);
     }
   }
+}
+
+// Registers along the rows of y: W transposed, a panel at a time.
+template <Activation g>
+void forward_outer(const Forward& p, Range rows, Range columns) {
+  const float* x = static_cast<const float*>(p.x);
+  const float* weight = static_cast<const float*>(p.weight);
+  const float* bias = static_cast<const float*>(p.bias);
+  Panel packed;
+  for (int64_t j = columns.begin; j < columns.end; j += panel) {
+    const int64_t n = smaller(panel, columns.end - j);
+    int64_t k = 0;
+    do {
+      const int64_t depth = smaller(chunk, p.K - k);
+      pack_transposed(packed, weight + j * p.ldw + k, p.ldw, depth, n);
+      for (int64_t i = rows.begin; i < rows.end; i += outer_rows) {
+        const int64_t m = smaller(outer_rows, rows.end - i);
+        float* y = static_cast<float*>(p.y) + i * p.N + j;
+        outer<float>(m, n, true, depth, x + i * p.ldx + k, p.ldx, 1, packed.data, panel, y, p.N, k > 0);
+        if (k + depth == p.K) finish<g>(y, p.N, bias ? bias + j : nullptr, y, p.N, m, n);
+      }
+      k += chunk;
+    } while (k < p.K);
+  }
+}
+
+// Counts multiply-adds, to choose: adding up the lanes of a sum costs about as much as 5 of them, transposing
+// an element as 2, however many rows then use it. Of the whole matrix and not of this thread's block: the two
+// add up in different orders, and the number of threads must not decide between them.
+template <Activation g, class T>
+void forward(const Forward& p, Range rows, Range columns) {
+  if constexpr (std::is_same_v<T, float>) {
+    const int64_t inner = p.M * p.N * ((p.K + width - 1) / width + 5);
+    const int64_t outer = p.M * ((p.N + width - 1) / width) * p.K + 2 * p.N * p.K;
+    if (outer < inner) return forward_outer<g>(p, rows, columns);
+  }
+  forward_inner<g, T>(p, rows, columns);
 }
 
 // ---- dz = dy · g'(y), db = Σ dz
@@ -198,67 +338,37 @@ void differentiate(const Backward& p, float* dz, Range columns) {
 
 // ---- dx = dz W, dW = dzᵀ x
 
-// A tile of rows x vectors registers of C; when `cut`, only `last` lanes of each row's last register.
-// Bound by FMA: a step loads `vectors` registers and broadcasts `rows` floats for rows * vectors FMAs.
-template <int rows, int vectors, bool cut, class T>
-void outer_tile(int64_t P, const float* a, int64_t a_row, int64_t a_column, const T* b, int64_t ldb, T* c,
-                int64_t ldc, int64_t last, bool accumulate) {
-  V sum[rows][vectors] = {};
-  for (; P > 0; --P) {
-    V row[vectors];
-#pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v)
-      row[v] = cut && v == vectors - 1 ? load(b + v * width, last) : load(b + v * width);
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; ++i) {
-      const float factor = a[i * a_row];
-#pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) sum[i][v] += factor * row[v];
-    }
-    a += a_column;
-    b += ldb;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i, c += ldc) {
-#pragma GCC unroll 16
-    for (int v = 0; v < vectors; ++v) {
-      T* at = c + v * width;
-      if (cut && v == vectors - 1) store(at, accumulate ? sum[i][v] + load(at, last) : sum[i][v], last);
-      else store(at, accumulate ? sum[i][v] + load(at) : sum[i][v]);
-    }
-  }
-}
+// From this many rows of C on, a packed panel of B is read often enough to pay for the copy.
+constexpr int64_t least_packed_rows = 8 * outer_rows;
 
 template <class T>
 void product(const Product& p, Range rows, Range columns) {
   const T* b = static_cast<const T*>(p.b);
   T* c = static_cast<T*>(p.c);
-  // A panel of B, as deep as a chunk and as wide as the tile, stays near the first-level cache while the rows
-  // of A pass over it. bfloat16 has nowhere to keep a partial sum, so its chunk is the whole depth.
-  constexpr int panel = outer_vectors * width;
-  const int64_t chunk = sizeof(T) == sizeof(float) ? 128 : p.P;
-  int64_t depth = 0;
+  constexpr bool is_float = std::is_same_v<T, float>;
+  const bool packs = is_float && rows.end - rows.begin >= least_packed_rows;
+  // bfloat16 has nowhere to keep a partial sum: its chunk is the whole depth.
+  const int64_t depth = is_float ? chunk : p.P;
+  Panel packed;
+  int64_t k = 0;
   do {
-    const int64_t P = smaller(chunk, p.P - depth);
+    const int64_t P = smaller(depth, p.P - k);
     for (int64_t j = columns.begin; j < columns.end; j += panel) {
-      const int64_t j_count = smaller(panel, columns.end - j);
-      for (int64_t i = rows.begin; i < rows.end; i += outer_rows) {
-        const float* a_tile = p.a + i * p.a_row + depth * p.a_column;
-        const T* b_tile = b + depth * p.ldb + j;
-        T* c_tile = c + i * p.ldc + j;
-        with_count<outer_rows>(smaller(outer_rows, rows.end - i), [&](auto m_tile) {
-          constexpr int m = decltype(m_tile)::value;
-          const int64_t vectors = (j_count + width - 1) / width, last = j_count - (vectors - 1) * width;
-          with_count<outer_vectors>(vectors, [&](auto n_tile) {
-            constexpr int n = decltype(n_tile)::value;
-            const auto tile = last == width ? outer_tile<m, n, false, T> : outer_tile<m, n, true, T>;
-            tile(P, a_tile, p.a_row, p.a_column, b_tile, p.ldb, c_tile, p.ldc, last, depth > 0);
-          });
-        });
+      const int64_t n = smaller(panel, columns.end - j);
+      const T* b_panel = b + k * p.ldb + j;
+      int64_t ldb = p.ldb;
+      if constexpr (is_float) {
+        if (packs) {
+          pack(packed, b_panel, p.ldb, P, n);
+          b_panel = packed.data, ldb = panel;
+        }
       }
+      for (int64_t i = rows.begin; i < rows.end; i += outer_rows)
+        outer(smaller(outer_rows, rows.end - i), n, packs, P, p.a + i * p.a_row + k * p.a_column, p.a_row,
+              p.a_column, b_panel, ldb, c + i * p.ldc + j, p.ldc, k > 0);
     }
-    depth += chunk;
-  } while (depth < p.P);
+    k += depth;
+  } while (k < p.P);
 }
 
 // ---- the table that backend.cpp chooses from
