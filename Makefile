@@ -16,13 +16,13 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_CUDA ?= torch==2.11.0
 export PYTHONPATH := $(CURDIR)
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 ifdef ENV
 python := $(ENV)
 else
 python := .venv/bin/python
 environment := .venv/installed
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 endif
 
 cpp = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -60,12 +60,12 @@ cuda: .venv-cuda/installed
 	FASTMLP_CUDA=1 .venv-cuda/bin/python setup.py --quiet build --build-base build/cuda --build-lib build/cuda/lib
 	cd build/cuda/lib && PYTHONPATH= $(CURDIR)/.venv-cuda/bin/python -m fastmlp
 
-# pip understands dependency groups from 25.1 on.
+.venv/installed: packages := '$(TORCH)' --group build --group test --group lint
+.venv-cuda/installed: packages := '$(TORCH_CUDA)' --group build --group test
 .venv/installed .venv-cuda/installed: pyproject.toml
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
-	$(@D)/bin/python -m pip install '$(if $(findstring cuda,$@),$(TORCH_CUDA),$(TORCH))' \
-	    $(if $(findstring cuda,$@),--group build --group test,--group build --group test --group lint)
+	$(@D)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'  # the first to know dependency groups
+	$(@D)/bin/python -m pip install $(packages)
 	touch $@
 
 clean:
