@@ -94,8 +94,7 @@ FASTMLP_INLINE V activate_backward(V dy, V y) {
   return dy;
 }
 
-// Calls f(Constant<g>{}) with the activation as a compile-time constant: each kernel is instantiated for
-// each.
+// Calls f(Constant<g>{}) with the activation as a compile-time constant: a kernel is instantiated for each.
 template <Activation g>
 struct Constant {
   static constexpr Activation value = g;

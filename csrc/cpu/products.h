@@ -2,24 +2,25 @@
 //
 // Included by avx512.cpp, avx2.cpp and portable.cpp, each inside its own namespace and after it has defined
 //
-//   V                             a register of float32
-//   Halves                        half a register of uint16_t: as many bfloat16
-//   load_some<R>(p, n)            an R of the first n elements at p; those beyond are not read, their lanes
-//   are 0 store_some(p, r, n)           the first n lanes of r to p inner_rows x inner_columns    the
-//   register tile of x Wᵀ, in outputs outer_rows x outer_vectors    the register tile of A B, in outputs and
-//   registers
+//   V                            a register of float32
+//   Halves                       half a register of uint16_t: as many bfloat16
+//   load_some<R>(p, n)           an R of the first n elements at p; others are not read, their lanes are 0
+//   store_some(p, r, n)          the first n lanes of r to p
+//   inner_rows x inner_columns   the register tile of x Wᵀ, in outputs
+//   outer_rows x outer_vectors   the register tile of A B, in outputs and registers
 //
-// PyTorch's layout suits all three as it is, so nothing is packed. In y = x Wᵀ both operands are contiguous
-// along the sum: registers run along K and are added up across their lanes once, at the end. In dx = dz W and
-// dW = dzᵀ x the output's rows are contiguous: registers run along them, and dz is broadcast.
+// PyTorch's layout suits all three as it is. In y = x Wᵀ both operands are contiguous along the sum: registers
+// run along K and are added up across their lanes once, at the end. In dx = dz W and dW = dzᵀ x the output's
+// rows are contiguous: registers run along them, and dz is broadcast. A panel is copied only where many rows
+// share the copy: of W, transposed, where sums are short, so that y too has its registers along its rows; and
+// of the other two's right operand.
 
 constexpr int width = sizeof(V) / sizeof(float);
 using Bits = typename Integer<V>::type;
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// ---- loads and stores: float32 as it is, bfloat16 widened on the way in, rounded to nearest even on the way
-// out
+// ---- loads and stores: float32 as it is; bfloat16 widened on the way in, rounded to nearest even on the way out
 
 struct bfloat16 {
   uint16_t bits;
@@ -125,9 +126,8 @@ void inner_tile(int64_t K, const T* x, int64_t ldx, const T* w, int64_t ldw, flo
 
 // ---- C = A B, with registers along the rows of C and B
 
-// A panel of B: as many rows as a chunk of the sum, as wide as the tile. Copied together it is a third of the
-// first-level cache and at home in the second; where it lies in memory, its rows may be pages apart or fall
-// on one another in the cache (at multiples of 4096 bytes).
+// A panel of B: as many rows as a chunk of the sum, as wide as the tile. Where it lies in memory, its rows may be
+// pages apart, or fall on one another in the first-level cache (at multiples of 4096 bytes).
 constexpr int chunk = 256, panel = outer_vectors * width;
 struct alignas(64) Panel {
   float data[chunk * panel];
@@ -202,8 +202,7 @@ void outer_tile(int64_t P, const float* a, int64_t a_row, int64_t a_column, cons
   }
 }
 
-// The tile of m <= outer_rows rows and n <= panel columns. `padded`: B's rows are whole registers, 0 beyond
-// n.
+// The tile of m <= outer_rows rows and n <= panel columns. `padded`: B's rows are whole registers, 0 beyond n.
 template <class T>
 FASTMLP_INLINE void outer(int64_t m, int64_t n, bool padded, int64_t P, const float* a, int64_t a_row,
                           int64_t a_column, const T* b, int64_t ldb, T* c, int64_t ldc, bool accumulate) {

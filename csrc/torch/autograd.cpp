@@ -1,5 +1,4 @@
-// Autograd: one node for a fused layer, whose backward calls the dispatched op again, so that tracing sees
-// it.
+// Autograd: one node for a fused layer, whose backward calls the dispatched op again: tracing then sees it.
 //
 // Higher derivatives need no code of their own: where a gradient is itself to be differentiated, the autograd
 // kernel of linear_backward is the composite formula.

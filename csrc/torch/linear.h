@@ -22,8 +22,7 @@ Activation parse_activation(std::string_view name);
 // Raises RuntimeError, naming the argument and what was expected, where torch's own linear would raise one.
 void check_arguments(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias);
 
-// Null where the kernels cover these arguments, or the reason why they do not. They then take the composite
-// path.
+// Null where the kernels cover these arguments, or the reason why they take the composite path.
 const char* why_not_fused(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias);
 
 // The same results from torch's own differentiable operations: right for everything that torch covers.

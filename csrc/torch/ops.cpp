@@ -183,8 +183,7 @@ struct Cuda {
 };
 #endif
 
-// The tensor as a matrix [rows, columns] whose columns are adjacent: itself where its strides allow, else a
-// copy.
+// The tensor as a matrix [rows, columns] with adjacent columns: itself where its strides allow, else a copy.
 Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns) {
   const Tensor matrix = t.dim() == 2 ? t : t.reshape({rows, columns});
   return columns <= 1 || matrix.stride(1) == 1 ? matrix : matrix.contiguous();
