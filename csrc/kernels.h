@@ -56,10 +56,12 @@ bool use(const char* instruction_set);       // false, and nothing changed, wher
 // the kernels do not: bfloat16 with AVX512-BF16. Always true after use(), which asks for the kernels.
 bool covers(Dtype);
 
-// float32 and bfloat16. `threads` is the size of the caller's OpenMP pool: 1 opens no parallel region.
-void forward(const Forward&, int threads);
+// float32 and bfloat16. The layers of a network run one after the other, each reading what the one before has
+// written, in one parallel region for them all. `threads` is the size of the caller's OpenMP pool; where it is 1,
+// or the work too little to share, no region is opened.
+void forward(const Forward* layers, int64_t count, int threads);
 int64_t backward_workspace(const Backward&);
-void backward(const Backward&, int threads);
+void backward(const Backward* layers, int64_t count, int threads);
 
 }  // namespace cpu
 

@@ -1,6 +1,6 @@
 """The ops, as functions of tensors. Notation: z = x Wᵀ + b, y = g(z), with g the activation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -10,7 +10,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fastmlp import _C  # noqa: F401  importing it registers the ops
 
-__all__ = ["Activation", "linear", "linear_relu", "why_not_fused"]
+__all__ = ["Activation", "linear", "linear_relu", "mlp", "why_not_fused"]
 
 #: The activations that the kernels know; without one, a layer is plain linear.
 Activation = Literal["relu", "sigmoid", "tanh"]
@@ -26,6 +26,7 @@ COMPOSITES: dict[str, Callable[[Tensor], Tensor]] = {
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor, type(None)})
 
 _linear = torch.ops.fastmlp.linear.default
+_mlp = torch.ops.fastmlp.mlp.default
 _why_not_fused = torch.ops.fastmlp.why_not_fused.default
 
 
@@ -66,6 +67,45 @@ def linear(
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Linear layer and ReLU in one kernel: y = max(x Wᵀ + b, 0). See :func:`linear`."""
     return linear(input, weight, bias, "relu")
+
+
+def mlp(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    activation: Activation = "relu",
+) -> Tensor:
+    """A multilayer perceptron in one op and one autograd node: h_i = g(h_{i-1} W_iᵀ + b_i), no g at the end.
+
+    The same as :func:`linear` layer by layer, which it falls back to where the kernels do not cover a layer.
+
+    Args:
+        input: h_0, of shape [..., in_features].
+        weights: W_i, of shape [out_features, in_features] each, one or more.
+        biases: b_i, of shape [out_features] each, as many as weights; None or none for a network without.
+        activation: g between layers: "relu", "sigmoid" or "tanh".
+
+    Returns:
+        The output of the last layer, of shape [..., out_features].
+
+    Raises:
+        RuntimeError: for a shape, dtype or device that does not fit.
+        ValueError: for an unknown activation.
+
+    Example:
+        >>> weights = [torch.ones(4, 3), torch.ones(2, 4)]
+        >>> fastmlp.functional.mlp(torch.ones(1, 3), weights)
+        tensor([[12., 12.]])
+    """
+    check_activation(activation)
+    biases = [] if biases is None else list(biases)
+    if all(type(tensor) in _PLAIN for tensor in (input, *weights, *biases)):
+        y: Tensor = _mlp(input, weights, biases, activation)
+        return y
+    last = len(weights) - 1
+    for i, weight in enumerate(weights):
+        input = linear(input, weight, biases[i] if biases else None, activation if i < last else None)
+    return input
 
 
 def why_not_fused(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:

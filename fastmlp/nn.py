@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastmlp import functional
 
@@ -83,7 +84,8 @@ class LinearReLU(Linear):
 class MLP(torch.nn.Sequential):
     """A multilayer perceptron: an activation between layers, logits out.
 
-    A ``torch.nn.Sequential`` of :class:`Linear`: its parts can be indexed, initialised, hooked and swapped.
+    A ``torch.nn.Sequential`` of :class:`Linear`: its parts can be indexed, initialised, hooked and swapped. As
+    long as they are not, the network is one op (:func:`fastmlp.functional.mlp`); else they run one by one.
     ``state_dict`` keys are "0.weight", "0.bias", "1.weight", ... by layer.
 
     Args:
@@ -122,3 +124,36 @@ class MLP(torch.nn.Sequential):
                 for i, pair in enumerate(pairwise(sizes))
             )
         )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The network's output: [..., in_features] to [..., out_features]."""
+        layers: list[Any] = list(self._modules.values())
+        activation = _common_activation(layers)
+        if activation is None:
+            return super().forward(input)  # type: ignore[no-any-return, no-untyped-call]
+        weights = [layer.weight for layer in layers]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        return functional.mlp(input, weights, biases, activation)
+
+
+def _common_activation(layers: list[Any]) -> functional.Activation | None:
+    """The activation between the layers; None where they cannot be one op (hooks, or modules of other types)."""
+    hooked = _has_any_global_hook()  # type: ignore[no-untyped-call]
+    if not layers or hooked or not all(map(_is_plain, layers)):
+        return None
+    *hidden, last = layers
+    activation: functional.Activation | None = hidden[0].activation if hidden else "relu"
+    same = all(
+        layer.activation == activation and (layer.bias is None) == (last.bias is None) for layer in hidden
+    )
+    return activation if same and last.activation is None else None
+
+
+def _is_plain(layer: Any) -> bool:
+    return type(layer) in (Linear, LinearReLU) and not (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in layer.__dict__
+    )

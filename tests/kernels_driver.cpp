@@ -32,12 +32,12 @@ int64_t backward_workspace(const Backward* b) { return cuda::backward_workspace(
 int use(const char* instruction_set) { return cpu::use(instruction_set); }
 int forward(const Forward* f, unsigned variant) {
   omp_set_num_threads(int(1 + variant % 7));
-  cpu::forward(*f, omp_get_max_threads());
+  cpu::forward(f, 1, omp_get_max_threads());
   return 0;
 }
 int backward(const Backward* b, unsigned variant) {
   omp_set_num_threads(int(1 + variant % 7));
-  cpu::backward(*b, omp_get_max_threads());
+  cpu::backward(b, 1, omp_get_max_threads());
   return 0;
 }
 int64_t backward_workspace(const Backward* b) { return cpu::backward_workspace(*b); }

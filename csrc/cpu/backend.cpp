@@ -115,11 +115,19 @@ bool covers(Dtype dtype) {
   return dtype != Dtype::float16;
 }
 
-void forward(const Forward& p, int threads) {
+void forward(const Forward* layers, int64_t count, int threads) {
   const Kernels& k = *chosen().load()->kernels;
-  share(threads, double(p.M) * double(p.N) * double(p.K), [&](int rank, int size) {
-    const Block y = block(p.M, k.forward_rows, p.N, k.forward_columns, rank, size);
-    k.forward(p, y.rows, y.columns);
+  double work = 0;
+  for (const Forward* p = layers; p != layers + count; ++p)
+    work += double(p->M) * double(p->N) * double(p->K);
+  share(threads, work, [&](int rank, int size) {
+    for (const Forward* p = layers; p != layers + count; ++p) {
+      if (p != layers) {
+#pragma omp barrier
+      }
+      const Block y = block(p->M, k.forward_rows, p->N, k.forward_columns, rank, size);
+      k.forward(*p, y.rows, y.columns);
+    }
   });
 }
 
@@ -127,28 +135,45 @@ int64_t backward_workspace(const Backward& p) {
   return dz_is_grad_y(p) ? 0 : p.M * p.N * int64_t(sizeof(float));
 }
 
-void backward(const Backward& p, int threads) {
-  const Kernels& k = *chosen().load()->kernels;
+namespace {
+
+// One layer's backward pass on one of `size` threads.
+void backward_layer(const Kernels& k, const Backward& p, int rank, int size) {
   const bool products = p.grad_x || p.grad_weight;
   float* const written = products && !dz_is_grad_y(p) ? static_cast<float*>(p.workspace) : nullptr;
   const float* const dz = written ? written : static_cast<const float*>(p.grad_y);
-  const double work = double(p.M) * double(p.N) * double(p.K) *
-                      (double(p.grad_x != nullptr) + double(p.grad_weight != nullptr));
-  share(threads, work + double(p.M) * double(p.N), [&](int rank, int size) {
-    constexpr int cache_line = 16;  // floats
-    if (written || p.grad_bias) k.differentiate(p, written, part(p.N, cache_line, rank, size));
-    if (written) {
+  constexpr int cache_line = 16;  // floats
+  if (written || p.grad_bias) k.differentiate(p, written, part(p.N, cache_line, rank, size));
+  if (written) {
 #pragma omp barrier
-    }
-    if (p.grad_weight) {
-      const Product dw = {p.dtype, p.M, dz, 1, p.N, p.x, p.ldx, p.grad_weight, p.K};
-      const Block b = block(p.N, k.product_rows, p.K, k.product_columns, rank, size);
-      k.product(dw, b.rows, b.columns);
-    }
-    if (p.grad_x) {
-      const Product dx = {p.dtype, p.N, dz, p.N, 1, p.weight, p.ldw, p.grad_x, p.K};
-      const Block b = block(p.M, k.product_rows, p.K, k.product_columns, rank, size);
-      k.product(dx, b.rows, b.columns);
+  }
+  if (p.grad_weight) {
+    const Product dw = {p.dtype, p.M, dz, 1, p.N, p.x, p.ldx, p.grad_weight, p.K};
+    const Block b = block(p.N, k.product_rows, p.K, k.product_columns, rank, size);
+    k.product(dw, b.rows, b.columns);
+  }
+  if (p.grad_x) {
+    const Product dx = {p.dtype, p.N, dz, p.N, 1, p.weight, p.ldw, p.grad_x, p.K};
+    const Block b = block(p.M, k.product_rows, p.K, k.product_columns, rank, size);
+    k.product(dx, b.rows, b.columns);
+  }
+}
+
+}  // namespace
+
+void backward(const Backward* layers, int64_t count, int threads) {
+  const Kernels& k = *chosen().load()->kernels;
+  double work = 0;
+  for (const Backward* p = layers; p != layers + count; ++p) {
+    const double products = double(p->grad_x != nullptr) + double(p->grad_weight != nullptr);
+    work += double(p->M) * double(p->N) * (double(p->K) * products + 1);
+  }
+  share(threads, work, [&](int rank, int size) {
+    for (const Backward* p = layers; p != layers + count; ++p) {
+      if (p != layers) {
+#pragma omp barrier
+      }
+      backward_layer(k, *p, rank, size);
     }
   });
 }

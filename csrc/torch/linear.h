@@ -19,7 +19,8 @@ using Mask = std::array<bool, 3>;
 // The activation of that name; raises ValueError where there is none.
 Activation parse_activation(std::string_view name);
 
-// Raises RuntimeError, naming the argument and what was expected, where torch's own linear would raise one.
+// These raise RuntimeError, naming the argument and what was expected, where torch's own linear would raise one.
+void check_same(std::string_view name, const Tensor& argument, const Tensor& input);  // device and dtype
 void check_arguments(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias);
 
 // Null where the kernels cover these arguments, or the reason why they take the composite path.

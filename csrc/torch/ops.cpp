@@ -3,7 +3,6 @@
 // Which path a call takes is decided in one place, why_not_fused(): the kernels behind kernels.h, or torch's
 // own operations. Autograd is in autograd.cpp.
 #include <ATen/FuncTorchTLS.h>
-#include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_fw_primal.h>
@@ -19,12 +18,8 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include "backends.h"
 #include "linear.h"
-
-#ifdef FASTMLP_WITH_CUDA
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
 
 namespace fastmlp {
 
@@ -38,25 +33,14 @@ Activation parse_activation(std::string_view name) {
   TORCH_CHECK_VALUE(false, "activation: expected 'identity', 'relu', 'sigmoid' or 'tanh', got '", name, "'");
 }
 
-namespace {
-
-void check_same(const char* name, const Tensor& argument, const Tensor& input) {
+void check_same(std::string_view name, const Tensor& argument, const Tensor& input) {
   TORCH_CHECK(argument.device() == input.device(), name, ": expected a tensor on ", input.device(),
               ", the device of input, got one on ", argument.device());
   TORCH_CHECK(argument.scalar_type() == input.scalar_type(), name, ": expected dtype ", input.scalar_type(),
               ", the dtype of input, got ", argument.scalar_type());
 }
 
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kBFloat16:
-      return Dtype::bfloat16;
-    case at::kHalf:
-      return Dtype::float16;
-    default:
-      return Dtype::float32;
-  }
-}
+namespace {
 
 // For what has the shape and the dtype of the result.
 void check_result(const char* name, const Tensor& argument, const Tensor& input, const Tensor& weight) {
@@ -165,30 +149,6 @@ Gradients linear_backward_composite(const Tensor& grad_y, const Tensor& input, c
 
 namespace {
 
-// The border to a backend: where its tensors live, which stream or threads it runs on, what it raises.
-struct Cpu {
-  static void run(const Forward& p) { cpu::forward(p, at::get_num_threads()); }
-  static void run(const Backward& p) { cpu::backward(p, at::get_num_threads()); }
-  static int64_t workspace(const Backward& p) { return cpu::backward_workspace(p); }
-};
-
-#ifdef FASTMLP_WITH_CUDA
-struct Cuda {
-  static void* stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
-  static void run(const Forward& p) { C10_CUDA_CHECK(static_cast<cudaError_t>(cuda::forward(p, stream()))); }
-  static void run(const Backward& p) {
-    C10_CUDA_CHECK(static_cast<cudaError_t>(cuda::backward(p, stream())));
-  }
-  static int64_t workspace(const Backward& p) { return cuda::backward_workspace(p); }
-};
-#endif
-
-// The tensor as a matrix [rows, columns] with adjacent columns: itself where its strides allow, else a copy.
-Tensor as_matrix(const Tensor& t, int64_t rows, int64_t columns) {
-  const Tensor matrix = t.dim() == 2 ? t : t.reshape({rows, columns});
-  return columns <= 1 || matrix.stride(1) == 1 ? matrix : matrix.contiguous();
-}
-
 template <class Device>
 Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
               std::string_view activation) {
@@ -197,23 +157,24 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   if (why_not_fused(input, weight, bias)) return linear_composite(input, weight, bias, activation);
   const c10::DeviceGuard guard(input.device());
   const int64_t N = weight.size(0), K = weight.size(1);
-  const int64_t M = c10::multiply_integers(input.sizes().slice(0, input.dim() - 1));
+  const int64_t M = rows_of(input);
   at::DimVector sizes(input.sizes());
   sizes.back() = N;
   Tensor y = at::empty(sizes, input.options());
   const Tensor x = as_matrix(input, M, K);
   const Tensor b = bias ? bias->contiguous() : Tensor();
-  Device::run(Forward{.dtype = dtype_of(input),
-                      .activation = g,
-                      .M = M,
-                      .N = N,
-                      .K = K,
-                      .x = x.const_data_ptr(),
-                      .ldx = x.stride(0),
-                      .weight = weight.const_data_ptr(),
-                      .ldw = weight.stride(0),
-                      .bias = b.defined() ? b.const_data_ptr() : nullptr,
-                      .y = y.mutable_data_ptr()});
+  const Forward p{.dtype = dtype_of(input),
+                  .activation = g,
+                  .M = M,
+                  .N = N,
+                  .K = K,
+                  .x = x.const_data_ptr(),
+                  .ldx = x.stride(0),
+                  .weight = weight.const_data_ptr(),
+                  .ldw = weight.stride(0),
+                  .bias = b.defined() ? b.const_data_ptr() : nullptr,
+                  .y = y.mutable_data_ptr()};
+  Device::run(&p, 1);
   return y;
 }
 
@@ -229,7 +190,7 @@ Gradients linear_backward(const Tensor& grad_y, const Tensor& input, const Tenso
   if (y) check_result("y", *y, input, weight);
   const c10::DeviceGuard guard(input.device());
   const int64_t N = weight.size(0), K = weight.size(1);
-  const int64_t M = c10::multiply_integers(input.sizes().slice(0, input.dim() - 1));
+  const int64_t M = rows_of(input);
   const Tensor dy = grad_y.contiguous(), saved = y ? y->contiguous() : Tensor();
   const Tensor x = as_matrix(input, M, K);
   const auto output = [&](bool wanted, at::IntArrayRef sizes) {
@@ -255,7 +216,7 @@ Gradients linear_backward(const Tensor& grad_y, const Tensor& input, const Tenso
              .workspace = nullptr};
   const Tensor workspace = at::empty({Device::workspace(p)}, input.options().dtype(at::kByte));
   p.workspace = workspace.mutable_data_ptr();
-  Device::run(p);
+  Device::run(&p, 1);
   return {grad_x, grad_weight, grad_bias};
 }
 

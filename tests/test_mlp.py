@@ -1,0 +1,266 @@
+"""The whole network as one op: the same as its layers one by one, in all that can be asked of it."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastmlp
+from fastmlp.functional import COMPOSITES, mlp
+
+
+def stock(x, weights, biases, activation):
+    for i, weight in enumerate(weights):
+        x = F.linear(x, weight, biases[i] if biases else None)
+        x = COMPOSITES[activation](x) if i + 1 < len(weights) else x
+    return x
+
+
+def network(leading, sizes, bias=True, dtype=torch.float32):
+    """Leaves that require a gradient: x, the weights, the biases."""
+    x = torch.randn(*leading, sizes[0])
+    weights = [torch.randn(n, k) / max(k, 1) ** 0.5 for k, n in pairwise(sizes)]
+    biases = [torch.randn(n) for n in sizes[1:]] if bias else []
+    make = [t.to(dtype).requires_grad_() for t in (x, *weights, *biases)]
+    return make[0], make[1 : 1 + len(weights)], make[1 + len(weights) :]
+
+
+def gradients(function, x, weights, biases, activation):
+    y = function(x, weights, biases, activation)
+    leaves = [t for t in (x, *weights, *biases) if t.requires_grad]
+    return y, *torch.autograd.grad(y, leaves, torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape))
+
+
+def assert_same(call, rtol=1e-5, atol=1e-5):
+    torch.testing.assert_close(call(mlp), call(stock), rtol=rtol, atol=atol)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    leading=st.lists(st.integers(0, 9), max_size=2),
+    sizes=st.lists(st.integers(0, 40), min_size=2, max_size=6),
+    bias=st.booleans(),
+    activation=st.sampled_from(list(COMPOSITES)),
+)
+def test_any_network_gives_the_values_and_gradients_of_stock(
+    instruction_set, leading, sizes, bias, activation
+):
+    arguments = [*network(leading, sizes, bias), activation]
+    assert "MlpFunction" in mlp(*arguments).grad_fn.name()
+    assert_same(lambda f: gradients(f, *arguments))
+    with torch.no_grad():
+        assert_same(lambda f: f(*arguments))
+
+
+@pytest.mark.parametrize("batch", [1, 64, 300])
+def test_a_network_large_enough_for_every_thread_is_right(instruction_set, batch):
+    arguments = [*network([batch], [100, 300, 200, 10]), "tanh"]
+    assert_same(lambda f: gradients(f, *arguments), atol=1e-4)
+
+
+def test_the_number_of_threads_changes_no_bit(instruction_set):
+    arguments = [*network([130], [100, 300, 200, 10]), "relu"]
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results += [gradients(mlp, *arguments)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (3,), (4,), (5, 6), (0, 3), (2, 5)])
+def test_gradients_are_computed_where_they_are_asked_for(wanted):
+    x, weights, biases = network([6], [7, 5, 4, 3])
+    for i, tensor in enumerate((x, *weights, *biases)):
+        tensor.requires_grad_(i in wanted)
+    assert_same(lambda f: gradients(f, x, weights, biases, "sigmoid"))
+
+
+@pytest.mark.parametrize("activation", list(COMPOSITES))
+def test_second_derivatives_are_stocks(activation):
+    x, weights, biases = network([4], [5, 4, 3, 2])
+
+    def second(f):
+        first = torch.autograd.grad(
+            f(x, weights, biases, activation).square().sum(), (x, *weights, *biases), create_graph=True
+        )
+        return torch.autograd.grad(sum(g.square().sum() for g in first), (x, *weights, *biases))
+
+    assert_same(second, 1e-4, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_what_the_kernels_do_not_cover_is_computed_layer_by_layer(dtype):
+    arguments = [*network([4], [5, 4, 3], dtype=dtype), "relu"]
+    assert "MlpFunction" not in mlp(*arguments).grad_fn.name()
+    assert_same(lambda f: gradients(f, *arguments), 1e-2, 1e-2)
+
+
+def test_a_transposed_weight_is_computed_layer_by_layer():
+    x, weights, biases = network([4], [5, 4, 3])
+    weights[1] = torch.randn(4, 3, requires_grad=True).t()
+    assert_same(lambda f: gradients(f, x, weights, biases, "relu"))
+
+
+def test_function_transforms_give_stocks_results():
+    x, weights, biases = (
+        [t.detach() for t in ts] if isinstance(ts, list) else ts.detach() for ts in network([4], [5, 4, 3])
+    )
+
+    def transformed(f):
+        def loss(x, weights, biases):
+            return f(x, weights, biases, "tanh").square().sum()
+
+        func = torch.func
+        return (
+            func.grad(loss, argnums=(0, 1, 2))(x, weights, biases),
+            func.vmap(func.grad(loss, argnums=1), (0, None, None))(x, weights, biases),
+            func.jvp(lambda x: loss(x, weights, biases), (x,), (x,)),
+            func.hessian(lambda x: loss(x, weights, biases))(x),
+        )
+
+    assert_same(transformed, 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_op_passes_opcheck(grad):
+    x, weights, biases = network([4], [5, 4, 3, 2])
+    arguments = [
+        x.detach().requires_grad_(grad),
+        *([t.detach().requires_grad_(grad) for t in ts] for ts in (weights, biases)),
+    ]
+    torch.library.opcheck(torch.ops.fastmlp.mlp.default, (*arguments, "relu"))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_traces_one_op_each_way_and_trains_as_stock(dynamic):
+    x, weights, biases = network([6], [7, 5, 3])
+    targets = []
+
+    def compiler(graph, inputs):
+        targets.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    from torch._dynamo.backends.common import aot_autograd
+
+    def run(f):
+        compiled = torch.compile(
+            lambda x: f(x, weights, biases, "relu"),
+            fullgraph=True,
+            dynamic=dynamic,
+            backend=aot_autograd(fw_compiler=compiler),
+        )
+        return [torch.autograd.grad(compiled(x[:n]).square().sum(), (*weights, *biases)) for n in (6, 5, 3)]
+
+    assert_same(run)
+    assert torch.ops.fastmlp.mlp_forward.default in targets
+    assert torch.ops.fastmlp.mlp_backward.default in targets
+
+
+def test_autocast_casts_as_for_stock(instruction_set):
+    arguments = [*network([6], [7, 5, 3]), "relu"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = gradients(mlp, *arguments), gradients(stock, *arguments)
+    assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+    torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=3e-2)
+
+
+ERRORS = {
+    "no weights": (lambda x, w, b: (x, [], []), "weights: expected one for each layer, got none"),
+    "too few biases": (
+        lambda x, w, b: (x, w, b[:1]),
+        "biases: expected 2, as many as weights, or none, got 1",
+    ),
+    "an input that does not fit": (
+        lambda x, w, b: (x[:, :4], w, b),
+        r"input: expected shape \[..., 5\].*got \[4, 4\]",
+    ),
+    "layers that do not fit": (
+        lambda x, w, b: (x, [w[0], w[1][:, :3]], b),
+        r"weights\[1\]: expected shape \[\*, 4\].*\[3, 3\]",
+    ),
+    "a bias that does not fit": (
+        lambda x, w, b: (x, w, [b[0], b[0]]),
+        r"biases\[1\]: expected shape \[3\].*got \[4\]",
+    ),
+    "a dtype that does not fit": (
+        lambda x, w, b: (x, [w[0], w[1].double()], b),
+        r"weights\[1\]: expected dtype Float",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_wrong_arguments_raise_an_error_that_names_them(case):
+    change, message = ERRORS[case]
+    with pytest.raises(RuntimeError, match=message):
+        mlp(*change(*network([4], [5, 4, 3])))
+
+
+def test_an_unknown_activation_is_a_value_error():
+    with pytest.raises(ValueError, match=r"activation: expected .* got 'gelu'"):
+        mlp(*network([4], [5, 4, 3]), "gelu")
+
+
+# ---- the module
+
+
+def is_one_op(model, x):
+    return "MlpFunction" in model(x).grad_fn.name()
+
+
+def test_an_mlp_is_one_op():
+    assert is_one_op(fastmlp.MLP(7, 5, 3), torch.randn(2, 7))
+    assert is_one_op(fastmlp.MLP(7, 3, bias=False), torch.randn(2, 7))
+    assert is_one_op(fastmlp.MLP(7, 5, 4, 3, activation="tanh").train(), torch.randn(2, 7))
+
+
+CHANGES = {
+    "another module": lambda model: model.__setitem__(1, torch.nn.Linear(5, 3)),
+    "one more module": lambda model: model.append(torch.nn.Dropout(0.0)),
+    "another activation": lambda model: setattr(model[0], "activation", None),
+    "an activation at the end": lambda model: setattr(model[1], "activation", "relu"),
+    "a layer without bias": lambda model: model.__setitem__(0, fastmlp.LinearReLU(7, 5, bias=False)),
+    "a forward hook": lambda model: model[0].register_forward_hook(lambda *_: None),
+    "a forward pre-hook": lambda model: model[0].register_forward_pre_hook(lambda *_: None),
+    "a backward hook": lambda model: model[0].register_full_backward_hook(lambda *_: None),
+    "a parametrization": lambda model: torch.nn.utils.parametrizations.weight_norm(model[0]),
+    "pruning": lambda model: __import__("torch.nn.utils.prune").nn.utils.prune.random_unstructured(
+        model[0], "weight", 0.5
+    ),
+    "a forward of its own": lambda model: setattr(model[0], "forward", lambda x: torch.zeros(len(x), 5)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_mlp_whose_parts_were_changed_runs_them_one_by_one(change):
+    model, x = fastmlp.MLP(7, 5, 3), torch.randn(2, 7)
+    CHANGES[change](model)
+    assert not is_one_op(model, x)
+    expected = x
+    for layer in model:
+        expected = layer(expected)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_global_hook_sees_every_layer():
+    model, seen = fastmlp.MLP(7, 5, 3), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        model(torch.randn(2, 7))
+    finally:
+        handle.remove()
+    assert seen == [model[0], model[1], model]
+
+
+def test_an_optimizers_and_a_users_own_changes_to_parameters_are_seen():
+    model, x = fastmlp.MLP(7, 5, 3), torch.randn(2, 7)
+    before = model(x)
+    model[1].bias.data += 1
+    torch.testing.assert_close(model(x), before + 1)
