@@ -84,8 +84,8 @@ class LinearReLU(Linear):
 class MLP(torch.nn.Sequential):
     """A multilayer perceptron: an activation between layers, logits out.
 
-    A ``torch.nn.Sequential`` of :class:`Linear`: its parts can be indexed, initialised, hooked and swapped. As
-    long as they are not, the network is one op (:func:`fastmlp.functional.mlp`); else they run one by one.
+    A ``torch.nn.Sequential`` of :class:`Linear`: its parts can be indexed, initialised, hooked and swapped.
+    As long as they are not, the network is one op (:func:`fastmlp.functional.mlp`); else they run one by one.
     ``state_dict`` keys are "0.weight", "0.bias", "1.weight", ... by layer.
 
     Args:
@@ -137,7 +137,7 @@ class MLP(torch.nn.Sequential):
 
 
 def _common_activation(layers: list[Any]) -> functional.Activation | None:
-    """The activation between the layers; None where they cannot be one op (hooks, or modules of other types)."""
+    """The activation between the layers; None where they cannot be one op (hooks, other modules)."""
     hooked = _has_any_global_hook()  # type: ignore[no-untyped-call]
     if not layers or hooked or not all(map(_is_plain, layers)):
         return None
