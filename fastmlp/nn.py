@@ -131,29 +131,29 @@ class MLP(torch.nn.Sequential):
         activation = _common_activation(layers)
         if activation is None:
             return super().forward(input)  # type: ignore[no-any-return, no-untyped-call]
-        weights = [layer.weight for layer in layers]
-        biases = [layer.bias for layer in layers if layer.bias is not None]
+        # Past Module.__getattr__, which costs more than a small layer.
+        parameters = [layer._parameters for layer in layers]
+        weights = [p["weight"] for p in parameters]
+        biases = [] if parameters[0]["bias"] is None else [p["bias"] for p in parameters]
         return functional.mlp(input, weights, biases, activation)
 
 
 def _common_activation(layers: list[Any]) -> functional.Activation | None:
     """The activation between the layers; None where they cannot be one op (hooks, other modules)."""
-    hooked = _has_any_global_hook()  # type: ignore[no-untyped-call]
-    if not layers or hooked or not all(map(_is_plain, layers)):
+    if not layers or _has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
+    for layer in layers:
+        hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+        replaced = type(layer) not in _LAYERS or layer._backward_pre_hooks or "forward" in layer.__dict__
+        if hooked or replaced:
+            return None
     *hidden, last = layers
     activation: functional.Activation | None = hidden[0].activation if hidden else "relu"
-    same = all(
-        layer.activation == activation and (layer.bias is None) == (last.bias is None) for layer in hidden
-    )
-    return activation if same and last.activation is None else None
+    has_bias = last._parameters["bias"] is not None
+    for layer in hidden:
+        if layer.activation != activation or (layer._parameters["bias"] is not None) != has_bias:
+            return None
+    return activation if last.activation is None else None
 
 
-def _is_plain(layer: Any) -> bool:
-    return type(layer) in (Linear, LinearReLU) and not (
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or "forward" in layer.__dict__
-    )
+_LAYERS = (Linear, LinearReLU)

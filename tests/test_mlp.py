@@ -221,6 +221,17 @@ def test_an_mlp_is_one_op():
     assert is_one_op(fastmlp.MLP(7, 5, 4, 3, activation="tanh").train(), torch.randn(2, 7))
 
 
+def test_an_mlp_compiles_to_one_graph_and_trains_as_before():
+    model, x = fastmlp.MLP(7, 5, 3), torch.randn(6, 7)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for batch in (6, 4):
+        ours, theirs = (
+            torch.autograd.grad(m(x[:batch]).square().sum(), list(model.parameters()))
+            for m in (compiled, model)
+        )
+        torch.testing.assert_close(ours, theirs)
+
+
 CHANGES = {
     "another module": lambda model: model.__setitem__(1, torch.nn.Linear(5, 3)),
     "one more module": lambda model: model.append(torch.nn.Dropout(0.0)),
