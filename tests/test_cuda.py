@@ -132,3 +132,18 @@ def test_tensors_on_another_than_the_current_device_work():
     actual = results(parameters, grad_y, "relu")
     assert {tensor.device.index for tensor in actual} == {1}
     assert_right(actual, parameters, grad_y, "relu")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_whole_network_gives_what_its_layers_give_one_by_one(dtype):
+    model = fastmlp.MLP(784, 500, 300, 10, activation="tanh", device="cuda", dtype=dtype)
+    x = torch.randn(65, 784, device="cuda", dtype=dtype, requires_grad=True)
+    expected = x
+    for layer in model:
+        expected = layer(expected)
+    leaves = [x, *model.parameters()]
+    assert torch.equal(model(x), expected)
+    for ours, right in zip(
+        torch.autograd.grad(model(x).sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+    ):
+        assert torch.equal(ours, right)
