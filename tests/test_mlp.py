@@ -61,6 +61,16 @@ def test_a_network_large_enough_for_every_thread_is_right(instruction_set, batch
     assert_same(lambda f: gradients(f, *arguments), atol=1e-4)
 
 
+def test_the_network_gives_the_bits_of_its_layers_one_by_one(instruction_set):
+    model, x = fastmlp.MLP(100, 300, 200, 10, activation="tanh"), torch.randn(130, 100, requires_grad=True)
+    y, leaves = x, [x, *model.parameters()]
+    for layer in model:
+        y = layer(y)
+    assert torch.equal(model(x), y)
+    both = zip(*(torch.autograd.grad(out.sum(), leaves) for out in (model(x), y)), strict=True)
+    assert all(torch.equal(a, b) for a, b in both)
+
+
 def test_the_number_of_threads_changes_no_bit(instruction_set):
     arguments = [*network([130], [100, 300, 200, 10]), "relu"]
     before = torch.get_num_threads()
