@@ -44,11 +44,17 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+#ifdef __aarch64__  // where g++ has _Float16 in C++ from release 13 on only
+using Float16 = __fp16;
+#else
+using Float16 = _Float16;
+#endif
+
 struct __half {
-  _Float16 value;
+  Float16 value;
 };
 inline float __half2float(__half h) { return h.value; }
-inline __half __float2half_rn(float f) { return {static_cast<_Float16>(f)}; }
+inline __half __float2half_rn(float f) { return {static_cast<Float16>(f)}; }
 
 struct __nv_bfloat16 {
   uint16_t bits;
