@@ -4,6 +4,7 @@ On a shared machine an absolute time says little, so the sides of a comparison t
 every side, and the figure that counts is the ratio to the first side within one round. All are quantiles.
 """
 
+import csv
 import platform
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import torch
 import fastmlp
 
 WARM_UP = 20  # calls
+WARM_UP_SECONDS = 0.1  # enough for calls so long that 20 would take longer
 ROUNDS = 9
 ROUND_SECONDS = 0.02  # long against the resolution of the clock, short against the swings of a shared machine
 
@@ -39,6 +41,14 @@ class Quantiles(NamedTuple):
         values = torch.tensor(samples, dtype=torch.float64)
         return cls(*values.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist())
 
+    def times(self, factor: float) -> "Quantiles":
+        """The same in another unit."""
+        return Quantiles(*(factor * value for value in self))
+
+    def columns(self, name: str, decimals: int) -> dict[str, str]:
+        """Columns of a CSV file: NAME_p20, NAME_p50, NAME_p80."""
+        return {f"{name}_{key}": f"{value:.{decimals}f}" for key, value in self._asdict().items()}
+
 
 class Timing(NamedTuple):
     """How long one side takes, and how that compares."""
@@ -47,19 +57,27 @@ class Timing(NamedTuple):
     speedup: Quantiles  # the first side's median seconds over this side's, round by round: above 1 is faster
 
 
-def compare(
+def sample(
     sides: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS
-) -> dict[str, Timing]:
-    """Times the calls in turns; every round starts with another side."""
-    calls = {}
-    for name, call in sides.items():
-        seconds_of(call, device, WARM_UP)
-        calls[name] = max(1, round(ROUND_SECONDS / seconds_of(call, device, WARM_UP)))
+) -> dict[str, list[list[float]]]:
+    """Times the calls in turns: their seconds as samples[side][round][call], for `summarise`.
+
+    Every round starts with another side.
+    """
+    calls = {name: max(1, round(ROUND_SECONDS / warm_up(call, device))) for name, call in sides.items()}
     samples: dict[str, list[list[float]]] = {name: [] for name in sides}
     for index in range(rounds):
         for name in in_turn(list(sides), index):
             samples[name].append([seconds_of(sides[name], device, calls[name])])
-    return summarise(samples)
+    return samples
+
+
+def warm_up(call: Callable[[], object], device: torch.device) -> float:
+    """Calls until all that the first calls pay for is paid; the least seconds per call."""
+    start, seconds = perf_counter(), [seconds_of(call, device)]
+    while len(seconds) < 2 or (len(seconds) < WARM_UP and perf_counter() - start < WARM_UP_SECONDS):
+        seconds.append(seconds_of(call, device))
+    return min(seconds)
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
@@ -108,6 +126,22 @@ def machine(device: torch.device) -> dict[str, str | int]:
         "fastmlp": fastmlp.__version__,
         "commit": _commit(),
     }
+
+
+def in_words(machine: Mapping[str, str | int]) -> str:
+    """What `machine` tells, for people."""
+    return (
+        f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"fastmlp {machine['fastmlp']}, Python {machine['python']}"
+    )
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """A CSV file of one or more rows, which all have the columns of the first."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _cpu() -> str:

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 import data
 import fastmlp
 import timing
+from command import Output, Parser, execute, whole
 from plot import draw
 
 RESULTS = Path("demo")
@@ -210,47 +211,14 @@ def write_summary(path: Path, results: dict[str, Result], job: dict[str, object]
             "side": name,
             "final_loss": f"{result.final_loss:.9g}",
             "test_accuracy": f"{result.accuracy:.6f}",
-            **{f"ms_{key}": f"{1e3 * value:.6f}" for key, value in result.timing.seconds._asdict().items()},
-            **{f"speedup_{key}": f"{value:.4f}" for key, value in result.timing.speedup._asdict().items()},
+            **result.timing.seconds.times(1e3).columns("ms", 6),
+            **result.timing.speedup.columns("speedup", 4),
             "loss_difference": f"{result.difference:.3g}",
             **job,
         }
         for name, result in results.items()
     ]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-class Parser(argparse.ArgumentParser):
-    """One that is short in its complaints."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends with one sentence; argparse would put the usage before it."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-class Output(Console):
-    """Standard output, where a reader that has gone is an error like others."""
-
-    def on_broken_pipe(self) -> None:
-        """Rich would end without a word."""
-        with suppress(SystemExit):
-            super().on_broken_pipe()
-        raise BrokenPipeError("standard output was closed")
-
-
-def whole(least: int, most: int) -> Callable[[str], int]:
-    """A parser of whole numbers from `least` to `most`."""
-
-    def parse(text: str) -> int:
-        with suppress(ValueError):
-            if least <= (value := int(text)) <= most:
-                return value
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, not '{text}'")
-
-    return parse
+    timing.write_rows(path, rows)
 
 
 def parse_sizes(text: str) -> list[int]:
@@ -330,8 +298,7 @@ def run(parser: Parser, options: argparse.Namespace) -> None:
             f"{job['sizes']}, ReLU, cross-entropy, SGD(lr={options.lr:g}), batch {options.batch}, "
             f"epochs {options.epochs}\n"
             f"{images.name}: {len(images.train_x)} images to learn, {len(images.test_x)} to test\n"
-            f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
-            f"fastmlp {machine['fastmlp']}, Python {machine['python']}"
+            f"{timing.in_words(machine)}"
         )
         screen = Console(stderr=True)
         with Progress(console=screen, auto_refresh=False, disable=not screen.is_terminal) as progress:
@@ -346,19 +313,7 @@ def run(parser: Parser, options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The job, with every way to fail turned into one line and an exit status."""
-    arguments = parser()
-    options = arguments.parse_args(argv)
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        run(arguments, options)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a broken stdout still holds has nowhere to go
-        place = f"argument --output: cannot write to {options.output}" if error.filename else "cannot write"
-        arguments.error(f"{place} ({error.strerror or error})")
-    return 0
+    return execute(parser(), run, argv)
 
 
 if __name__ == "__main__":

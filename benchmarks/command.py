@@ -1,0 +1,103 @@
+"""What the benchmarks share as programs: their options, their output, and one line for every way to fail."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+import timing
+
+RESULTS = Path(__file__).parent / "results"
+PART = Path("demo")  # a part of the grid must not replace the results of the whole
+WIDTH = 100  # characters
+
+Cell = TypeVar("Cell")
+
+
+class Parser(argparse.ArgumentParser):
+    """One that is short in its complaints."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with one sentence; argparse would put the usage before it."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+class Output(Console):
+    """Standard output, where a reader that has gone is an error like others."""
+
+    def on_broken_pipe(self) -> None:
+        """Rich would end without a word."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+        raise BrokenPipeError("standard output was closed")
+
+
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """A parser of whole numbers from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        with suppress(ValueError):
+            if least <= (value := int(text)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, not '{text}'")
+
+    return parse
+
+
+def benchmark_parser(description: str) -> Parser:
+    """The options of a benchmark over the grid; it adds its own --only."""
+    parser = Parser(description=description, allow_abbrev=False)
+    add = parser.add_argument
+    add("--rounds", type=whole(1, 1000), default=timing.ROUNDS, help="turns of each side (%(default)s)")
+    add("--threads", type=whole(1, os.cpu_count() or 1), help="of the CPU (as many as torch takes)")
+    add("--output", type=Path, metavar="DIR", help=f"where results go (results/; with --only, {PART})")
+    return parser
+
+
+def start(options: argparse.Namespace) -> dict[str, str | int]:
+    """Puts the options of `benchmark_parser` into effect; returns what the figures will be measured on."""
+    options.output = options.output or (PART if options.only else RESULTS)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return timing.machine(torch.device("cpu"))
+
+
+def table_output() -> Output:
+    """Standard output, wide enough for the tables wherever it goes."""
+    return Output(width=WIDTH, markup=False, emoji=False, highlight=False)
+
+
+def measured(cells: Sequence[Cell], screen: Console) -> Iterable[Cell]:
+    """The cells one after the other, with a bar that tells how many are done."""
+    with Progress(console=screen, auto_refresh=False, disable=not screen.is_terminal) as progress:
+        task = progress.add_task("measuring", total=len(cells))
+        for cell in cells:
+            yield cell
+            # Drawn between the cells and not by a thread of its own, which would take time from them.
+            progress.update(task, advance=1, refresh=True)
+
+
+def execute(
+    parser: Parser, run: Callable[[Parser, argparse.Namespace], None], argv: Sequence[str] | None = None
+) -> int:
+    """Runs the job with the options, and turns an interruption or a failed write into an exit status."""
+    options = parser.parse_args(argv)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        run(parser, options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a broken stdout still holds has nowhere to go
+        place = f"argument --output: cannot write to {options.output}" if error.filename else "cannot write"
+        parser.error(f"{place} ({error.strerror or error})")
+    return 0
