@@ -1,0 +1,335 @@
+"""How much faster than stock a training step and an inference are, for every network and batch of the grid.
+
+Each column is a way to use fastmlp; stock is the best of its variants, cell by cell. All start from the same
+weights and see the same random batch, and take turns. A step is forward, loss, zero_grad, backward, update.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._inductor import config as inductor_config
+
+import fastmlp
+import timing
+from command import Parser, benchmark_parser, execute, measured, start, table_output
+from shapes import GRID, Network
+from train import stock_mlp
+
+NAME = "steps"
+CPU = torch.device("cpu")
+LEARNING_RATE = 0.01
+
+Call = Callable[[], object]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": nn.CrossEntropyLoss(),
+    "mse": nn.MSELoss(),
+    "bce": nn.BCEWithLogitsLoss(),
+}
+
+# Times faster than stock that each column is to reach on two AVX-512 cores: goals, not results.
+TARGETS = {
+    ("seed", 1): {"swap": 1.5, "all": 2.5, "step": 5.0, "infer": 2.0},
+    ("seed", 64): {"swap": 1.45, "all": 1.8, "step": 2.4, "infer": 1.6},
+    ("rl", 1): {"swap": 1.5, "all": 2.5, "step": 8.0, "infer": 3.0},
+    ("rl", 64): {"swap": 1.5, "all": 1.9, "step": 2.6, "infer": 2.0},
+    ("tabular", 128): {"swap": 1.5, "all": 1.9, "step": 2.5, "infer": 1.8},
+    ("wide", 256): {"swap": 1.22, "all": 1.25, "step": 1.4, "infer": 1.3},
+    ("wide", 2048): {"swap": 1.15, "all": 1.15, "step": 1.2, "infer": 1.15},
+}
+LEAST = {"swap": 1.0, "all": 1.05, "step": 1.12, "infer": 1.05}  # of every other cell
+MEAN = {"swap": 1.3, "all": 1.6, "step": 2.0, "infer": 1.5}  # geometric, of the grid
+
+
+class Cell(NamedTuple):
+    """A network at one of its batches."""
+
+    network: Network
+    batch: int
+
+    def __str__(self) -> str:
+        """As network @ batch."""
+        return f"{self.network.name} @ {self.batch}"
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Inputs [batch, in_features] and what the loss compares the outputs with."""
+        torch.manual_seed(0)
+        features, outputs = self.network.sizes[0], self.network.sizes[-1]
+        x = torch.randn(self.batch, features)
+        if self.network.loss == "cross_entropy":
+            return x, torch.randint(outputs, (self.batch,))
+        target = torch.randn(self.batch, outputs)
+        return x, (target > 0).float() if self.network.loss == "bce" else target
+
+    def weights(self) -> list[Tensor]:
+        """The parameters that every side starts from."""
+        torch.manual_seed(0)
+        return [parameter.detach() for parameter in stock_mlp(*self.network.sizes).parameters()]
+
+
+# ---- the sides: each makes, for a cell, the call that is timed
+
+
+def made(cell: Cell, make_model: Callable[..., nn.Module]) -> nn.Module:
+    """A model with the cell's sizes and weights."""
+    model = make_model(*cell.network.sizes)
+    with torch.no_grad():
+        for own, weights in zip(model.parameters(), cell.weights(), strict=True):
+            own.copy_(weights)
+    return model
+
+
+def standard_loop(
+    cell: Cell,
+    make_model: Callable[..., nn.Module] = stock_mlp,
+    make_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+    losses: Mapping[str, Loss] = LOSSES,
+    compiled: bool = False,
+    **optimizer_options: bool,
+) -> Call:
+    """The training step as every PyTorch tutorial writes it; `compiled`: forward and loss are."""
+    (x, target), model, loss = cell.data(), made(cell, make_model), losses[cell.network.loss]
+    optimizer = make_optimizer(model.parameters(), lr=LEARNING_RATE, **optimizer_options)
+
+    def forward(x: Tensor, target: Tensor) -> Tensor:
+        return loss(model(x), target)
+
+    if compiled:
+        forward = torch.compile(forward, dynamic=False)
+
+    def step() -> None:
+        value = forward(x, target)
+        optimizer.zero_grad()
+        value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def inference(cell: Cell, make_model: Callable[..., nn.Module] = stock_mlp) -> Call:
+    """The forward pass alone."""
+    (x, _), model = cell.data(), made(cell, make_model).eval()
+    return lambda: model(x)
+
+
+def compiled_inference(cell: Cell, **config: bool) -> Call:
+    """The same, compiled with this configuration of torch's compiler."""
+    (x, _), model = cell.data(), made(cell, stock_mlp).eval()
+    forward = torch.compile(model, dynamic=False)
+    # Not by torch.compile(options=): weights are frozen while the model is traced, before options count.
+    quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+    with torch.inference_mode(), inductor_config.patch({**quiet, **config}):
+        forward(x)
+    return lambda: forward(x)
+
+
+class Side(NamedTuple):
+    """One of the ways to do what a column times."""
+
+    make: Callable[[Cell], Call]
+    compiles: bool = False
+
+
+STOCK_STEPS = {
+    "eager": Side(standard_loop),
+    "fused_sgd": Side(lambda cell: standard_loop(cell, fused=True)),
+    "compile": Side(lambda cell: standard_loop(cell, compiled=True, fused=True), compiles=True),
+}
+STOCK_INFERENCES = {
+    "eager": Side(inference),
+    "compile": Side(compiled_inference, compiles=True),
+    "freezing": Side(lambda cell: compiled_inference(cell, freezing=True), compiles=True),
+    "max_autotune": Side(
+        lambda cell: compiled_inference(cell, freezing=True, max_autotune=True), compiles=True
+    ),
+}
+VARIANTS = list(dict.fromkeys([*STOCK_STEPS, *STOCK_INFERENCES]))
+
+
+class Group(NamedTuple):
+    """Columns that do the same work, and so have the same stock to be compared with."""
+
+    mode: Callable[[], AbstractContextManager[object]]
+    stock: Mapping[str, Side]
+    columns: Mapping[str, Side]
+
+
+GROUPS = (
+    Group(
+        torch.enable_grad,
+        STOCK_STEPS,
+        {
+            "swap": Side(lambda cell: standard_loop(cell, fastmlp.MLP)),
+        },
+    ),
+    Group(
+        torch.inference_mode,
+        STOCK_INFERENCES,
+        {
+            "infer": Side(lambda cell: inference(cell, fastmlp.MLP)),
+        },
+    ),
+)
+
+
+# ---- measuring
+
+
+class Result(NamedTuple):
+    """What was measured of one column in one cell."""
+
+    cell: Cell
+    column: str
+    seconds: timing.Quantiles
+    speedup: timing.Quantiles  # over the best variant of stock
+    stock: dict[str, timing.Quantiles]  # seconds of each variant
+    best: str  # of them
+    failed: dict[str, str]  # the variants that could not be measured, and why
+
+    @property
+    def target(self) -> float:
+        """What the speedup is to reach."""
+        key = (self.cell.network.name, self.cell.batch)
+        return TARGETS.get(key, LEAST)[self.column]
+
+
+def prepare(cell: Cell, group: Group, compiles: bool) -> tuple[dict[str, Call], dict[str, str]]:
+    """The calls of all sides, compiled; and, of those that cannot be, the kind of error."""
+    calls, failed = {}, {}
+    for name, side in (*group.stock.items(), *group.columns.items()):
+        if side.compiles and not compiles:
+            continue
+        try:
+            call = side.make(cell)
+            with group.mode():
+                call()
+        except Exception as error:
+            if not side.compiles:
+                raise
+            failed[name] = type(error).__name__
+        else:
+            calls[name] = call
+    return calls, failed
+
+
+def measure(cell: Cell, group: Group, compiles: bool, rounds: int) -> list[Result]:
+    """Times the columns of a group and the variants of stock in turns."""
+    torch.compiler.reset()  # or the shapes of the last cell would count as reasons to compile for any shape
+    calls, failed = prepare(cell, group, compiles)
+    with group.mode():
+        samples = timing.sample(calls, CPU, rounds)
+    seconds = {name: timed.seconds for name, timed in timing.summarise(samples).items()}
+    stock = {name: seconds[name] for name in group.stock if name in seconds}
+    best = min(stock, key=lambda name: stock[name].p50)
+    over_best = timing.summarise({name: samples[name] for name in (best, *group.columns)})
+    return [
+        Result(cell, column, seconds[column], over_best[column].speedup, stock, best, failed)
+        for column in group.columns
+    ]
+
+
+# ---- reporting
+
+
+def geometric_means(results: Sequence[Result]) -> dict[str, float]:
+    """Of each column's median speedups."""
+    logs: dict[str, list[float]] = {}
+    for result in results:
+        logs.setdefault(result.column, []).append(math.log(result.speedup.p50))
+    return {column: math.exp(math.fsum(own) / len(own)) for column, own in logs.items()}
+
+
+def table(results: Sequence[Result], whole_grid: bool) -> Table:
+    """A cell and column a row, then the geometric means, whose targets are those of the whole grid."""
+    titles = ("", "", "ms", "stock ms", "stock", "times as fast", "20 to 80 %", "target")
+    table = Table(*titles, box=box.SIMPLE_HEAD)
+    for title in table.columns:
+        title.justify = "left" if title.header in ("", "stock") else "right"
+    for result in results:
+        table.add_row(
+            str(result.cell),
+            result.column,
+            f"{1e3 * result.seconds.p50:.3f}",
+            f"{1e3 * result.stock[result.best].p50:.3f}",
+            result.best,
+            f"{result.speedup.p50:.2f}",
+            f"{result.speedup.p20:.2f} - {result.speedup.p80:.2f}",
+            f"{result.target:.2f}",
+        )
+    table.add_section()
+    for column, mean in geometric_means(results).items():
+        target = f"{MEAN[column]:.2f}" if whole_grid else ""
+        table.add_row("geometric mean", column, "", "", "", f"{mean:.2f}", "", target)
+    return table
+
+
+def row(result: Result, job: Mapping[str, str | int]) -> dict[str, object]:
+    """One line of the CSV file; the columns of variants that were not measured are empty."""
+    columns: dict[str, object] = {
+        "network": result.cell.network.name,
+        "sizes": "-".join(map(str, result.cell.network.sizes)),
+        "batch": result.cell.batch,
+        "loss": result.cell.network.loss,
+        "column": result.column,
+        **result.seconds.times(1e3).columns("ms", 6),
+        **result.speedup.columns("speedup", 4),
+        "target": result.target,
+        "best": result.best,
+        "variants": " ".join(result.stock),
+        "failed": " ".join(f"{name}:{error}" for name, error in result.failed.items()),
+    }
+    for name in VARIANTS:
+        seconds = result.stock.get(name)
+        own = (seconds or timing.Quantiles(0, 0, 0)).times(1e3).columns(f"{name}_ms", 6)
+        columns |= own if seconds else dict.fromkeys(own, "")
+    return columns | dict(job)
+
+
+def parser() -> Parser:
+    """The command line."""
+    parser = benchmark_parser((__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    names = [network.name for network in GRID]
+    add("--only", nargs="+", choices=names, metavar="NAME", help=f"networks: {', '.join(names)} (all)")
+    add("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
+    return parser
+
+
+def run(parser: Parser, options: argparse.Namespace) -> None:
+    """The whole grid, to table and file."""
+    job = start(options)
+    networks = [network for network in GRID if not options.only or network.name in options.only]
+    cells = [
+        (Cell(network, batch), group) for network in networks for batch in network.batches for group in GROUPS
+    ]
+    output = table_output()
+    results: list[Result] = []
+    with timing.all_or_none(options.output) as folder:
+        output.print(timing.in_words(job))
+        for cell, group in measured(cells, Console(stderr=True)):
+            results += measure(cell, group, not options.no_compile, options.rounds)
+        timing.write_rows(folder / f"{NAME}.csv", [row(result, job) for result in results])
+    output.print(table(results, whole_grid=not options.only))
+    for result in results:
+        for name, error in result.failed.items():
+            output.print(f"{result.cell}, {result.column}: {name} failed ({error})")
+    output.print(f"{options.output / NAME}.csv is written")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The measurement, with every way to fail turned into one line and an exit status."""
+    return execute(parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
