@@ -48,6 +48,8 @@ format: $(environment)
 
 bench: extension
 	$(python) benchmarks/train.py --output benchmarks/results
+	$(python) benchmarks/kernels.py
+	$(python) benchmarks/steps.py
 	$(python) benchmarks/readme.py
 
 extension: $(environment)

@@ -1,4 +1,9 @@
-"""What the tests of the package share: every instruction set that the machine has, one after the other."""
+"""What the tests share: every instruction set that the machine has, and the benchmarks as modules."""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -14,3 +19,10 @@ def instruction_set(request):
     _C.use_instruction_set(request.param)
     yield request.param
     _C.use_instruction_set(before)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a benchmark script, for what needs no process of its own: starting one takes seconds."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return import_module

@@ -8,9 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -49,13 +47,6 @@ def losses(folder: Path, side: str) -> list[str]:
 
 def idx_bytes(magic: int, shape: tuple[int, ...], content: bytes) -> bytes:
     return b"".join(number.to_bytes(4, "big") for number in (magic, *shape)) + content
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports a benchmark script, for what needs no process of its own: starting one takes seconds."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return import_module
 
 
 @pytest.fixture

@@ -1,0 +1,123 @@
+"""The benchmarks over the grid, on a tiny one: what they print and write, whatever the times are."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+
+QUANTILES = ("p20", "p50", "p80")
+MACHINE = {"cpu", "threads", "torch", "python", "fastmlp", "commit"}
+
+
+@pytest.fixture
+def tiny_grid(script, monkeypatch):
+    network = script("shapes").Network
+    grid = (
+        network("classes", (5, 7, 3), (1, 4)),
+        network("numbers", (5, 3), (4,), "mse"),
+        network("yes or no", (5, 1), (4,), "bce"),
+    )
+    for name in ("kernels", "steps"):
+        monkeypatch.setattr(script(name), "GRID", grid)
+    monkeypatch.setattr(script("timing"), "ROUND_SECONDS", 1e-3)
+    monkeypatch.setattr(script("kernels"), "PEAK_STEPS", 1000)
+
+
+@pytest.fixture
+def measured(script, tiny_grid, tmp_path, capfd):
+    """Runs a benchmark for three rounds; the rows of its CSV file, and what it prints."""
+
+    def run(name: str, *arguments: str) -> tuple[list[dict[str, str]], str]:
+        assert script(name).main(["--rounds", "3", "--output", str(tmp_path), *arguments]) == 0
+        assert [path.name for path in tmp_path.iterdir()] == [f"{name}.csv"]
+        return rows(tmp_path / f"{name}.csv"), capfd.readouterr().out
+
+    return run
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def quantiles(row: dict[str, str], name: str) -> list[float]:
+    return [float(row[f"{name}_{key}"]) for key in QUANTILES]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+class TestKernels:
+    def test_every_product_is_measured_at_every_distinct_layer(self, measured):
+        table, printed = measured("kernels")
+        shapes = ["1x5x7", "1x7x3", "4x5x7", "4x7x3", "4x5x3", "4x5x1"]
+        assert [(row["product"], f"{row['M']}x{row['K']}x{row['N']}") for row in table] == [
+            (product, shape) for shape in shapes for product in ("forward", "dW", "dx")
+        ]
+        for row in table:
+            for figure in ("gflops", "peak_gflops", "peak_share", "over_library", "over_stock"):
+                assert quantiles(row, figure) == sorted(quantiles(row, figure))
+            assert all(row[key] for key in MACHINE | {"instruction_set"})
+            assert f"{float(row['over_stock_p50']):.2f}" in printed
+
+    def test_only_those_asked_for_are_measured(self, measured):
+        table, _ = measured("kernels", "--only", "d. 4x5x[13]")
+        assert [(row["product"], row["N"]) for row in table] == [
+            ("dW", "3"), ("dx", "3"), ("dW", "1"), ("dx", "1")
+        ]  # fmt: skip
+
+
+class TestSteps:
+    def test_every_column_is_measured_in_every_cell(self, measured):
+        table, printed = measured("steps", "--no-compile")
+        cells = [("classes", "1"), ("classes", "4"), ("numbers", "4"), ("yes or no", "4")]
+        assert [(row["network"], row["batch"], row["column"]) for row in table] == [
+            (*cell, column) for cell in cells for column in ("swap", "infer")
+        ]
+        for row in table:
+            for figure in ("ms", "speedup", *(f"{variant}_ms" for variant in row["variants"].split())):
+                assert quantiles(row, figure) == sorted(quantiles(row, figure))
+            assert all(row[key] for key in MACHINE | {"target"})
+            assert f"{float(row['ms_p50']):.3f}" in printed
+        assert printed.count("geometric mean") == 2
+
+    def test_the_best_of_the_variants_measured_is_stock(self, measured):
+        table, _ = measured("steps", "--no-compile", "--only", "classes")
+        for row in table:
+            variants = row["variants"].split()
+            assert variants == (["eager", "fused_sgd"] if row["column"] == "swap" else ["eager"])
+            assert row["best"] == min(variants, key=lambda name: quantiles(row, f"{name}_ms")[1])
+            assert row["compile_ms_p50"] == ""
+
+    def test_a_variant_that_does_not_compile_is_reported_and_the_others_are_measured(
+        self, script, measured, monkeypatch
+    ):
+        def fail(cell):
+            raise NotImplementedError
+
+        steps = script("steps")
+        for group in steps.GROUPS:
+            for name, side in group.stock.items():
+                if side.compiles:
+                    monkeypatch.setitem(group.stock, name, steps.Side(fail, compiles=True))
+        (swap, infer), printed = measured("steps", "--only", "numbers")
+        assert (swap["variants"], swap["failed"]) == ("eager fused_sgd", "compile:NotImplementedError")
+        assert "numbers @ 4, swap: compile failed (NotImplementedError)" in printed
+        assert [part.split(":")[0] for part in infer["failed"].split()] == [
+            "compile",
+            "freezing",
+            "max_autotune",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("kernels", ["--only", "("]), ("kernels", ["--only", "dy"]), ("steps", ["--only", "none"])],
+)
+def test_a_bad_option_is_named_in_one_sentence(script, tiny_grid, capfd, tmp_path, name, arguments):
+    with pytest.raises(SystemExit) as caught:
+        script(name).main([*arguments, "--output", str(tmp_path / "results")])
+    output, errors = capfd.readouterr()
+    assert (caught.value.code, output) == (2, "")
+    assert errors.count("\n") == 1
+    assert "argument --only: " in errors
+    assert not (tmp_path / "results").exists()
