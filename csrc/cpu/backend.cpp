@@ -92,8 +92,8 @@ Block block(int64_t rows, int row_tile, int64_t columns, int column_tile, int ra
   return {part(rows, row_tile, rank / across, best), part(columns, column_tile, rank % across, across)};
 }
 
-// Whether the backward's products take bfloat16 in pairs. Their right operands are then copied, which fewer rows
-// than these do not pay for.
+// Whether the backward's products take bfloat16 in pairs. Their right operands are then copied, which fewer
+// rows than these do not pay for.
 bool in_pairs(const Kernels& k, const Backward& p) {
   constexpr int64_t least_rows = 16;
   return k.pair_lanes && p.dtype == Dtype::bfloat16 && p.M >= least_rows;

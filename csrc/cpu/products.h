@@ -426,22 +426,24 @@ void differentiate(const Backward& p, const Derivative& dz, Range columns) {
   const T* grad_y = static_cast<const T*>(p.grad_y);
   const T* y = static_cast<const T*>(p.y);
   T* grad_bias = static_cast<T*>(p.grad_bias);
+  float* const full = dz.full;
+  T* const rows = static_cast<T*>(dz.rows);
   for (int64_t n = columns.begin; n < columns.end; n += width) {
     const int64_t count = columns.end - n;
+    float* pair = dz.pairs ? static_cast<float*>(dz.pairs) + n * ((p.M + 1) / 2) : nullptr;
     Halves even{};
     BlockedSum sum;
-    for (int64_t m = 0; m < p.M; ++m) {
-      const int64_t at = m * p.N + n;
+    for (int64_t m = 0, at = n; m < p.M; ++m, at += p.N) {
       V v = load(grad_y + at, count);
       if constexpr (g != Activation::identity) v = activate_backward<g>(v, load(y + at, count));
       sum.add(v);
-      if (dz.full) store(dz.full + at, v, count);
+      if (full) store(full + at, v, count);
       if constexpr (terms<T> == 2) {
-        if (dz.rows) store(static_cast<T*>(dz.rows) + at, v, count);
-        if (!dz.pairs) continue;
-        float* pair = static_cast<float*>(dz.pairs) + n * ((p.M + 1) / 2) + m / 2 * width;
-        if (m % 2) store(pair, paired(even, narrow(v)));
-        else if (even = narrow(v); m + 1 == p.M) store(pair, paired(even, Halves{}));
+        if (rows) store(rows + at, v, count);
+        if (m % 2 == 0) even = narrow(v);
+        if (!pair || (m % 2 == 0 && m + 1 < p.M)) continue;
+        store(pair, paired(even, m % 2 ? narrow(v) : Halves{}));
+        pair += width;
       }
     }
     if (grad_bias) store(grad_bias + n, sum.sum(), count);
