@@ -47,13 +47,13 @@ struct Backward {
 namespace cpu {
 
 // The instruction sets, best first, and the one in use: the processor's best until use() chooses another.
-inline constexpr const char* instruction_sets[] = {"avx512", "avx2", "portable"};
+inline constexpr const char* instruction_sets[] = {"avx512bf16", "avx512", "avx2", "portable"};
 const char* instruction_set();
 bool supports(const char* instruction_set);  // by this build and this processor
 bool use(const char* instruction_set);       // false, and nothing changed, where it is not supported
 
 // False where the processor multiplies this dtype by instructions of its own, which torch's library uses and
-// the kernels do not: bfloat16 with AVX512-BF16. Always true after use(), which asks for the kernels.
+// the kernels do not: bfloat16 with AMX. float32 and bfloat16 are covered after use(), which asks for the kernels.
 bool covers(Dtype);
 
 // float32 and bfloat16. The layers of a network run one after the other, each reading what the one before has

@@ -10,7 +10,7 @@ import pytest
 from fastmlp import _C
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "portable"])
 def instruction_set(request):
     """Runs the test once with each instruction set; bfloat16 is then computed by the kernels everywhere."""
     if request.param not in _C.instruction_sets():

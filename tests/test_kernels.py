@@ -19,13 +19,14 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ["float32", "bfloat16", "float16"]
-BACKENDS = ["avx512", "avx2", "portable", "cuda"]
+BACKENDS = ["avx512bf16", "avx512", "avx2", "portable", "cuda"]
 KERNELS = [
     (backend, dtype) for backend in BACKENDS for dtype in DTYPES if backend == "cuda" or dtype != "float16"
 ]
 every_kernel = pytest.mark.parametrize(("backend", "dtype"), KERNELS, indirect=["backend"])
 ACTIVATIONS = ["identity", "relu", "sigmoid", "tanh"]
 SHAPES = [(1, 1, 1), (3, 5, 7), (64, 10, 500), (65, 67, 33), (0, 4, 3), (4, 0, 3), (4, 3, 0), (300, 3, 2)]
+SHAPES += [(300, 40, 600), (530, 550, 20)]  # sums deeper than a panel, more rows than a block
 LAUNCH_FAILURE = 719
 
 STORAGE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
@@ -49,7 +50,7 @@ BROKEN = {
 
 SOURCES = {
     "cuda": ["csrc/cuda/backend.cu", "tests/kernels_driver.cpp"],
-    "cpu": [*(f"csrc/cpu/{name}.cpp" for name in ("backend", "avx512", "avx2", "portable")),
+    "cpu": [*(f"csrc/cpu/{name}.cpp" for name in ("backend", "avx512bf16", "avx512", "avx2", "portable")),
             "tests/kernels_driver.cpp"],
 }  # fmt: skip
 FLAGS = {"cuda": ["-DFASTMLP_EMULATE"], "cpu": ["-DFASTMLP_LEAST_PARALLEL_WORK=0"]}

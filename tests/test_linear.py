@@ -105,6 +105,12 @@ def test_nan_infinity_and_signed_zero_come_out_as_stocks(instruction_set, activa
     assert_as_stock(x, weight, None, activation)
 
 
+def test_nan_and_infinity_of_bfloat16_come_out_as_stocks(instruction_set):
+    x, weight, bias = (t.detach() for t in layer(33, 7, out_features=40, dtype=torch.bfloat16))
+    x[3, 2], x[5, 6], x[32, 6] = torch.nan, torch.inf, -torch.inf
+    assert_as_stock(x.requires_grad_(), weight.requires_grad_(), bias, "relu", rtol=2e-2, atol=2e-2)
+
+
 def test_relus_gradient_is_0_at_0_and_passes_at_nan(instruction_set):
     x = torch.tensor([[0.0], [-0.0], [torch.nan], [1.0], [-1.0]], requires_grad=True)
     linear(x, torch.ones(1, 1), None, "relu").sum().backward()
@@ -229,7 +235,7 @@ def test_autocast_casts_as_for_stock(instruction_set, dtype, cast):
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
-def test_bfloat16_takes_the_librarys_path_where_the_processor_multiplies_it_natively():
+def test_bfloat16_takes_the_librarys_path_where_the_processor_has_tiles_for_it():
     # A process of its own: choosing an instruction set asks for the kernels, and other tests have.
     import subprocess
     import sys
@@ -242,8 +248,8 @@ def test_bfloat16_takes_the_librarys_path_where_the_processor_multiplies_it_nati
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.strip()
     with open("/proc/cpuinfo") as file:
-        native = "avx512_bf16" in file.read()
-    assert reason.startswith("this processor multiplies bfloat16 natively" if native else "None")
+        has_tiles = "amx_bf16" in file.read()
+    assert reason.startswith("this processor multiplies tiles of bfloat16" if has_tiles else "None")
 
 
 # ---- errors

@@ -69,20 +69,24 @@ def test_data_loader_workers_may_compute():
     assert torch.equal(next(iter(loader)), expected)
 
 
-@pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("name", ["avx512bf16", "avx512", "avx2", "portable"])
 def test_the_environment_variable_chooses_the_instruction_set(name):
     result = python("-c", "import fastmlp; print(fastmlp.build_info()['cpu'])", FASTMLP_CPU=name)
     if name in _C.instruction_sets():
         assert result.stdout.strip() == name
     else:
-        assert "FASTMLP_CPU: instruction set: expected one of avx512, avx2, portable" in result.stderr
+        assert (
+            "FASTMLP_CPU: instruction set: expected one of avx512bf16, avx512, avx2, portable"
+            in result.stderr
+        )
 
 
 def test_an_unknown_instruction_set_is_a_clear_error():
     result = python("-c", "import fastmlp", FASTMLP_CPU="sse9")
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: FASTMLP_CPU: instruction set: expected one of avx512, avx2, portable")
+    expected = "instruction set: expected one of avx512bf16, avx512, avx2, portable"
+    assert last.startswith(f"ValueError: FASTMLP_CPU: {expected}")
     assert last.endswith("got 'sse9'")
 
 

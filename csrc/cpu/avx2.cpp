@@ -17,6 +17,7 @@ typedef float V __attribute__((vector_size(32)));
 typedef uint16_t Halves __attribute__((vector_size(16)));
 constexpr int inner_rows = 3, inner_columns = 3;  // 9 sums + 3 of W + 1 of x
 constexpr int outer_rows = 6, outer_vectors = 2;  // 12 sums + 2 of B + 1 of A
+constexpr bool multiplies_pairs = false;
 
 FASTMLP_INLINE __m256i first(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

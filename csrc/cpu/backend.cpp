@@ -24,11 +24,13 @@ const InstructionSet* find(const char* name) {
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const InstructionSet sets[] = {{instruction_sets[0], has_avx512 ? &avx512_kernels : nullptr},
-                                        {instruction_sets[1], has_avx2 ? &avx2_kernels : nullptr},
-                                        {instruction_sets[2], &portable_kernels}};
+  static const bool has_pairs = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  static const InstructionSet sets[] = {{instruction_sets[0], has_pairs ? &avx512bf16_kernels : nullptr},
+                                        {instruction_sets[1], has_avx512 ? &avx512_kernels : nullptr},
+                                        {instruction_sets[2], has_avx2 ? &avx2_kernels : nullptr},
+                                        {instruction_sets[3], &portable_kernels}};
 #else
-  static const InstructionSet sets[] = {{instruction_sets[2], &portable_kernels}};
+  static const InstructionSet sets[] = {{instruction_sets[3], &portable_kernels}};
 #endif
   for (const InstructionSet& set : sets)
     if (set.kernels && (!name || !std::strcmp(name, set.name))) return &set;
@@ -90,7 +92,17 @@ Block block(int64_t rows, int row_tile, int64_t columns, int column_tile, int ra
   return {part(rows, row_tile, rank / across, best), part(columns, column_tile, rank % across, across)};
 }
 
-// dz needs memory of its own unless it is grad_y itself.
+// Whether the backward's products take bfloat16 in pairs. Their right operands are then copied, which fewer
+// rows than these do not pay for.
+bool in_pairs(const Kernels& k, const Backward& p) {
+  constexpr int64_t least_rows = 16;
+  return k.pair_lanes && p.dtype == Dtype::bfloat16 && p.M >= least_rows;
+}
+
+// Bytes of dz in rows of pairs, up to a multiple of a cache line. Its pairs of rows follow.
+int64_t rows_size(const Backward& p) { return ceil_div(p.M * p.N * 2, 64) * 64; }
+
+// float32's dz needs memory of its own unless it is grad_y itself.
 bool dz_is_grad_y(const Backward& p) {
   return p.activation == Activation::identity && p.dtype == Dtype::float32;
 }
@@ -109,8 +121,8 @@ bool use(const char* instruction_set) {
 
 bool covers(Dtype dtype) {
 #ifdef __x86_64__
-  static const bool native_bfloat16 = __builtin_cpu_supports("avx512bf16");
-  if (dtype == Dtype::bfloat16) return !native_bfloat16 || asked_for;
+  static const bool has_tiles = __builtin_cpu_supports("amx-bf16");
+  if (dtype == Dtype::bfloat16) return !has_tiles || asked_for;
 #endif
   return dtype != Dtype::float16;
 }
@@ -132,6 +144,8 @@ void forward(const Forward* layers, int64_t count, int threads) {
 }
 
 int64_t backward_workspace(const Backward& p) {
+  const Kernels& k = *chosen().load()->kernels;
+  if (in_pairs(k, p)) return rows_size(p) + ceil_div(p.N, k.pair_lanes) * k.pair_lanes * ceil_div(p.M, 2) * 4;
   return dz_is_grad_y(p) ? 0 : p.M * p.N * int64_t(sizeof(float));
 }
 
@@ -139,21 +153,28 @@ namespace {
 
 // One layer's backward pass on one of `size` threads.
 void backward_layer(const Kernels& k, const Backward& p, int rank, int size) {
-  const bool products = p.grad_x || p.grad_weight;
-  float* const written = products && !dz_is_grad_y(p) ? static_cast<float*>(p.workspace) : nullptr;
-  const float* const dz = written ? written : static_cast<const float*>(p.grad_y);
+  const bool pairs = in_pairs(k, p), writes = (p.grad_x || p.grad_weight) && !dz_is_grad_y(p);
+  Derivative written = {};
+  if (writes && !pairs) written.full = static_cast<float*>(p.workspace);
+  if (pairs && p.grad_x) written.rows = p.workspace;
+  if (pairs && p.grad_weight) written.pairs = static_cast<char*>(p.workspace) + rows_size(p);
+  const void* const dz = writes ? p.workspace : p.grad_y;
   constexpr int cache_line = 16;  // floats
-  if (written || p.grad_bias) k.differentiate(p, written, part(p.N, cache_line, rank, size));
-  if (written) {
+  if (writes || p.grad_bias) k.differentiate(p, written, part(p.N, cache_line, rank, size));
+  if (writes) {
 #pragma omp barrier
   }
   if (p.grad_weight) {
-    const Product dw = {p.dtype, p.M, dz, 1, p.N, p.x, p.ldx, p.grad_weight, p.K};
+    Product dw = {p.dtype, pairs, p.M, dz, 1, p.N, 0, p.x, p.ldx, p.grad_weight, p.K};
+    if (pairs) {
+      dw.a = written.pairs, dw.a_row = 2, dw.a_column = k.pair_lanes;
+      dw.a_group = ceil_div(p.M, 2) * 2 * k.pair_lanes;
+    }
     const Block b = block(p.N, k.product_rows, p.K, k.product_columns, rank, size);
     k.product(dw, b.rows, b.columns);
   }
   if (p.grad_x) {
-    const Product dx = {p.dtype, p.N, dz, p.N, 1, p.weight, p.ldw, p.grad_x, p.K};
+    const Product dx = {p.dtype, pairs, p.N, dz, p.N, 1, p.N * k.pair_lanes, p.weight, p.ldw, p.grad_x, p.K};
     const Block b = block(p.M, k.product_rows, p.K, k.product_columns, rank, size);
     k.product(dx, b.rows, b.columns);
   }

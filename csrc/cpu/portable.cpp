@@ -9,6 +9,7 @@ typedef float V __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(8)));
 constexpr int inner_rows = 3, inner_columns = 3;  // 9 sums + 3 of W + 1 of x + 1 product, without FMA
 constexpr int outer_rows = 4, outer_vectors = 2;  // 8 sums + 2 of B + 1 of A + 1 product
+constexpr bool multiplies_pairs = false;
 
 template <class R, class T>
 FASTMLP_INLINE R load_some(const T* p, int n) {
