@@ -2,8 +2,9 @@
 //
 //   h_0 = x     h_i = g(h_{i-1} W_iᵀ + b_i)     y = h_{L-1} W_Lᵀ + b_L
 //
-// The hidden h_1 ... h_{L-1} lie one after the other in one tensor, which mlp_forward returns beside y and
-// mlp_backward reads. Layers that the kernels do not cover make it a chain of linear ops.
+// mlp_forward returns y and then the hidden h_1 ... h_{L-1}, which mlp_backward reads. They are tensors of their
+// own: the allocator gives very large blocks back to the system, and their pages would be new in every step.
+// Layers that the kernels do not cover make the network a chain of linear ops.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -62,8 +63,8 @@ Tensor call_mlp(const Tensor& input, TensorList weights, TensorList biases, std:
   return op.call(input, weights, biases, activation);
 }
 
-std::tuple<Tensor, Tensor> call_mlp_forward(const Tensor& input, TensorList weights, TensorList biases,
-                                            std::string_view activation) {
+std::vector<Tensor> call_mlp_forward(const Tensor& input, TensorList weights, TensorList biases,
+                                     std::string_view activation) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastmlp::mlp_forward", "")
                              .typed<decltype(call_mlp_forward)>();
@@ -71,7 +72,7 @@ std::tuple<Tensor, Tensor> call_mlp_forward(const Tensor& input, TensorList weig
 }
 
 std::vector<Tensor> call_mlp_backward(const Tensor& grad_y, const Tensor& input, TensorList weights,
-                                      TensorList biases, const Tensor& hidden, std::string_view activation,
+                                      TensorList biases, TensorList hidden, std::string_view activation,
                                       at::IntArrayRef wanted) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastmlp::mlp_backward", "")
@@ -92,7 +93,7 @@ Tensor mlp_by_layers(const Tensor& input, TensorList weights, TensorList biases,
 
 // The gradients are numbered as the arguments are: input, the weights, the biases.
 std::vector<Tensor> mlp_backward_composite(const Tensor& grad_y, const Tensor& input, TensorList weights,
-                                           TensorList biases, const Tensor&, std::string_view activation,
+                                           TensorList biases, TensorList, std::string_view activation,
                                            at::IntArrayRef wanted) {
   const size_t L = weights.size();
   std::vector<Tensor> h = {input}, grads(1 + 2 * L), result;
@@ -112,57 +113,30 @@ std::vector<Tensor> mlp_backward_composite(const Tensor& grad_y, const Tensor& i
 
 // ---- the fused path
 
-// Where the hidden layers lie in their tensor, in elements, each at a cache line. With two of them in turn where
-// only forward needs them.
-template <class Int>
-struct Hidden {
-  std::vector<Int> offset;
-  Int size = 0;
-  Hidden(const Int& M, const std::vector<Int>& widths, bool keep) {
-    const auto lines = [&](const Int& N) { return (M * N + 15) / 16 * 16; };
-    for (const Int& N : widths) {
-      offset.push_back(size);
-      size = size + lines(N);
-    }
-    if (keep || widths.size() < 3) return;
-    Int widest = 0;
-    for (const Int& N : widths)
-      if (lines(N) > widest) widest = lines(N);
-    for (size_t i = 0; i < widths.size(); ++i) offset[i] = widest * Int(int64_t(i % 2));
-    size = widest * Int(2);
-  }
-};
-
-template <class Int, class SizeOf>
-std::vector<Int> hidden_widths(TensorList weights, SizeOf size_of) {
-  std::vector<Int> widths;
-  for (size_t i = 0; i + 1 < weights.size(); ++i) widths.push_back(size_of(weights[i]));
-  return widths;
+at::DimVector result_sizes(const Tensor& input, const Tensor& weight) {
+  at::DimVector sizes(input.sizes());
+  sizes.back() = weight.size(0);
+  return sizes;
 }
 
-Hidden<int64_t> hidden_layout(int64_t M, TensorList weights, bool keep) {
-  return {M, hidden_widths<int64_t>(weights, [](const Tensor& w) { return w.size(0); }), keep};
-}
-
-char* at_element(const Tensor& t, int64_t index) {
-  return static_cast<char*>(t.mutable_data_ptr()) + index * int64_t(t.element_size());
-}
-
+// y and the hidden layers; where backward will not come, two buffers serve all of these in turn.
 template <class Device>
-std::tuple<Tensor, Tensor> run_forward(const Tensor& input, TensorList weights, TensorList biases,
-                                       std::string_view activation, bool keep) {
+std::vector<Tensor> run_forward(const Tensor& input, TensorList weights, TensorList biases,
+                                std::string_view activation, bool keep) {
   const Activation g = parse_activation(activation);
   const c10::DeviceGuard guard(input.device());
-  const int64_t M = rows_of(input);
-  const Hidden<int64_t> layout = hidden_layout(M, weights, keep);
-  at::DimVector sizes(input.sizes());
-  sizes.back() = weights.back().size(0);
-  Tensor y = at::empty(sizes, input.options()), hidden = at::empty({layout.size}, input.options());
+  const int64_t M = rows_of(input), L = int64_t(weights.size());
+  std::vector<Tensor> outputs = {at::empty(result_sizes(input, weights.back()), input.options())};
+  int64_t widest = 0;
+  for (int64_t i = 0; i + 1 < L; ++i) widest = std::max(widest, weights[i].size(0));
+  for (int64_t i = 0; i + 1 < (keep ? L : std::min<int64_t>(L, 3)); ++i)
+    outputs.push_back(at::empty({M, keep ? weights[i].size(0) : widest}, input.options()));
   const Tensor x = as_matrix(input, M, input.size(-1));
   std::vector<Tensor> contiguous;  // biases, alive until the kernels have run
   std::vector<Forward> layers;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const bool last = i + 1 == weights.size();
+  for (int64_t i = 0; i < L; ++i) {
+    const bool last = i + 1 == L;
+    const Tensor& output = outputs[last ? 0 : keep ? i + 1 : i % 2 + 1];
     if (!biases.empty()) contiguous.push_back(biases[i].contiguous());
     layers.push_back({.dtype = dtype_of(input),
                       .activation = last ? Activation::identity : g,
@@ -174,22 +148,22 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& input, TensorList weights, 
                       .weight = weights[i].const_data_ptr(),
                       .ldw = weights[i].stride(0),
                       .bias = biases.empty() ? nullptr : contiguous.back().const_data_ptr(),
-                      .y = last ? y.mutable_data_ptr() : at_element(hidden, layout.offset[i])});
+                      .y = output.mutable_data_ptr()});
   }
-  Device::run(layers.data(), int64_t(layers.size()));
-  return {y, hidden};
+  Device::run(layers.data(), L);
+  return outputs;
 }
 
 template <class Device>
 Tensor mlp(const Tensor& input, TensorList weights, TensorList biases, std::string_view activation) {
   check_network(input, weights, biases);
   if (!is_fused(input, weights, biases)) return mlp_by_layers(input, weights, biases, activation);
-  return std::get<0>(run_forward<Device>(input, weights, biases, activation, false));
+  return run_forward<Device>(input, weights, biases, activation, false)[0];
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> mlp_forward(const Tensor& input, TensorList weights, TensorList biases,
-                                       std::string_view activation) {
+std::vector<Tensor> mlp_forward(const Tensor& input, TensorList weights, TensorList biases,
+                                std::string_view activation) {
   check_network(input, weights, biases);
   TORCH_CHECK(is_fused(input, weights, biases), "mlp_forward: the kernels do not cover these arguments");
   return run_forward<Device>(input, weights, biases, activation, true);
@@ -197,18 +171,20 @@ std::tuple<Tensor, Tensor> mlp_forward(const Tensor& input, TensorList weights, 
 
 template <class Device>
 std::vector<Tensor> mlp_backward(const Tensor& grad_y, const Tensor& input, TensorList weights,
-                                 TensorList biases, const Tensor& hidden, std::string_view activation,
+                                 TensorList biases, TensorList hidden, std::string_view activation,
                                  at::IntArrayRef wanted) {
   const Activation g = parse_activation(activation);
   check_network(input, weights, biases);
   TORCH_CHECK(is_fused(input, weights, biases), "mlp_backward: the kernels do not cover these arguments");
   const c10::DeviceGuard guard(input.device());
   const int64_t M = rows_of(input), L = int64_t(weights.size());
-  const Hidden<int64_t> layout = hidden_layout(M, weights, true);
-  check_same("hidden", hidden, input);
+  TORCH_CHECK(int64_t(hidden.size()) == L - 1, "hidden: expected ", L - 1, " tensors, got ", hidden.size());
+  for (int64_t i = 0; i + 1 < L; ++i) {
+    check_same("hidden", hidden[i], input);
+    TORCH_CHECK(hidden[i].is_contiguous() && hidden[i].numel() == M * weights[i].size(0),
+                "hidden: expected what mlp_forward gave");
+  }
   check_same("grad_y", grad_y, input);
-  TORCH_CHECK(hidden.is_contiguous() && hidden.numel() == layout.size,
-              "hidden: expected what mlp_forward gave");
   TORCH_CHECK(grad_y.numel() == M * weights.back().size(0), "grad_y: expected the shape of the result, got ",
               grad_y.sizes());
 
@@ -224,14 +200,15 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_y, const Tensor& input, Tens
   int64_t widest = 0;
   for (int64_t i = lowest; i + 1 < L; ++i) widest = std::max(widest, weights[i].size(0));
   // The gradients of the hidden layers, two in turn: one is read while the next is written.
-  const Tensor grad_hidden = at::empty({2, M * widest}, input.options());
+  const Tensor grad_hidden[] = {at::empty({M, widest}, input.options()),
+                                at::empty({M, widest}, input.options())};
   const Tensor dy = grad_y.contiguous(), x = as_matrix(input, M, input.size(-1));
   const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
   std::vector<Backward> layers;
   int64_t bytes = 0;
   for (int64_t i = L - 1; i >= lowest; --i) {
     const bool last = i + 1 == L;
-    void* const grad_x = i > lowest ? at_element(grad_hidden, i % 2 * M * widest)
+    void* const grad_x = i > lowest ? grad_hidden[i % 2].mutable_data_ptr()
                          : i == 0   ? data(grads[0])
                                     : nullptr;
     layers.push_back({.dtype = dtype_of(input),
@@ -240,8 +217,8 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_y, const Tensor& input, Tens
                       .N = weights[i].size(0),
                       .K = weights[i].size(1),
                       .grad_y = last ? dy.const_data_ptr() : layers.back().grad_x,
-                      .y = last ? nullptr : at_element(hidden, layout.offset[i]),
-                      .x = i ? at_element(hidden, layout.offset[i - 1]) : x.const_data_ptr(),
+                      .y = last ? nullptr : hidden[i].const_data_ptr(),
+                      .x = i ? hidden[i - 1].const_data_ptr() : x.const_data_ptr(),
                       .ldx = i ? weights[i].size(1) : x.stride(0),
                       .weight = weights[i].const_data_ptr(),
                       .ldw = weights[i].stride(0),
@@ -268,17 +245,18 @@ Tensor mlp_meta(const Tensor& input, TensorList weights, TensorList biases, std:
   return at::empty_symint(sizes, input.options());
 }
 
-std::tuple<Tensor, Tensor> mlp_forward_meta(const Tensor& input, TensorList weights, TensorList biases,
-                                            std::string_view activation) {
-  Tensor y = mlp_meta(input, weights, biases, activation);
+std::vector<Tensor> mlp_forward_meta(const Tensor& input, TensorList weights, TensorList biases,
+                                     std::string_view activation) {
+  std::vector<Tensor> outputs = {mlp_meta(input, weights, biases, activation)};
   c10::SymInt M = 1;
   for (int64_t i = 0; i + 1 < input.dim(); ++i) M = M * input.sym_size(i);
-  const auto widths = hidden_widths<c10::SymInt>(weights, [](const Tensor& w) { return w.sym_size(0); });
-  return {y, at::empty_symint({Hidden<c10::SymInt>(M, widths, true).size}, input.options())};
+  for (size_t i = 0; i + 1 < weights.size(); ++i)
+    outputs.push_back(at::empty_symint({M, weights[i].sym_size(0)}, input.options()));
+  return outputs;
 }
 
 std::vector<Tensor> mlp_backward_meta(const Tensor&, const Tensor& input, TensorList weights,
-                                      TensorList biases, const Tensor&, std::string_view,
+                                      TensorList biases, TensorList, std::string_view,
                                       at::IntArrayRef wanted) {
   const int64_t L = int64_t(weights.size());
   std::vector<Tensor> grads;
@@ -305,25 +283,27 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, TensorList weights, TensorList biases,
                         std::string_view activation) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, hidden] = call_mlp_forward(input, weights, biases, activation);
-    variable_list saved = {hidden, input};
+    const variable_list outputs = call_mlp_forward(input, weights, biases, activation);
+    variable_list saved = {input};
     saved.insert(saved.end(), weights.begin(), weights.end());
     saved.insert(saved.end(), biases.begin(), biases.end());
+    saved.insert(saved.end(), outputs.begin() + 1, outputs.end());
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["activation"] = std::string(activation);
     ctx->saved_data["layers"] = int64_t(weights.size());
-    return y;
+    return outputs[0];
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_y) {
     const variable_list saved = ctx->get_saved_variables();
-    const TensorList arguments = TensorList(saved).slice(1);
     const size_t L = size_t(ctx->saved_data["layers"].toInt());
+    const TensorList arguments = TensorList(saved).slice(0, saved.size() - (L - 1));
+    const TensorList hidden = TensorList(saved).slice(arguments.size());
     std::vector<int64_t> wanted;
     for (size_t i = 0; i < arguments.size(); ++i)
       if (ctx->needs_input_grad(i)) wanted.push_back(int64_t(i));
     const auto found =
-        call_mlp_backward(grad_y[0], arguments[0], arguments.slice(1, L), arguments.slice(1 + L), saved[0],
+        call_mlp_backward(grad_y[0], arguments[0], arguments.slice(1, L), arguments.slice(1 + L), hidden,
                           ctx->saved_data["activation"].toStringRef(), wanted);
     variable_list grads(arguments.size() + 1);  // the last is the activation's
     for (size_t i = 0; i < wanted.size(); ++i) grads[wanted[i]] = found[i];
@@ -348,8 +328,8 @@ Tensor mlp_autograd(const Tensor& input, TensorList weights, TensorList biases, 
 }
 
 std::vector<Tensor> mlp_backward_autograd(const Tensor& grad_y, const Tensor& input, TensorList weights,
-                                          TensorList biases, const Tensor& hidden,
-                                          std::string_view activation, at::IntArrayRef wanted) {
+                                          TensorList biases, TensorList hidden, std::string_view activation,
+                                          at::IntArrayRef wanted) {
   if (at::GradMode::is_enabled() && (grad_y.requires_grad() || input.requires_grad() ||
                                      is_differentiated(weights) || is_differentiated(biases)))
     return mlp_backward_composite(grad_y, input, weights, biases, hidden, activation, wanted);
@@ -361,11 +341,9 @@ std::vector<Tensor> mlp_backward_autograd(const Tensor& grad_y, const Tensor& in
 
 TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
   m.def("mlp(Tensor input, Tensor[] weights, Tensor[] biases, str activation='relu') -> Tensor");
+  m.def("mlp_forward(Tensor input, Tensor[] weights, Tensor[] biases, str activation) -> Tensor[]");
   m.def(
-      "mlp_forward(Tensor input, Tensor[] weights, Tensor[] biases, str activation) -> (Tensor y, Tensor "
-      "hidden)");
-  m.def(
-      "mlp_backward(Tensor grad_y, Tensor input, Tensor[] weights, Tensor[] biases, Tensor hidden, "
+      "mlp_backward(Tensor grad_y, Tensor input, Tensor[] weights, Tensor[] biases, Tensor[] hidden, "
       "str activation, int[] wanted) -> Tensor[]");
 }
 
