@@ -118,7 +118,7 @@ const char* why_not_fused(const Tensor& input, const Tensor& weight, const std::
   } else if (input.is_cpu() || input.is_meta()) {
     if (dtype != at::kFloat && dtype != at::kBFloat16) return "the CPU kernels cover float32 and bfloat16";
     if (!cpu::covers(dtype_of(input)))
-      return "this processor multiplies tiles of bfloat16 (AMX), which torch's library does faster";
+      return "this processor multiplies tiles of bfloat16 (AMX), which the kernels do not use";
   } else {
     return "there are kernels for CPU and CUDA only";
   }
