@@ -15,6 +15,9 @@ namespace fastmlp {
 enum class Activation : int { identity, relu, sigmoid, tanh };
 enum class Dtype : int { float32, bfloat16, float16 };
 
+// A network is an array of layers: forward from the first to the last, backward from the last to the first. What
+// only the next in the array reads may be left to the backend: a y of Forward but the last's, together with the
+// next one's x; and of Backward every grad_x but the last's and every grad_y but the first's are.
 struct Forward {
   Dtype dtype;
   Activation activation;
@@ -41,7 +44,6 @@ struct Backward {
   void* grad_x;       // [M, K]
   void* grad_weight;  // [N, K]
   void* grad_bias;    // [N]
-  void* workspace;    // backward_workspace() bytes, 64-byte aligned, contents arbitrary
 };
 
 namespace cpu {
@@ -56,12 +58,13 @@ bool use(const char* instruction_set);       // false, and nothing changed, wher
 // the kernels do not: bfloat16 with AMX. float32 and bfloat16 are covered after use(), which asks for the kernels.
 bool covers(Dtype);
 
-// float32 and bfloat16. The layers of a network run one after the other, each reading what the one before has
-// written, in one parallel region for them all. `threads` is the size of the caller's OpenMP pool; where it is 1,
-// or the work too little to share, no region is opened.
-void forward(const Forward* layers, int64_t count, int threads);
-int64_t backward_workspace(const Backward&);
-void backward(const Backward* layers, int64_t count, int threads);
+// float32 and bfloat16. `count` layers of a network, in one parallel region. `threads` is the size of the caller's
+// OpenMP pool; where it is 1, or the work too little to share, no region is opened. `workspace` has as many bytes
+// as asked for with the same arguments, is 64-byte aligned, and its contents are arbitrary.
+int64_t forward_workspace(const Forward* layers, int64_t count, int threads);
+void forward(const Forward* layers, int64_t count, void* workspace, int threads);
+int64_t backward_workspace(const Backward* layers, int64_t count, int threads);
+void backward(const Backward* layers, int64_t count, void* workspace, int threads);
 
 }  // namespace cpu
 
@@ -70,11 +73,13 @@ namespace cuda {
 const char* toolkit();        // the version of the toolkit that built the kernels: "13.0"
 const char* architectures();  // what they were built for: "800,900"
 
-// float32, bfloat16 and float16. Work is enqueued on `stream` (a cudaStream_t) of the current device; nothing
-// here allocates or synchronises, so a call can be captured in a graph. Returns a cudaError_t, 0 for success.
-int forward(const Forward&, void* stream);
-int64_t backward_workspace(const Backward&);
-int backward(const Backward&, void* stream);
+// The same for float32, bfloat16 and float16. Work is enqueued on `stream` (a cudaStream_t) of the current device;
+// nothing here allocates or synchronises, so a call can be captured in a graph. Returns a cudaError_t, 0 for
+// success.
+int64_t forward_workspace(const Forward* layers, int64_t count);
+int forward(const Forward* layers, int64_t count, void* workspace, void* stream);
+int64_t backward_workspace(const Backward* layers, int64_t count);
+int backward(const Backward* layers, int64_t count, void* workspace, void* stream);
 
 }  // namespace cuda
 

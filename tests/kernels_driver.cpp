@@ -16,31 +16,43 @@
 using namespace fastmlp;
 
 // `variant` is what must not change a bit: the order of the emulator's threads, or how many the CPU's are.
+[[maybe_unused]] static int threads(unsigned variant) { return int(1 + variant % 7); }
+
 extern "C" {
 #ifdef FASTMLP_EMULATE
 int use(const char*) { return true; }
-int forward(const Forward* f, unsigned variant) {
+int forward(const Forward* layers, int64_t count, void* workspace, unsigned variant) {
   emulator::order = variant;
-  return cuda::forward(*f, nullptr);
+  return cuda::forward(layers, count, workspace, nullptr);
 }
-int backward(const Backward* b, unsigned variant) {
+int backward(const Backward* layers, int64_t count, void* workspace, unsigned variant) {
   emulator::order = variant;
-  return cuda::backward(*b, nullptr);
+  return cuda::backward(layers, count, workspace, nullptr);
 }
-int64_t backward_workspace(const Backward* b) { return cuda::backward_workspace(*b); }
+int64_t forward_workspace(const Forward* layers, int64_t count, unsigned) {
+  return cuda::forward_workspace(layers, count);
+}
+int64_t backward_workspace(const Backward* layers, int64_t count, unsigned) {
+  return cuda::backward_workspace(layers, count);
+}
 #else
 int use(const char* instruction_set) { return cpu::use(instruction_set); }
-int forward(const Forward* f, unsigned variant) {
-  omp_set_num_threads(int(1 + variant % 7));
-  cpu::forward(f, 1, omp_get_max_threads());
+int forward(const Forward* layers, int64_t count, void* workspace, unsigned variant) {
+  omp_set_num_threads(threads(variant));
+  cpu::forward(layers, count, workspace, threads(variant));
   return 0;
 }
-int backward(const Backward* b, unsigned variant) {
-  omp_set_num_threads(int(1 + variant % 7));
-  cpu::backward(b, 1, omp_get_max_threads());
+int backward(const Backward* layers, int64_t count, void* workspace, unsigned variant) {
+  omp_set_num_threads(threads(variant));
+  cpu::backward(layers, count, workspace, threads(variant));
   return 0;
 }
-int64_t backward_workspace(const Backward* b) { return cpu::backward_workspace(*b); }
+int64_t forward_workspace(const Forward* layers, int64_t count, unsigned variant) {
+  return cpu::forward_workspace(layers, count, threads(variant));
+}
+int64_t backward_workspace(const Backward* layers, int64_t count, unsigned variant) {
+  return cpu::backward_workspace(layers, count, threads(variant));
+}
 #endif
 }
 
@@ -77,24 +89,22 @@ void check(Dtype dtype, int64_t M, int64_t N, int64_t K) {
   const auto bias = wave<T>(N, 3), grad_y = wave<T>(M * N, 4);
   std::vector<T> y(M * N), grad_x(M * K), grad_weight(N * K), grad_bias(N);
   const Forward f{dtype, g, M, N, K, x.data(), ldx, w.data(), ldw, bias.data(), y.data()};
-  Backward b{dtype,
-             g,
-             M,
-             N,
-             K,
-             grad_y.data(),
-             y.data(),
-             x.data(),
-             ldx,
-             w.data(),
-             ldw,
-             grad_x.data(),
-             grad_weight.data(),
-             grad_bias.data(),
-             nullptr};
-  std::vector<float> workspace((backward_workspace(&b) + 3) / 4);
-  b.workspace = workspace.data();
-  if (forward(&f, 1) || backward(&b, 1)) ++failures;
+  const Backward b{dtype,
+                   g,
+                   M,
+                   N,
+                   K,
+                   grad_y.data(),
+                   y.data(),
+                   x.data(),
+                   ldx,
+                   w.data(),
+                   ldw,
+                   grad_x.data(),
+                   grad_weight.data(),
+                   grad_bias.data()};
+  std::vector<char> workspace(backward_workspace(&b, 1, 1));
+  if (forward(&f, 1, nullptr, 1) || backward(&b, 1, workspace.data(), 1)) ++failures;
 
   std::vector<double> dx(M * K), dw(N * K), db(N);
   for (int64_t m = 0; m < M; ++m)
@@ -122,8 +132,8 @@ void check(Dtype dtype, int64_t M, int64_t N, int64_t K) {
 
 int main(int, char** arguments) {
   if (!use(arguments[1])) return 2;
-  const int64_t shapes[][3] = {{1, 1, 1}, {3, 5, 7}, {65, 67, 33}, {64, 64, 16}, {2, 70, 17},
-                               {0, 4, 3}, {4, 0, 3}, {4, 3, 0},    {300, 33, 1}, {1, 33, 100}};
+  const int64_t shapes[][3] = {{1, 1, 1}, {3, 5, 7}, {65, 67, 33}, {64, 64, 16}, {2, 70, 17}, {0, 4, 3},
+                               {4, 0, 3}, {4, 3, 0}, {300, 33, 1}, {1, 33, 100}, {1030, 9, 5}};
   for (const auto& [M, N, K] : shapes)
     for (Activation activation :
          {Activation::identity, Activation::relu, Activation::sigmoid, Activation::tanh})

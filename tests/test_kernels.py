@@ -27,6 +27,8 @@ every_kernel = pytest.mark.parametrize(("backend", "dtype"), KERNELS, indirect=[
 ACTIVATIONS = ["identity", "relu", "sigmoid", "tanh"]
 SHAPES = [(1, 1, 1), (3, 5, 7), (64, 10, 500), (65, 67, 33), (0, 4, 3), (4, 0, 3), (4, 3, 0), (300, 3, 2)]
 SHAPES += [(300, 40, 600), (530, 550, 20)]  # sums deeper than a panel, more rows than a block
+SHAPES += [(1100, 20, 9)]  # a batch that goes through the threads by rows
+NETWORKS = [(0, (3, 4, 2)), (70, (20, 33, 40, 3)), (1100, (9, 20, 5, 2))]
 LAUNCH_FAILURE = 719
 
 STORAGE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
@@ -98,7 +100,7 @@ def builds(tmp_path_factory):
 @pytest.fixture(scope="session", params=BACKENDS)
 def backend(request, builds: dict[str, Future]) -> ctypes.CDLL:
     library = ctypes.CDLL(str(builds["cuda" if request.param == "cuda" else "cpu"].result()))
-    library.backward_workspace.restype = ctypes.c_int64
+    library.forward_workspace.restype = library.backward_workspace.restype = ctypes.c_int64
     if not library.use(request.param.encode()):
         pytest.skip(f"this processor has no {request.param}")
     return library
@@ -118,7 +120,7 @@ class Forward(ctypes.Structure):
 class Backward(ctypes.Structure):
     _fields_ = [*Forward._fields_[:5], ("grad_y", ctypes.c_void_p), ("y", ctypes.c_void_p)]
     _fields_ += Forward._fields_[5:9]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("grad_x", "grad_weight", "grad_bias", "workspace")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("grad_x", "grad_weight", "grad_bias")]
 
 
 class Buffer:
@@ -149,6 +151,18 @@ class Buffer:
         if self.dtype == "bfloat16":
             values = (values.astype(np.uint32) << 16).view(np.float32)
         return values.astype(np.float64).reshape(self.shape)
+
+
+def run(backend: ctypes.CDLL, variant: int, *layers: Forward | Backward) -> None:
+    """Calls the backend with the layers, in a workspace of the size that it asks for."""
+    name = "forward" if isinstance(layers[0], Forward) else "backward"
+    array = (type(layers[0]) * len(layers))(*layers)
+    count = ctypes.c_int64(len(layers))
+    size = getattr(backend, f"{name}_workspace")(array, count, variant)
+    workspace = Buffer("float32", (size // 4,))
+    error = getattr(backend, name)(array, count, ctypes.c_void_p(workspace.pointer), variant)
+    assert error == 0, f"error {error}"
+    workspace.float64()  # looks at its guard bands
 
 
 class Layer:
@@ -192,36 +206,39 @@ class Layer:
         slopes = {"relu": ~(y <= 0), "sigmoid": y * (1 - y), "tanh": 1 - y * y}
         return slopes.get(self.activation, np.ones_like(y))
 
-    def call(self, struct, function, variant: int, **fields) -> int:
+    def arguments(self, struct: type[ctypes.Structure], **buffers: Buffer | None) -> ctypes.Structure:
         numbers = {"dtype": DTYPES.index(self.dtype), "activation": ACTIVATIONS.index(self.activation)}
-        pointers = {key: value.pointer if value is not None else None for key, value in fields.items()}
+        pointers = {key: buffer.pointer if buffer is not None else None for key, buffer in buffers.items()}
         sizes = {"M": self.M, "N": self.N, "K": self.K, "ldx": self.ldx, "ldw": self.ldw}
-        return function(ctypes.byref(struct(**numbers, **sizes, **pointers)), variant)
+        return struct(**numbers, **sizes, **pointers)
+
+    def forward_arguments(self, x: Buffer | None, y: Buffer | None) -> Forward:
+        return self.arguments(Forward, x=x, weight=self.weight_memory, bias=self.bias, y=y)
+
+    def backward_arguments(self, **outputs: Buffer) -> Backward:
+        return self.arguments(
+            Backward,
+            grad_y=self.grad_y,
+            y=self.y if self.activation != "identity" else None,
+            x=self.x_memory if "grad_weight" in outputs else None,
+            weight=self.weight_memory if "grad_x" in outputs else None,
+            **outputs,
+        )
+
+    def gradients(self, *names: str) -> dict[str, Buffer]:
+        shapes = {"grad_x": (self.M, self.K), "grad_weight": (self.N, self.K), "grad_bias": (self.N,)}
+        return {name: Buffer(self.dtype, shapes[name]) for name in names}
 
     def forward(self, backend: ctypes.CDLL, variant: int = 0) -> np.ndarray:
         y = Buffer(self.dtype, (self.M, self.N))
-        inputs = {"x": self.x_memory, "weight": self.weight_memory, "bias": self.bias}
-        error = self.call(Forward, backend.forward, variant, **inputs, y=y)
-        assert error == 0
+        run(backend, variant, self.forward_arguments(self.x_memory, y))
         return y.float64()
 
     def backward(
         self, backend: ctypes.CDLL, variant: int = 0, wanted=("grad_x", "grad_weight", "grad_bias")
     ) -> dict[str, np.ndarray]:
-        shapes = {"grad_x": (self.M, self.K), "grad_weight": (self.N, self.K), "grad_bias": (self.N,)}
-        outputs = {name: Buffer(self.dtype, shapes[name]) for name in wanted}
-        inputs = {
-            "grad_y": self.grad_y,
-            "y": self.y if self.activation != "identity" else None,
-            "x": self.x_memory if "grad_weight" in wanted else None,
-            "weight": self.weight_memory if "grad_x" in wanted else None,
-        }
-        size = backend.backward_workspace
-        bytes_needed = self.call(Backward, lambda struct, _: size(struct), variant)
-        workspace = Buffer("float32", (bytes_needed // 4,))
-        error = self.call(Backward, backend.backward, variant, **inputs, **outputs, workspace=workspace)
-        assert error == 0, f"error {error}"
-        workspace.float64()
+        outputs = self.gradients(*wanted)
+        run(backend, variant, self.backward_arguments(**outputs))
         return {name: output.float64() for name, output in outputs.items()}
 
     def check(self, backend: ctypes.CDLL, variant: int = 0) -> None:
@@ -320,6 +337,40 @@ def test_neither_the_number_of_threads_nor_their_order_changes_a_bit(backend, va
     assert (layer.forward(backend) == layer.forward(backend, variant)).all()
     gradients, again = layer.backward(backend), layer.backward(backend, variant)
     assert all((gradients[name] == again[name]).all() for name in gradients)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize(("batch", "sizes"), NETWORKS, ids=str)
+@every_kernel
+def test_a_network_gives_the_bits_of_its_layers(backend, dtype, batch, sizes, activation):
+    shapes = [(batch, n, k) for k, n in itertools.pairwise(sizes)]
+    activations = [activation] * (len(shapes) - 1) + ["identity"]
+    layers = [Layer(dtype, g, shape, seed=i) for i, (g, shape) in enumerate(zip(activations, shapes, strict=True))]
+    x = layers[0].x_memory
+    for layer in layers:
+        layer.x_memory = x
+        run(backend, 0, layer.forward_arguments(x, layer.y))
+        x = layer.y
+    y = Buffer(dtype, (batch, sizes[-1]))
+    ends = [(layers[0].x_memory, None), *[(None, None)] * (len(layers) - 2), (None, y)]
+    run(backend, 3, *(layer.forward_arguments(*end) for layer, end in zip(layers, ends, strict=True)))
+    assert (y.float64() == layers[-1].y.float64()).all()
+
+    layers.reverse()
+    everything = ("grad_x", "grad_weight", "grad_bias")
+    alone = [layer.gradients(*everything) for layer in layers]
+    together = [layer.gradients(*everything) for layer in layers]
+    arguments = []
+    for i, layer in enumerate(layers):
+        if i > 0:
+            layer.grad_y = alone[i - 1]["grad_x"]
+        run(backend, 0, layer.backward_arguments(**alone[i]))
+        arguments.append(layer.backward_arguments(**together[i]))
+        if i > 0:
+            arguments[-1].grad_y = arguments[-2].grad_x = None
+    run(backend, 3, *arguments)
+    for name, index in [("grad_x", -1), *itertools.product(everything[1:], range(len(layers)))]:
+        assert (together[index][name].float64() == alone[index][name].float64()).all()
 
 
 def test_bias_gradient_of_a_large_batch_is_as_accurate_as_a_blocked_sum(backend):

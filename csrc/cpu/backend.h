@@ -11,41 +11,55 @@ namespace fastmlp::cpu {
 // Indices begin <= i < end.
 struct Range {
   int64_t begin, end;
+  int64_t size() const { return end - begin; }
 };
 
-// dz = dy · g'(y) in the forms that products take; those that are null are not written.
-struct Derivative {
-  float* full;  // float32 [M, N]
-  // bfloat16 for processors that multiply it in pairs along the sum: for dx [M, N]; for dW [N / lanes,
-  // M / 2, lanes, 2], both quotients rounded up.
-  void *rows, *pairs;
+// A [I, P] of a product, dz = dy · g'(y) where it is a layer's backward pass: formed while it is packed, and
+// nowhere else. Element (i, p) is data[i * ld + p], or data[p * ld + i] where A is stored transposed.
+struct Left {
+  const void* data;
+  const void* y;  // beside data, not read for the identity
+  Activation activation;
+  int64_t ld;
+  bool transposed;
 };
 
-// C = A B for row-major B and C and an A of any strides:
-//   C[i][j] = Σ_p A[i * a_row + p * a_column] B[p * ldb + j]      A [I, P]   B [P, J]   C [I, J]
+// B [P, J]: element (p, j) is data[p * ld + j], or data[j * ld + p] where B is stored transposed.
+struct Right {
+  const void* data;
+  int64_t ld;
+  bool transposed;
+};
+
+// C = g(A B + bias)     A [I, P]   B [P, J]   C [I, J]
 struct Product {
-  Dtype dtype;    // of B and C
-  bool in_pairs;  // A is bfloat16, with the odd p next to the even ones; else float32
+  Dtype dtype;  // of A, B and the bias
   int64_t P;
-  const void* a;
-  int64_t a_row, a_column, a_group;  // i = lanes begins at a_group, where A is in pairs
-  const void* b;
-  int64_t ldb;
+  Left a;
+  Right b;
+  const void* bias;  // [J], or null for none
+  Activation activation;
+  Dtype c_dtype;  // dtype, or float32
   void* c;
   int64_t ldc;
+  bool accumulate;  // C and sums are added to; C is float32, with no bias and no activation
+  float* sums;      // [I], Σ_p A[i][p], or null
 };
 
 struct Kernels {
   int forward_rows, forward_columns;  // the tiles: blocks of these multiples waste nothing
   int product_rows, product_columns;
-  int pair_lanes;  // of a register, where products of bfloat16 take pairs; else 0
-  // y = g(x Wᵀ + b) for rows and columns of y.
-  void (*forward)(const Forward&, Range rows, Range columns);
-  // dz, and db unless null, for columns of dz.
-  void (*differentiate)(const Backward&, const Derivative& dz, Range columns);
-  // C = A B for rows and columns of C.
-  void (*product)(const Product&, Range rows, Range columns);
+  // Which of two ways suits a layer. They add up in different orders: to be asked of the layer as a whole, so that
+  // neither the number of threads nor a block of rows decides.
+  bool (*runs_along_sum)(const Forward&);
+  // For rows and columns of the result. `scratch` is the thread's own, scratch_bytes of it, 64-byte aligned.
+  void (*forward)(const Forward&, bool along_sum, Range rows, Range columns, void* scratch);
+  void (*multiply)(const Product&, Range rows, Range columns, void* scratch);
+  // out[i] = Σ_s partials[s * stride + i] for i in a range, s < count.
+  void (*add_up)(const float* partials, int64_t count, int64_t stride, Dtype dtype, void* out, Range range);
 };
+
+inline constexpr int64_t scratch_bytes = 1400 << 10;
 
 extern const Kernels avx512bf16_kernels, avx512_kernels, avx2_kernels, portable_kernels;
 

@@ -1,4 +1,6 @@
 // The CUDA backend: picks the kernels for a call and enqueues them.
+#include <algorithm>
+
 #include "../activation.h"
 #include "../kernels.h"
 #include "launch.cuh"
@@ -29,11 +31,33 @@ auto with_dtype(Dtype dtype, F f) {
   }
 }
 
-// The workspace: dz [M, N] in the call's dtype, then db's partial sums. The identity's dz is dy itself.
+// Bytes of a matrix in the workspace, in whole cache lines.
+int64_t matrix_bytes(Dtype dtype, int64_t rows, int64_t columns) {
+  return (rows * columns * (dtype == Dtype::float32 ? 4 : 2) + 63) / 64 * 64;
+}
+
+// A layer's workspace: dz [M, N] in the call's dtype, then db's partial sums. The identity's dz is dy itself.
 int64_t dz_bytes(const Backward& b) {
-  if (b.activation == Activation::identity) return 0;
-  const int64_t bytes = b.M * b.N * (b.dtype == Dtype::float32 ? 4 : 2);
-  return (bytes + 63) / 64 * 64;
+  return b.activation == Activation::identity ? 0 : matrix_bytes(b.dtype, b.M, b.N);
+}
+
+// Does not depend on which outputs are asked for.
+int64_t layer_workspace(const Backward& b) {
+  const int64_t chunks = tiled::chunks(b.M);
+  return dz_bytes(b) + (chunks > 1 ? chunks * b.N * int64_t{sizeof(float)} : 0);
+}
+
+// What only the next layer reads: two buffers in turn, at the beginning of the workspace.
+int64_t between_bytes(const Forward* layers, int64_t count) {
+  int64_t widest = 0;
+  for (int64_t i = 0; i < count; ++i)
+    if (!layers[i].y) widest = std::max(widest, layers[i].N);
+  return matrix_bytes(layers->dtype, layers->M, widest);
+}
+int64_t between_bytes(const Backward* layers, int64_t count) {
+  int64_t widest = 0;
+  for (int64_t i = 0; i + 1 < count; ++i) widest = std::max(widest, layers[i].K);
+  return matrix_bytes(layers->dtype, layers->M, widest);
 }
 
 template <Activation g, class T>
@@ -44,17 +68,17 @@ cudaError_t forward(const Forward& f, cudaStream_t stream) {
 }
 
 template <Activation g, class T>
-cudaError_t backward(const Backward& b, cudaStream_t stream) {
+cudaError_t backward(const Backward& b, void* workspace, cudaStream_t stream) {
   constexpr Activation identity = Activation::identity;
   const T* no_bias = nullptr;
   const T* grad_y = static_cast<const T*>(b.grad_y);
   const bool needs_dz = g != identity && (b.grad_x || b.grad_weight);
-  T* formed = needs_dz ? static_cast<T*>(b.workspace) : nullptr;
+  T* formed = needs_dz ? static_cast<T*>(workspace) : nullptr;
   const T* dz = g == identity ? grad_y : formed;
   cudaError_t error = cudaSuccess;
 
   if (needs_dz || b.grad_bias) {
-    float* partials = reinterpret_cast<float*>(static_cast<char*>(b.workspace) + dz_bytes(b));
+    float* partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + dz_bytes(b));
     error = tiled::differentiate_and_sum<g>(grad_y, static_cast<const T*>(b.y), formed, partials,
                                             static_cast<T*>(b.grad_bias), b.M, b.N, stream);
   }
@@ -79,27 +103,48 @@ const char* toolkit() { return FASTMLP_TEXT(__CUDACC_VER_MAJOR__) "." FASTMLP_TE
 
 const char* architectures() { return FASTMLP_TEXT(__CUDA_ARCH_LIST__); }
 
-int forward(const Forward& f, void* stream) {
-  return with_dtype(f.dtype, [&](auto type) {
-    return with_activation(f.activation, [&](auto g) {
-      return forward<decltype(g)::value, typename decltype(type)::type>(f, static_cast<cudaStream_t>(stream));
+int64_t forward_workspace(const Forward* layers, int64_t count) { return 2 * between_bytes(layers, count); }
+
+int forward(const Forward* layers, int64_t count, void* workspace, void* stream) {
+  char* const between = static_cast<char*>(workspace);
+  const int64_t bytes = between_bytes(layers, count);
+  cudaError_t error = cudaSuccess;
+  for (int64_t i = 0; i < count && error == cudaSuccess; ++i) {
+    Forward f = layers[i];
+    if (!f.x) f.x = between + (i + 1) % 2 * bytes;
+    if (!f.y) f.y = between + i % 2 * bytes;
+    error = with_dtype(f.dtype, [&](auto type) {
+      return with_activation(f.activation, [&](auto g) {
+        return forward<decltype(g)::value, typename decltype(type)::type>(f,
+                                                                          static_cast<cudaStream_t>(stream));
+      });
     });
-  });
+  }
+  return error;
 }
 
-// Does not depend on which outputs are asked for.
-int64_t backward_workspace(const Backward& b) {
-  const int64_t chunks = tiled::chunks(b.M);
-  return dz_bytes(b) + (chunks > 1 ? chunks * b.N * int64_t{sizeof(float)} : 0);
+int64_t backward_workspace(const Backward* layers, int64_t count) {
+  int64_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, layer_workspace(layers[i]));
+  return 2 * between_bytes(layers, count) + largest;
 }
 
-int backward(const Backward& b, void* stream) {
-  return with_dtype(b.dtype, [&](auto type) {
-    return with_activation(b.activation, [&](auto g) {
-      return backward<decltype(g)::value, typename decltype(type)::type>(b,
-                                                                         static_cast<cudaStream_t>(stream));
+int backward(const Backward* layers, int64_t count, void* workspace, void* stream) {
+  char* const between = static_cast<char*>(workspace);
+  const int64_t bytes = between_bytes(layers, count);
+  cudaError_t error = cudaSuccess;
+  for (int64_t i = 0; i < count && error == cudaSuccess; ++i) {
+    Backward b = layers[i];
+    if (i > 0) b.grad_y = between + (i + 1) % 2 * bytes;
+    if (i + 1 < count) b.grad_x = between + i % 2 * bytes;
+    error = with_dtype(b.dtype, [&](auto type) {
+      return with_activation(b.activation, [&](auto g) {
+        return backward<decltype(g)::value, typename decltype(type)::type>(b, between + 2 * bytes,
+                                                                           static_cast<cudaStream_t>(stream));
+      });
     });
-  });
+  }
+  return error;
 }
 
 }  // namespace fastmlp::cuda

@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include "../kernels.h"
 
@@ -15,27 +16,47 @@
 namespace fastmlp {
 
 struct Cpu {
-  static void run(const Forward* layers, int64_t count) {
-    cpu::forward(layers, count, at::get_num_threads());
+  static int64_t workspace(const Forward* layers, int64_t count) {
+    return cpu::forward_workspace(layers, count, at::get_num_threads());
   }
-  static void run(const Backward* layers, int64_t count) {
-    cpu::backward(layers, count, at::get_num_threads());
+  static int64_t workspace(const Backward* layers, int64_t count) {
+    return cpu::backward_workspace(layers, count, at::get_num_threads());
   }
-  static int64_t workspace(const Backward& p) { return cpu::backward_workspace(p); }
+  static void run(const Forward* layers, int64_t count, void* workspace) {
+    cpu::forward(layers, count, workspace, at::get_num_threads());
+  }
+  static void run(const Backward* layers, int64_t count, void* workspace) {
+    cpu::backward(layers, count, workspace, at::get_num_threads());
+  }
 };
 
 #ifdef FASTMLP_WITH_CUDA
 struct Cuda {
-  static int enqueue(const Forward& p, void* stream) { return cuda::forward(p, stream); }
-  static int enqueue(const Backward& p, void* stream) { return cuda::backward(p, stream); }
-  template <class Layer>
-  static void run(const Layer* layers, int64_t count) {
-    void* const stream = c10::cuda::getCurrentCUDAStream().stream();
-    for (int64_t i = 0; i < count; ++i) C10_CUDA_CHECK(static_cast<cudaError_t>(enqueue(layers[i], stream)));
+  static int64_t workspace(const Forward* layers, int64_t count) {
+    return cuda::forward_workspace(layers, count);
   }
-  static int64_t workspace(const Backward& p) { return cuda::backward_workspace(p); }
+  static int64_t workspace(const Backward* layers, int64_t count) {
+    return cuda::backward_workspace(layers, count);
+  }
+  static void run(const Forward* layers, int64_t count, void* workspace) {
+    check(cuda::forward(layers, count, workspace, c10::cuda::getCurrentCUDAStream().stream()));
+  }
+  static void run(const Backward* layers, int64_t count, void* workspace) {
+    check(cuda::backward(layers, count, workspace, c10::cuda::getCurrentCUDAStream().stream()));
+  }
+
+ private:
+  static void check(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
 };
 #endif
+
+// Runs the layers of a network, with memory of the allocator of `like` to work in.
+template <class Device, class Layer>
+void run(const Layer* layers, int64_t count, const at::Tensor& like) {
+  const int64_t bytes = Device::workspace(layers, count);
+  const at::Tensor workspace = bytes ? at::empty({bytes}, like.options().dtype(at::kByte)) : at::Tensor();
+  Device::run(layers, count, bytes ? workspace.mutable_data_ptr() : nullptr);
+}
 
 inline Dtype dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {

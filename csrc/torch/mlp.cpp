@@ -119,7 +119,7 @@ at::DimVector result_sizes(const Tensor& input, const Tensor& weight) {
   return sizes;
 }
 
-// y and the hidden layers; where backward will not come, two buffers serve all of these in turn.
+// y and, where backward will come, the hidden layers.
 template <class Device>
 std::vector<Tensor> run_forward(const Tensor& input, TensorList weights, TensorList biases,
                                 std::string_view activation, bool keep) {
@@ -127,16 +127,13 @@ std::vector<Tensor> run_forward(const Tensor& input, TensorList weights, TensorL
   const c10::DeviceGuard guard(input.device());
   const int64_t M = rows_of(input), L = int64_t(weights.size());
   std::vector<Tensor> outputs = {at::empty(result_sizes(input, weights.back()), input.options())};
-  int64_t widest = 0;
-  for (int64_t i = 0; i + 1 < L; ++i) widest = std::max(widest, weights[i].size(0));
-  for (int64_t i = 0; i + 1 < (keep ? L : std::min<int64_t>(L, 3)); ++i)
-    outputs.push_back(at::empty({M, keep ? weights[i].size(0) : widest}, input.options()));
+  for (int64_t i = 0; keep && i + 1 < L; ++i)
+    outputs.push_back(at::empty({M, weights[i].size(0)}, input.options()));
   const Tensor x = as_matrix(input, M, input.size(-1));
   std::vector<Tensor> contiguous;  // biases, alive until the kernels have run
   std::vector<Forward> layers;
   for (int64_t i = 0; i < L; ++i) {
     const bool last = i + 1 == L;
-    const Tensor& output = outputs[last ? 0 : keep ? i + 1 : i % 2 + 1];
     if (!biases.empty()) contiguous.push_back(biases[i].contiguous());
     layers.push_back({.dtype = dtype_of(input),
                       .activation = last ? Activation::identity : g,
@@ -148,9 +145,11 @@ std::vector<Tensor> run_forward(const Tensor& input, TensorList weights, TensorL
                       .weight = weights[i].const_data_ptr(),
                       .ldw = weights[i].stride(0),
                       .bias = biases.empty() ? nullptr : contiguous.back().const_data_ptr(),
-                      .y = output.mutable_data_ptr()});
+                      .y = last   ? outputs[0].mutable_data_ptr()
+                           : keep ? outputs[i + 1].mutable_data_ptr()
+                                  : nullptr});
   }
-  Device::run(layers.data(), L);
+  run<Device>(layers.data(), L, input);
   return outputs;
 }
 
@@ -197,40 +196,27 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_y, const Tensor& input, Tens
     grads[index] = at::empty(like.sizes(), input.options());
     lowest = std::min(lowest, index ? (index - 1) % L : 0);
   }
-  int64_t widest = 0;
-  for (int64_t i = lowest; i + 1 < L; ++i) widest = std::max(widest, weights[i].size(0));
-  // The gradients of the hidden layers, two in turn: one is read while the next is written.
-  const Tensor grad_hidden[] = {at::empty({M, widest}, input.options()),
-                                at::empty({M, widest}, input.options())};
   const Tensor dy = grad_y.contiguous(), x = as_matrix(input, M, input.size(-1));
   const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
   std::vector<Backward> layers;
-  int64_t bytes = 0;
   for (int64_t i = L - 1; i >= lowest; --i) {
     const bool last = i + 1 == L;
-    void* const grad_x = i > lowest ? grad_hidden[i % 2].mutable_data_ptr()
-                         : i == 0   ? data(grads[0])
-                                    : nullptr;
     layers.push_back({.dtype = dtype_of(input),
                       .activation = last ? Activation::identity : g,
                       .M = M,
                       .N = weights[i].size(0),
                       .K = weights[i].size(1),
-                      .grad_y = last ? dy.const_data_ptr() : layers.back().grad_x,
+                      .grad_y = last ? dy.const_data_ptr() : nullptr,
                       .y = last ? nullptr : hidden[i].const_data_ptr(),
                       .x = i ? hidden[i - 1].const_data_ptr() : x.const_data_ptr(),
                       .ldx = i ? weights[i].size(1) : x.stride(0),
                       .weight = weights[i].const_data_ptr(),
                       .ldw = weights[i].stride(0),
-                      .grad_x = grad_x,
+                      .grad_x = i == 0 ? data(grads[0]) : nullptr,
                       .grad_weight = data(grads[1 + i]),
-                      .grad_bias = data(grads[1 + L + i]),
-                      .workspace = nullptr});
-    bytes = std::max(bytes, Device::workspace(layers.back()));
+                      .grad_bias = data(grads[1 + L + i])});
   }
-  const Tensor workspace = at::empty({bytes}, input.options().dtype(at::kByte));
-  for (Backward& layer : layers) layer.workspace = workspace.mutable_data_ptr();
-  Device::run(layers.data(), int64_t(layers.size()));
+  if (!layers.empty()) run<Device>(layers.data(), int64_t(layers.size()), input);
   for (const int64_t index : wanted) result.push_back(grads[index]);
   return result;
 }

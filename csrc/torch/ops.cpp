@@ -174,7 +174,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
                   .ldw = weight.stride(0),
                   .bias = b.defined() ? b.const_data_ptr() : nullptr,
                   .y = y.mutable_data_ptr()};
-  Device::run(&p, 1);
+  run<Device>(&p, 1, input);
   return y;
 }
 
@@ -199,24 +199,21 @@ Gradients linear_backward(const Tensor& grad_y, const Tensor& input, const Tenso
   Tensor grad_x = output(mask[0], input.sizes()), grad_weight = output(mask[1], weight.sizes()),
          grad_bias = output(mask[2], {N});
   const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
-  Backward p{.dtype = dtype_of(input),
-             .activation = g,
-             .M = M,
-             .N = N,
-             .K = K,
-             .grad_y = dy.const_data_ptr(),
-             .y = saved.defined() ? saved.const_data_ptr() : nullptr,
-             .x = x.const_data_ptr(),
-             .ldx = x.stride(0),
-             .weight = weight.const_data_ptr(),
-             .ldw = weight.stride(0),
-             .grad_x = data(grad_x),
-             .grad_weight = data(grad_weight),
-             .grad_bias = data(grad_bias),
-             .workspace = nullptr};
-  const Tensor workspace = at::empty({Device::workspace(p)}, input.options().dtype(at::kByte));
-  p.workspace = workspace.mutable_data_ptr();
-  Device::run(&p, 1);
+  const Backward p{.dtype = dtype_of(input),
+                   .activation = g,
+                   .M = M,
+                   .N = N,
+                   .K = K,
+                   .grad_y = dy.const_data_ptr(),
+                   .y = saved.defined() ? saved.const_data_ptr() : nullptr,
+                   .x = x.const_data_ptr(),
+                   .ldx = x.stride(0),
+                   .weight = weight.const_data_ptr(),
+                   .ldw = weight.stride(0),
+                   .grad_x = data(grad_x),
+                   .grad_weight = data(grad_weight),
+                   .grad_bias = data(grad_bias)};
+  run<Device>(&p, 1, input);
   return {grad_x, grad_weight, grad_bias};
 }
 
