@@ -81,7 +81,7 @@ def builds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernels")
     library = ["-shared", "-fPIC"]
     undefined = ["-O1", "-fsanitize=undefined", "-fno-sanitize-recover"]
-    address = ["-O1", "-g", "-fsanitize=address"]
+    address = ["-g", "-fsanitize=address"]
     with ThreadPoolExecutor(2) as pool:
         futures = {}
         for name in SOURCES:
