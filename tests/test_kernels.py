@@ -1,12 +1,14 @@
 """Every kernel, without torch, against float64 in numpy: the CPU's in each instruction set, CUDA's emulated.
 
-The sources are compiled by g++ as they are; cuda_emulator.h gives CUDA's part of the language its meaning.
+The sources are compiled by g++ as they are: cuda_emulator.h gives CUDA's part of the language its meaning,
+avx512_emulator.h the intrinsics of AVX-512, for processors that lack them.
 """
 
 import ctypes
 import itertools
 import shutil
 import subprocess
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,6 +58,8 @@ SOURCES = {
             "tests/kernels_driver.cpp"],
 }  # fmt: skip
 FLAGS = {"cuda": ["-DFASTMLP_EMULATE"], "cpu": ["-DFASTMLP_LEAST_PARALLEL_WORK=0"]}
+# The instruction sets that can be emulated, and the flag of a processor that has them.
+EMULATED = {"avx512bf16": "avx512_bf16", "avx512": "avx512vl"}
 
 
 def compile_backend(name: str, root: Path, output: Path, *flags: str) -> Path:
@@ -63,6 +67,10 @@ def compile_backend(name: str, root: Path, output: Path, *flags: str) -> Path:
     command += [root / source for source in SOURCES[name]]
     subprocess.run([*map(str, command), "-o", str(output)], check=True, capture_output=True, text=True)
     return output
+
+
+def emulate(instruction_sets: Iterable[str]) -> list[str]:
+    return [f"-DFASTMLP_EMULATE_{name.upper()}" for name in instruction_sets]
 
 
 def break_source(folder: Path, edit: tuple[str, str]) -> Path:
@@ -81,9 +89,12 @@ def break_source(folder: Path, edit: tuple[str, str]) -> Path:
 def builds(tmp_path_factory):
     """Everything that is compiled, two at a time: name -> future of a path."""
     folder = tmp_path_factory.mktemp("kernels")
-    library = ["-shared", "-fPIC"]
+    processor = Path("/proc/cpuinfo").read_text().split()
+    lacking = [name for name, flag in EMULATED.items() if flag not in processor]
+    library = ["-shared", "-fPIC", *emulate(lacking)]
     undefined = ["-O1", "-fsanitize=undefined", "-fno-sanitize-recover"]
-    address = ["-O1", "-g", "-fsanitize=address"]
+    # All that can be: AddressSanitizer does not see what a masked instruction reads and writes.
+    address = ["-g", "-fsanitize=address", *emulate(EMULATED)]
     with ThreadPoolExecutor(2) as pool:
         futures = {}
         for name in SOURCES:

@@ -2,11 +2,15 @@
 #include "backend.h"
 
 #ifdef __x86_64__
+#if FASTMLP_EMULATE_AVX512BF16
+#include "avx512_emulator.h"
+#else
 #include <immintrin.h>
 
 // Nothing from torch or the standard library may be included from here on: the linker could keep an
 // AVX512-BF16 copy of an inline function for everyone.
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#endif
 
 #include "../activation.h"
 

@@ -19,12 +19,22 @@ struct InstructionSet {
   const Kernels* kernels;  // null where the processor lacks it
 };
 
+// The tests emulate what their processor lacks: see avx512_emulator.h.
+#ifndef FASTMLP_EMULATE_AVX512
+#define FASTMLP_EMULATE_AVX512 0
+#endif
+#ifndef FASTMLP_EMULATE_AVX512BF16
+#define FASTMLP_EMULATE_AVX512BF16 0
+#endif
+
 const InstructionSet* find(const char* name) {
 #ifdef __x86_64__
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  static const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool has_pairs = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  static const bool has_avx512 =
+      FASTMLP_EMULATE_AVX512 || (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"));
+  static const bool has_pairs =
+      FASTMLP_EMULATE_AVX512BF16 || (has_avx512 && __builtin_cpu_supports("avx512bf16"));
   static const InstructionSet sets[] = {{instruction_sets[0], has_pairs ? &avx512bf16_kernels : nullptr},
                                         {instruction_sets[1], has_avx512 ? &avx512_kernels : nullptr},
                                         {instruction_sets[2], has_avx2 ? &avx2_kernels : nullptr},

@@ -1,0 +1,91 @@
+// The AVX-512 intrinsics that the kernels use, in plain C++, for processors that lack the instructions. The
+// rest of a kernel is vectors of 64 bytes, which g++ computes in whatever registers there are.
+//
+// AddressSanitizer does not see what a masked instruction reads and writes. Here it does: the elements that
+// the mask names, one by one.
+//
+// What the two instructions of AVX512-BF16 compute is in Intel's manual, at VDPBF16PS and VCVTNEPS2BF16. Which
+// of several NaNs comes out is not modelled.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+typedef float __m512 __attribute__((vector_size(64)));
+typedef int64_t __m512i __attribute__((vector_size(64)));
+typedef int64_t __m256i __attribute__((vector_size(32)));
+typedef uint16_t __m512bh __attribute__((vector_size(64)));
+typedef uint16_t __m256bh __attribute__((vector_size(32)));
+using __mmask16 = uint16_t;
+using __mmask32 = uint32_t;
+
+namespace emulator {
+
+// The elements of type T that the mask names; the other lanes are 0.
+template <class R, class T>
+R load(uint32_t mask, const void* p) {
+  T lanes[sizeof(R) / sizeof(T)] = {};
+  for (unsigned i = 0; i < sizeof(R) / sizeof(T); ++i)
+    if (mask >> i & 1) std::memcpy(&lanes[i], static_cast<const T*>(p) + i, sizeof(T));
+  R r;
+  std::memcpy(&r, lanes, sizeof(r));
+  return r;
+}
+
+template <class T, class R>
+void store(void* p, uint32_t mask, R r) {
+  T lanes[sizeof(R) / sizeof(T)];
+  std::memcpy(lanes, &r, sizeof(r));
+  for (unsigned i = 0; i < sizeof(R) / sizeof(T); ++i)
+    if (mask >> i & 1) std::memcpy(static_cast<T*>(p) + i, &lanes[i], sizeof(T));
+}
+
+// AVX512-BF16 takes and returns 0 for subnormal numbers, whatever the mode of the processor.
+inline float flush(float v) { return std::fabs(v) < FLT_MIN ? std::copysign(0.0f, v) : v; }
+
+inline float widen(uint16_t v) {
+  const uint32_t bits = uint32_t{v} << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof(f));
+  return flush(f);
+}
+
+inline uint16_t narrow(float v) {
+  v = flush(v);
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  if (v != v) return uint16_t(bits >> 16 | 0x40);  // quiet
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace emulator
+
+inline __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* p) {
+  return emulator::load<__m512, float>(mask, p);
+}
+inline __m512i _mm512_maskz_loadu_epi16(__mmask32 mask, const void* p) {
+  return emulator::load<__m512i, uint16_t>(mask, p);
+}
+inline __m256i _mm256_maskz_loadu_epi16(__mmask16 mask, const void* p) {
+  return emulator::load<__m256i, uint16_t>(mask, p);
+}
+inline void _mm512_mask_storeu_ps(void* p, __mmask16 mask, __m512 v) { emulator::store<float>(p, mask, v); }
+inline void _mm256_mask_storeu_epi16(void* p, __mmask16 mask, __m256i v) {
+  emulator::store<uint16_t>(p, mask, v);
+}
+
+// To each lane of sum, two fused multiply-adds one after the other: the odd elements first.
+inline __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+  for (int i = 0; i < 16; ++i)
+    for (int j = 2 * i + 1; j >= 2 * i; --j)
+      sum[i] =
+          emulator::flush(std::fma(emulator::widen(a[j]), emulator::widen(b[j]), emulator::flush(sum[i])));
+  return sum;
+}
+inline __m256bh _mm512_cvtneps_pbh(__m512 v) {
+  __m256bh r{};
+  for (int i = 0; i < 16; ++i) r[i] = emulator::narrow(v[i]);
+  return r;
+}
