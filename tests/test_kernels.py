@@ -356,7 +356,7 @@ def test_neither_the_number_of_threads_nor_their_order_changes_a_bit(backend, va
 def test_a_network_gives_the_bits_of_its_layers(backend, dtype, batch, sizes, activation):
     shapes = [(batch, n, k) for k, n in itertools.pairwise(sizes)]
     activations = [activation] * (len(shapes) - 1) + ["identity"]
-    layers = [Layer(dtype, g, shape, seed=i) for i, (g, shape) in enumerate(zip(activations, shapes, strict=True))]
+    layers = [Layer(dtype, g, shape, seed=shape[1]) for g, shape in zip(activations, shapes, strict=True)]
     x = layers[0].x_memory
     for layer in layers:
         layer.x_memory = x

@@ -33,8 +33,8 @@ struct Right {
 
 // C = g(A B + bias)     A [I, P]   B [P, J]   C [I, J]
 struct Product {
-  Dtype dtype;  // of A, B and the bias
-  int64_t P;
+  Dtype dtype;   // of A, B and the bias
+  int64_t I, P;  // of the whole product, whose blocks must not differ in how they add up
   Left a;
   Right b;
   const void* bias;  // [J], or null for none

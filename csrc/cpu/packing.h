@@ -53,8 +53,8 @@ template <Activation g, int terms, class T>
 void pack_columns(float* to, const T* a, const T* y, int64_t ld, int64_t rows, int64_t depth, float* sums,
                   bool accumulate) {
   constexpr int64_t block =
-      4;  // rows: their lines stay in L1 from group to group, also where all fall on one set
-  V sum[MC / MR] = {};
+      4;  // rows, whose lines stay in L1 from group to group even if all fall on one set
+  V sum[MC / MR] = {}, recent[MC / MR] = {};  // the latest 64 rows apart, so that roundings grow slowly
   for (int64_t first = 0; first < depth; first += block)
     for (int64_t i = 0; i < rows; i += MR) {
       const int64_t n = rows - i, end = smaller(first + block, depth);
@@ -73,7 +73,10 @@ void pack_columns(float* to, const T* a, const T* y, int64_t ld, int64_t rows, i
           store(slot, paired(narrow(v), narrow(next)));
         }
       }
-      sum[i / MR] += partial;
+      recent[i / MR] += partial;
+      if (end % 64 && end < depth) continue;
+      sum[i / MR] += recent[i / MR];
+      recent[i / MR] = V{};
     }
   for (int64_t i = 0; sums && i < rows; i += MR) {
     const int64_t n = smaller(MR, rows - i);

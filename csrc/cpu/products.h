@@ -257,8 +257,7 @@ constexpr int64_t least_packed_rows = 3 * MR;
 
 template <class T>
 void multiply(const Product& p, Range rows, Range columns, Scratch& scratch) {
-  if (p.b.transposed || rows.size() >= least_packed_rows)
-    multiply<terms<T>, true, T>(p, rows, columns, scratch);
+  if (p.b.transposed || p.I >= least_packed_rows) multiply<terms<T>, true, T>(p, rows, columns, scratch);
   else multiply<1, false, T>(p, rows, columns, scratch);
 }
 
@@ -282,7 +281,7 @@ void forward(const Forward& p, bool along_sum, Range rows, Range columns, Scratc
                            [&](auto g) { forward_inner<decltype(g)::value, terms<T>, T>(p, rows, columns); });
   const Left x = {p.x, nullptr, Activation::identity, p.ldx, false};
   const Right weight = {p.weight, p.ldw, true};
-  multiply<T>({p.dtype, p.K, x, weight, p.bias, p.activation, p.dtype, p.y, p.N, false, nullptr}, rows,
+  multiply<T>({p.dtype, p.M, p.K, x, weight, p.bias, p.activation, p.dtype, p.y, p.N, false, nullptr}, rows,
               columns, scratch);
 }
 
