@@ -59,7 +59,7 @@ struct Kernels {
   void (*add_up)(const float* partials, int64_t count, int64_t stride, Dtype dtype, void* out, Range range);
 };
 
-inline constexpr int64_t scratch_bytes = 1400 << 10;
+inline constexpr int64_t scratch_bytes = 2400 << 10;
 
 extern const Kernels avx512bf16_kernels, avx512_kernels, avx2_kernels, portable_kernels;
 
