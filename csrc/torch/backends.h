@@ -5,6 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <sys/mman.h>
 
 #include "../kernels.h"
 
@@ -50,11 +51,26 @@ struct Cuda {
 };
 #endif
 
+// A tensor to be written. The system gives large blocks as new pages in every step, and 4 KiB at a time their faults
+// cost as much as a product: huge pages are asked for, where it leaves that to programs.
+inline at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  constexpr uintptr_t huge = 2 << 20;
+  at::Tensor t = at::empty(sizes, options);
+#ifdef MADV_HUGEPAGE
+  if (t.is_cpu() && t.nbytes() >= 2 * huge) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), end = begin + t.nbytes();
+    const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
+#endif
+  return t;
+}
+
 // Runs the layers of a network, with memory of the allocator of `like` to work in.
 template <class Device, class Layer>
 void run(const Layer* layers, int64_t count, const at::Tensor& like) {
   const int64_t bytes = Device::workspace(layers, count);
-  const at::Tensor workspace = bytes ? at::empty({bytes}, like.options().dtype(at::kByte)) : at::Tensor();
+  const at::Tensor workspace = bytes ? empty({bytes}, like.options().dtype(at::kByte)) : at::Tensor();
   Device::run(layers, count, bytes ? workspace.mutable_data_ptr() : nullptr);
 }
 

@@ -126,9 +126,9 @@ std::vector<Tensor> run_forward(const Tensor& input, TensorList weights, TensorL
   const Activation g = parse_activation(activation);
   const c10::DeviceGuard guard(input.device());
   const int64_t M = rows_of(input), L = int64_t(weights.size());
-  std::vector<Tensor> outputs = {at::empty(result_sizes(input, weights.back()), input.options())};
+  std::vector<Tensor> outputs = {empty(result_sizes(input, weights.back()), input.options())};
   for (int64_t i = 0; keep && i + 1 < L; ++i)
-    outputs.push_back(at::empty({M, weights[i].size(0)}, input.options()));
+    outputs.push_back(empty({M, weights[i].size(0)}, input.options()));
   const Tensor x = as_matrix(input, M, input.size(-1));
   std::vector<Tensor> contiguous;  // biases, alive until the kernels have run
   std::vector<Forward> layers;
@@ -193,7 +193,7 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_y, const Tensor& input, Tens
     TORCH_CHECK(0 <= index && index < 1 + L + int64_t(biases.size()),
                 "wanted: expected numbers of arguments, got ", index);
     const Tensor& like = index == 0 ? input : index <= L ? weights[index - 1] : biases[index - 1 - L];
-    grads[index] = at::empty(like.sizes(), input.options());
+    grads[index] = empty(like.sizes(), input.options());
     lowest = std::min(lowest, index ? (index - 1) % L : 0);
   }
   const Tensor dy = grad_y.contiguous(), x = as_matrix(input, M, input.size(-1));

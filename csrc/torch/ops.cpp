@@ -160,7 +160,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   const int64_t M = rows_of(input);
   at::DimVector sizes(input.sizes());
   sizes.back() = N;
-  Tensor y = at::empty(sizes, input.options());
+  Tensor y = empty(sizes, input.options());
   const Tensor x = as_matrix(input, M, K);
   const Tensor b = bias ? bias->contiguous() : Tensor();
   const Forward p{.dtype = dtype_of(input),
@@ -194,7 +194,7 @@ Gradients linear_backward(const Tensor& grad_y, const Tensor& input, const Tenso
   const Tensor dy = grad_y.contiguous(), saved = y ? y->contiguous() : Tensor();
   const Tensor x = as_matrix(input, M, K);
   const auto output = [&](bool wanted, at::IntArrayRef sizes) {
-    return wanted ? at::empty(sizes, input.options()) : Tensor();
+    return wanted ? empty(sizes, input.options()) : Tensor();
   };
   Tensor grad_x = output(mask[0], input.sizes()), grad_weight = output(mask[1], weight.sizes()),
          grad_bias = output(mask[2], {N});
