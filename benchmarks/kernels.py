@@ -28,7 +28,7 @@ from rich.table import Table
 import timing
 from command import Parser, benchmark_parser, execute, measured, start, table_output
 from fastmlp import _C
-from shapes import GRID
+from shapes import GRID, ODD
 
 NAME = "kernels"
 CPU = torch.device("cpu")
@@ -95,8 +95,8 @@ class Result(NamedTuple):
 
 
 def layers() -> list[Shape]:
-    """The distinct layers of the grid."""
-    grid = ((batch, *pair) for net in GRID for batch in net.batches for pair in pairwise(net.sizes))
+    """The distinct layers of the grid, and the odd ones."""
+    grid = ((batch, *pair) for net in (*GRID, ODD) for batch in net.batches for pair in pairwise(net.sizes))
     return [Shape(*layer) for layer in dict.fromkeys(grid)]
 
 

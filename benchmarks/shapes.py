@@ -21,3 +21,6 @@ GRID = (
     Network("ranking", (479, 1024, 1024, 512, 256, 1), (2048,), "bce"),  # recommendation, top MLP
     Network("field", (64, 64, 64, 64, 16), (65536,), "mse"),  # coordinate networks
 )
+
+# Beside the seed at 64: sizes that no tile, register or cache line divides.
+ODD = Network("odd", (785, 501, 11), (65,))

@@ -20,6 +20,7 @@ enum class Dtype : int { float32, bfloat16, float16 };
 // next one's x; and of Backward every grad_x but the last's and every grad_y but the first's are.
 struct Forward {
   Dtype dtype;
+  bool reduced;  // float32 may be multiplied as bfloat16, where that is faster: its user has asked for it
   Activation activation;
   int64_t M, N, K;
   const void* x;  // [M, K]
@@ -32,6 +33,7 @@ struct Forward {
 
 struct Backward {
   Dtype dtype;
+  bool reduced;
   Activation activation;
   int64_t M, N, K;
   const void* grad_y;  // [M, N]

@@ -88,8 +88,9 @@ void check(Dtype dtype, int64_t M, int64_t N, int64_t K) {
   const auto x = wave<T>(M && K ? (M - 1) * ldx + K : 0, 1), w = wave<T>(N && K ? (N - 1) * ldw + K : 0, 2);
   const auto bias = wave<T>(N, 3), grad_y = wave<T>(M * N, 4);
   std::vector<T> y(M * N), grad_x(M * K), grad_weight(N * K), grad_bias(N);
-  const Forward f{dtype, g, M, N, K, x.data(), ldx, w.data(), ldw, bias.data(), y.data()};
+  const Forward f{dtype, false, g, M, N, K, x.data(), ldx, w.data(), ldw, bias.data(), y.data()};
   const Backward b{dtype,
+                   false,
                    g,
                    M,
                    N,

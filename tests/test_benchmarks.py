@@ -20,6 +20,7 @@ def tiny_grid(script, monkeypatch):
     )
     for name in ("kernels", "steps"):
         monkeypatch.setattr(script(name), "GRID", grid)
+    monkeypatch.setattr(script("kernels"), "ODD", network("odd", (5, 3), (4,)))
     monkeypatch.setattr(script("timing"), "ROUND_SECONDS", 1e-3)
     monkeypatch.setattr(script("kernels"), "PEAK_STEPS", 1000)
 

@@ -112,6 +112,7 @@ def builds(tmp_path_factory):
 def backend(request, builds: dict[str, Future]) -> ctypes.CDLL:
     library = ctypes.CDLL(str(builds["cuda" if request.param == "cuda" else "cpu"].result()))
     library.forward_workspace.restype = library.backward_workspace.restype = ctypes.c_int64
+    library.name = request.param
     if not library.use(request.param.encode()):
         pytest.skip(f"this processor has no {request.param}")
     return library
@@ -121,7 +122,7 @@ def backend(request, builds: dict[str, Future]) -> ctypes.CDLL:
 
 
 class Forward(ctypes.Structure):
-    _fields_ = [("dtype", ctypes.c_int), ("activation", ctypes.c_int)]
+    _fields_ = [("dtype", ctypes.c_int), ("reduced", ctypes.c_bool), ("activation", ctypes.c_int)]
     _fields_ += [(size, ctypes.c_int64) for size in "MNK"]
     _fields_ += [("x", ctypes.c_void_p), ("ldx", ctypes.c_int64)]
     _fields_ += [("weight", ctypes.c_void_p), ("ldw", ctypes.c_int64)]
@@ -129,8 +130,8 @@ class Forward(ctypes.Structure):
 
 
 class Backward(ctypes.Structure):
-    _fields_ = [*Forward._fields_[:5], ("grad_y", ctypes.c_void_p), ("y", ctypes.c_void_p)]
-    _fields_ += Forward._fields_[5:9]
+    _fields_ = [*Forward._fields_[:6], ("grad_y", ctypes.c_void_p), ("y", ctypes.c_void_p)]
+    _fields_ += Forward._fields_[6:10]
     _fields_ += [(name, ctypes.c_void_p) for name in ("grad_x", "grad_weight", "grad_bias")]
 
 
@@ -183,6 +184,7 @@ class Layer:
         self.dtype, self.activation, (self.M, self.N, self.K) = dtype, activation, shape
         self.ldx = self.K if ldx is None else ldx
         self.ldw = self.K if ldw is None else ldw
+        self.reduced = False
         random = np.random.default_rng(seed)
 
         def draw(*sizes: int) -> Buffer:
@@ -221,6 +223,7 @@ class Layer:
         numbers = {"dtype": DTYPES.index(self.dtype), "activation": ACTIVATIONS.index(self.activation)}
         pointers = {key: buffer.pointer if buffer is not None else None for key, buffer in buffers.items()}
         sizes = {"M": self.M, "N": self.N, "K": self.K, "ldx": self.ldx, "ldw": self.ldw}
+        numbers["reduced"] = self.reduced
         return struct(**numbers, **sizes, **pointers)
 
     def forward_arguments(self, x: Buffer | None, y: Buffer | None) -> Forward:
@@ -382,6 +385,22 @@ def test_a_network_gives_the_bits_of_its_layers(backend, dtype, batch, sizes, ac
     run(backend, 3, *arguments)
     for name, index in [("grad_x", -1), *itertools.product(everything[1:], range(len(layers)))]:
         assert (together[index][name].float64() == alone[index][name].float64()).all()
+
+
+def test_float32_is_multiplied_as_bfloat16_where_that_is_allowed_and_the_processor_does(backend):
+    layer = Layer("float32", "relu", (40, 50, 61))
+    exact = {"y": layer.forward(backend), **layer.backward(backend)}
+    layer.reduced = True
+    reduced = {"y": layer.forward(backend), **layer.backward(backend)}
+    for name in ("y", "grad_x", "grad_weight"):
+        difference = np.abs(reduced[name] - exact[name]).max() / np.abs(exact[name]).max()
+        is_native = backend.name == "avx512bf16"
+        assert (
+            (2 * ROUNDING["float32"] < difference < 2 * ROUNDING["bfloat16"])
+            if is_native
+            else difference == 0
+        )
+    assert (reduced["grad_bias"] == exact["grad_bias"]).all()
 
 
 def test_bias_gradient_of_a_large_batch_is_as_accurate_as_a_blocked_sum(backend):

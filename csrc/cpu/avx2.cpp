@@ -16,7 +16,7 @@ namespace avx2 {
 
 typedef float V __attribute__((vector_size(32)));
 typedef uint16_t Halves __attribute__((vector_size(16)));
-constexpr int inner_rows = 3, inner_columns = 3;  // 9 sums + 3 of W + 1 of x
+constexpr int inner_rows = 4, inner_columns = 3;  // 12 sums + 3 of W, x from memory
 constexpr int outer_rows = 6, outer_vectors = 2;  // 12 sums + 2 of B + 1 of A
 constexpr bool multiplies_pairs = false;
 

@@ -188,6 +188,7 @@ void backward_layer(const Kernels& k, const Backward& p, const Sums& sums, bool 
                                : Block{part(p.N, k.product_rows, rank, size), {0, 0}};
     const bool is_last = b.columns.end == (multiplies ? p.K : 0);  // one thread alone adds up a row of dzᵀ
     const Product dw = {.dtype = p.dtype,
+                        .reduced = p.reduced,
                         .I = p.N,
                         .P = p.M,
                         .a = dz_transposed,
@@ -203,6 +204,7 @@ void backward_layer(const Kernels& k, const Backward& p, const Sums& sums, bool 
   }
   if (p.grad_x) {
     const Product dx = {.dtype = p.dtype,
+                        .reduced = p.reduced,
                         .I = p.M,
                         .P = p.N,
                         .a = dz,

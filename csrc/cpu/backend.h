@@ -34,6 +34,7 @@ struct Right {
 // C = g(A B + bias)     A [I, P]   B [P, J]   C [I, J]
 struct Product {
   Dtype dtype;   // of A, B and the bias
+  bool reduced;  // float32 may be multiplied as bfloat16
   int64_t I, P;  // of the whole product, whose blocks must not differ in how they add up
   Left a;
   Right b;

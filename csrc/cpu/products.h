@@ -255,22 +255,32 @@ void multiply(const Product& p, Range rows, Range columns, Scratch& scratch) {
 // From this many rows of C on, a packed block of B is used often enough to pay for the copy.
 constexpr int64_t least_packed_rows = 3 * MR;
 
+// Whether the product is of pairs of bfloat16.
+template <class T>
+bool in_pairs(bool reduced) {
+  return multiplies_pairs && (std::is_same_v<T, bfloat16> || reduced);
+}
+
 template <class T>
 void multiply(const Product& p, Range rows, Range columns, Scratch& scratch) {
-  if (p.b.transposed || p.I >= least_packed_rows) multiply<terms<T>, true, T>(p, rows, columns, scratch);
-  else multiply<1, false, T>(p, rows, columns, scratch);
+  if (!p.b.transposed && p.I < least_packed_rows) return multiply<1, false, T>(p, rows, columns, scratch);
+  if constexpr (multiplies_pairs) {
+    if (in_pairs<T>(p.reduced)) return multiply<2, true, T>(p, rows, columns, scratch);
+  }
+  if constexpr (terms<T> == 1) multiply<1, true, T>(p, rows, columns, scratch);
 }
 
 // ---- y = g(x Wᵀ + b)
 
 // Counts what each way costs, in multiply-adds of registers, to choose. Measured: along the sum a step costs a
-// little more, for its loads, and adding up the lanes about 72 for as many sums as there are lanes; transposing an
+// little more, for its loads, and adding up the lanes about 60 for as many sums as there are lanes; transposing an
 // element of W costs 1.8, however many rows then use it, and packing one of x 0.8.
 template <class T>
 bool runs_along_sum(const Forward& p) {
-  const double M = double(p.M), N = double(p.N), depth = double(ceil_div(p.K, terms<T>));
-  const double inner = M * N * (1.15 * double(ceil_div(int64_t(depth), width)) + 72.0 / width);
-  const double outer = depth * (1.06 * M * double(ceil_div(p.N, width)) + 1.8 * N + 0.8 * M);
+  const double M = double(p.M), N = double(p.N),
+               slots = double(ceil_div(p.K, in_pairs<T>(p.reduced) ? 2 : 1));
+  const double inner = M * N * (1.05 * double(ceil_div(p.K, terms<T> * width)) + 60.0 / width);
+  const double outer = slots * (1.06 * M * double(ceil_div(p.N, width)) + 1.8 * N + 0.8 * M);
   return inner <= outer;
 }
 
@@ -281,8 +291,9 @@ void forward(const Forward& p, bool along_sum, Range rows, Range columns, Scratc
                            [&](auto g) { forward_inner<decltype(g)::value, terms<T>, T>(p, rows, columns); });
   const Left x = {p.x, nullptr, Activation::identity, p.ldx, false};
   const Right weight = {p.weight, p.ldw, true};
-  multiply<T>({p.dtype, p.M, p.K, x, weight, p.bias, p.activation, p.dtype, p.y, p.N, false, nullptr}, rows,
-              columns, scratch);
+  multiply<T>(
+      {p.dtype, p.reduced, p.M, p.K, x, weight, p.bias, p.activation, p.dtype, p.y, p.N, false, nullptr},
+      rows, columns, scratch);
 }
 
 // out[i] = Σ_s partials[s * stride + i]

@@ -2,6 +2,7 @@
 // raised. The op kernels are templates over Cpu and Cuda.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -83,6 +84,13 @@ inline Dtype dtype_of(const at::Tensor& t) {
     default:
       return Dtype::float32;
   }
+}
+
+// Whether float32 may be multiplied as bfloat16: torch's own setting for its library's products on the CPU.
+inline bool is_reduced(const at::Tensor& t) {
+  using at::Float32Backend, at::Float32Op, at::Float32Precision;
+  return t.is_cpu() && at::globalContext().float32Precision(Float32Backend::MKLDNN, Float32Op::MATMUL) ==
+                           Float32Precision::BF16;
 }
 
 // The tensor as a matrix [rows, columns] with adjacent columns: itself where its strides allow, else a copy.

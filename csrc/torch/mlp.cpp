@@ -136,6 +136,7 @@ std::vector<Tensor> run_forward(const Tensor& input, TensorList weights, TensorL
     const bool last = i + 1 == L;
     if (!biases.empty()) contiguous.push_back(biases[i].contiguous());
     layers.push_back({.dtype = dtype_of(input),
+                      .reduced = is_reduced(input),
                       .activation = last ? Activation::identity : g,
                       .M = M,
                       .N = weights[i].size(0),
@@ -202,6 +203,7 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_y, const Tensor& input, Tens
   for (int64_t i = L - 1; i >= lowest; --i) {
     const bool last = i + 1 == L;
     layers.push_back({.dtype = dtype_of(input),
+                      .reduced = is_reduced(input),
                       .activation = last ? Activation::identity : g,
                       .M = M,
                       .N = weights[i].size(0),

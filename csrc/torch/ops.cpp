@@ -164,6 +164,7 @@ Tensor linear(const Tensor& input, const Tensor& weight, const std::optional<Ten
   const Tensor x = as_matrix(input, M, K);
   const Tensor b = bias ? bias->contiguous() : Tensor();
   const Forward p{.dtype = dtype_of(input),
+                  .reduced = is_reduced(input),
                   .activation = g,
                   .M = M,
                   .N = N,
@@ -200,6 +201,7 @@ Gradients linear_backward(const Tensor& grad_y, const Tensor& input, const Tenso
          grad_bias = output(mask[2], {N});
   const auto data = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; };
   const Backward p{.dtype = dtype_of(input),
+                   .reduced = is_reduced(input),
                    .activation = g,
                    .M = M,
                    .N = N,
