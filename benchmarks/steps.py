@@ -29,13 +29,14 @@ CPU = torch.device("cpu")
 LEARNING_RATE = 0.01
 
 Call = Callable[[], object]
-Loss = Callable[[Tensor, Tensor], Tensor]
 
-LOSSES: dict[str, Loss] = {
+LOSSES: dict[str, nn.Module] = {
     "cross_entropy": nn.CrossEntropyLoss(),
     "mse": nn.MSELoss(),
     "bce": nn.BCEWithLogitsLoss(),
 }
+
+FASTMLP_LOSSES = {**LOSSES, "cross_entropy": fastmlp.CrossEntropyLoss()}
 
 # Times faster than stock that each column is to reach on two AVX-512 cores: goals, not results.
 TARGETS = {
@@ -93,7 +94,7 @@ def standard_loop(
     cell: Cell,
     make_model: Callable[..., nn.Module] = stock_mlp,
     make_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
-    losses: Mapping[str, Loss] = LOSSES,
+    losses: Mapping[str, nn.Module] = LOSSES,
     compiled: bool = False,
     **optimizer_options: bool,
 ) -> Call:
@@ -102,7 +103,8 @@ def standard_loop(
     optimizer = make_optimizer(model.parameters(), lr=LEARNING_RATE, **optimizer_options)
 
     def forward(x: Tensor, target: Tensor) -> Tensor:
-        return loss(model(x), target)
+        value: Tensor = loss(model(x), target)
+        return value
 
     if compiled:
         forward = torch.compile(forward, dynamic=False)
@@ -114,6 +116,14 @@ def standard_loop(
         optimizer.step()
 
     return step
+
+
+def one_call(cell: Cell) -> Call:
+    """The training step by fastmlp.TrainStep."""
+    (x, target), model = cell.data(), made(cell, fastmlp.MLP)
+    optimizer = fastmlp.SGD(model.parameters(), lr=LEARNING_RATE)
+    step = fastmlp.TrainStep(model, LOSSES[cell.network.loss], optimizer)
+    return lambda: step(x, target)
 
 
 def inference(cell: Cell, make_model: Callable[..., nn.Module] = stock_mlp) -> Call:
@@ -170,6 +180,8 @@ GROUPS = (
         STOCK_STEPS,
         {
             "swap": Side(lambda cell: standard_loop(cell, fastmlp.MLP)),
+            "all": Side(lambda cell: standard_loop(cell, fastmlp.MLP, fastmlp.SGD, FASTMLP_LOSSES)),
+            "step": Side(one_call),
         },
     ),
     Group(

@@ -48,6 +48,74 @@ struct Backward {
   void* grad_bias;    // [N]
 };
 
+// One step of stochastic gradient descent, as torch.optim.SGD defines it. For each element of a parameter w, whose
+// gradient is dW:
+//
+//   g = dW + weight_decay · w     with −dW in place of dW to maximize
+//   where there is momentum       m = momentum · m + undamped · g     or g in the first step
+//                                 g = m, or g + momentum · m after Nesterov
+//   w = w − lr · g
+//
+// It is computed in float32, whatever the dtype.
+struct Sgd {
+  Dtype dtype;
+  float lr, momentum, undamped, weight_decay;  // undamped = 1 − dampening
+  bool nesterov, maximize, first;
+};
+
+// A tensor of the step. No two may overlap.
+struct Update {
+  void* param;       // w [size]
+  const void* grad;  // dW [size]
+  void* momentum;    // m [size], only written in the first step; null, then all of a call's are, for none
+  int64_t size;
+};
+
+enum class Reduction : int { none, mean, sum };
+
+// The loss of a classifier with logits z [N, C] and targets t [N], and its gradient:
+//
+//   p = softmax(z)     q_c = w_c ((1 - ε) [c = t] + ε / C)
+//   loss = -Σ_c q_c log p_c     dz = p Σ_c q_c - q
+//
+// A row whose target is ignore_index has the loss and the gradient 0. The mean, and its gradient, are the sums
+// divided by Σ w_t of the rows that are not ignored.
+struct CrossEntropy {
+  Dtype dtype;  // of the logits and the loss; the rest is float32
+  Reduction reduction;
+  int64_t N, C;           // C is not 0
+  const void* input;      // z [N, C]
+  const int64_t* target;  // t [N]
+  const float* weight;    // w [C], or null for ones
+  int64_t ignore_index;
+  float label_smoothing;  // ε, from 0 to 1
+  void* loss;             // [N], or one where it is reduced
+  float* grad;            // dz [N, C], or null where it is not wanted
+};
+
+// The losses that a step knows: cross_entropy as above; the mean or the sum over all elements of (y - t)², or of the
+// binary cross-entropy of logits.
+enum class Loss : int { cross_entropy, mse, bce_with_logits };
+
+// A parameter of a step, which changes it as `sgd` says; where that is null it stays as it is.
+struct Trained {
+  const Sgd* sgd;
+  float* param;
+  float* momentum;  // as in Update
+};
+
+// A whole training step: forward, loss, backward, and the update of the parameters. float32.
+struct Step {
+  int64_t count;
+  const Forward* layers;            // every x but the first's and every y are null
+  const Trained *weights, *biases;  // of each layer; a weight is [N, K] without gaps
+  Loss loss;
+  CrossEntropy cross_entropy;  // where that is the loss; input, loss and grad are not read
+  const float* target;         // of the other losses, t [M, N of the last layer]
+  bool mean;                   // of them, or the sum
+  float* value;                // where the loss goes, of the parameters before the update
+};
+
 namespace cpu {
 
 // The instruction sets, best first, and the one in use: the processor's best until use() chooses another.
@@ -67,6 +135,15 @@ int64_t forward_workspace(const Forward* layers, int64_t count, int threads);
 void forward(const Forward* layers, int64_t count, void* workspace, int threads);
 int64_t backward_workspace(const Backward* layers, int64_t count, int threads);
 void backward(const Backward* layers, int64_t count, void* workspace, int threads);
+void sgd(const Sgd&, const Update* updates, int64_t count, int threads);  // of `count` tensors
+
+// Returns -1, or the first row whose target is neither a class nor ignore_index: nothing is written then.
+int64_t cross_entropy_workspace(const CrossEntropy&);
+int64_t cross_entropy(const CrossEntropy&, void* workspace, int threads);
+
+// As above: nothing is changed where a target is wrong.
+int64_t train_workspace(const Step&, int threads);
+int64_t train(const Step&, void* workspace, int threads);
 
 }  // namespace cpu
 
@@ -82,6 +159,11 @@ int64_t forward_workspace(const Forward* layers, int64_t count);
 int forward(const Forward* layers, int64_t count, void* workspace, void* stream);
 int64_t backward_workspace(const Backward* layers, int64_t count);
 int backward(const Backward* layers, int64_t count, void* workspace, void* stream);
+int sgd(const Sgd&, const Update* updates, int64_t count, void* stream);
+
+// A target that is neither a class nor ignore_index fails an assertion on the device, as in torch.
+int64_t cross_entropy_workspace(const CrossEntropy&);
+int cross_entropy(const CrossEntropy&, void* workspace, void* stream);
 
 }  // namespace cuda
 

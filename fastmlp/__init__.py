@@ -26,9 +26,11 @@ if _asked := os.environ.get("FASTMLP_CPU"):
         raise ValueError(f"FASTMLP_CPU: {error}") from None
 
 from fastmlp import functional
-from fastmlp.nn import MLP, Linear, LinearReLU
+from fastmlp.nn import MLP, CrossEntropyLoss, Linear, LinearReLU
+from fastmlp.optim import SGD
+from fastmlp.step import TrainStep
 
-__all__ = ["MLP", "Linear", "LinearReLU", "build_info", "functional"]
+__all__ = ["MLP", "SGD", "CrossEntropyLoss", "Linear", "LinearReLU", "TrainStep", "build_info", "functional"]
 
 
 def build_info() -> dict[str, str | None]:

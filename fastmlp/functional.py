@@ -10,7 +10,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fastmlp import _C  # noqa: F401  importing it registers the ops
 
-__all__ = ["Activation", "linear", "linear_relu", "mlp", "why_not_fused"]
+__all__ = ["Activation", "cross_entropy", "linear", "linear_relu", "mlp", "why_not_fused"]
 
 #: The activations that the kernels know; without one, a layer is plain linear.
 Activation = Literal["relu", "sigmoid", "tanh"]
@@ -25,6 +25,7 @@ COMPOSITES: dict[str, Callable[[Tensor], Tensor]] = {
 # Other tensor types carry semantics of their own, which torch's operations know and ours do not.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor, type(None)})
 
+_cross_entropy = torch.ops.fastmlp.cross_entropy.default
 _linear = torch.ops.fastmlp.linear.default
 _mlp = torch.ops.fastmlp.mlp.default
 _why_not_fused = torch.ops.fastmlp.why_not_fused.default
@@ -106,6 +107,62 @@ def mlp(
     for i, weight in enumerate(weights):
         input = linear(input, weight, biases[i] if biases else None, activation if i < last else None)
     return input
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Softmax cross-entropy in one pass: the loss, and where autograd will ask for it, its gradient beside it.
+
+    The same as ``torch.nn.functional.cross_entropy``, whose arguments these are, derivatives of any order, autocast
+    and tracing included. The kernels cover logits [N, C] or [C] of float32 and bfloat16 (on CUDA float16 too) with
+    int64 class indices; class probabilities, more dimensions and other dtypes are computed by torch's own function.
+
+    Args:
+        input: the logits, of shape [N, C], [C] or [N, C, d1, ...].
+        target: class indices of shape [N], [] or [N, d1, ...], or class probabilities of the shape of ``input``.
+        weight: of each class, of shape [C] and the dtype of ``input``, or None for ones.
+        size_average: deprecated in torch, see ``reduction``.
+        ignore_index: the target of rows that count for nothing.
+        reduce: deprecated in torch, see ``reduction``.
+        reduction: "mean", over the weights of the targets; "sum"; or "none".
+        label_smoothing: how much of the target is spread evenly over all classes, from 0 to 1.
+
+    Returns:
+        The loss, in the dtype of ``input``: of shape [], or with "none" of the shape of the class indices.
+
+    Raises:
+        IndexError: on the CPU, for a class index that is out of bounds. On CUDA an assertion fails on the device.
+        RuntimeError: for a dtype or device that does not fit, or a ``weight`` not of shape [C].
+        ValueError: for a batch of another size in ``target``, or an unknown ``reduction``.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]], requires_grad=True)
+        >>> loss = fastmlp.functional.cross_entropy(logits, torch.tensor([0, 0]))
+        >>> loss.backward()
+        >>> print(f"{loss:.4f}", logits.grad)
+        1.1269 tensor([[-0.0596,  0.0596],
+                [-0.4404,  0.4404]])
+    """
+    if (
+        type(input) in _PLAIN
+        and type(target) in _PLAIN
+        and type(weight) in _PLAIN
+        and size_average is None
+        and reduce is None
+    ):
+        loss: Tensor = _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+        return loss
+    return torch.nn.functional.cross_entropy(
+        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+    )
 
 
 def why_not_fused(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:

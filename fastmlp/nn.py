@@ -9,7 +9,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastmlp import functional
 
-__all__ = ["MLP", "Linear", "LinearReLU"]
+__all__ = ["MLP", "CrossEntropyLoss", "Linear", "LinearReLU"]
 
 
 class Linear(torch.nn.Linear):
@@ -157,3 +157,26 @@ def _common_activation(layers: list[Any]) -> functional.Activation | None:
 
 
 _LAYERS = (Linear, LinearReLU)
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """``torch.nn.CrossEntropyLoss``, loss and gradient in one pass: :func:`fastmlp.functional.cross_entropy`.
+
+    The same arguments, ``state_dict`` and results.
+
+    Example:
+        >>> criterion = fastmlp.CrossEntropyLoss(label_smoothing=0.1)
+        >>> criterion(torch.zeros(64, 10), torch.zeros(64, dtype=torch.int64))
+        tensor(2.3026)
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits [N, C] and class indices [N], and of all else that torch's own takes."""
+        return functional.cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )

@@ -10,6 +10,7 @@
 #pragma GCC target("avx2,fma")
 
 #include "../activation.h"
+#include "../sgd.h"
 
 namespace fastmlp::cpu {
 namespace avx2 {

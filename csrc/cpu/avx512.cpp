@@ -13,6 +13,7 @@
 #endif
 
 #include "../activation.h"
+#include "../sgd.h"
 
 namespace fastmlp::cpu {
 namespace avx512 {

@@ -38,13 +38,18 @@ struct Product {
   int64_t I, P;  // of the whole product, whose blocks must not differ in how they add up
   Left a;
   Right b;
-  const void* bias;  // [J], or null for none
-  Activation activation;
+  const void* bias = nullptr;  // [J], or null for none
+  Activation activation = Activation::identity;
   Dtype c_dtype;  // dtype, or float32
   void* c;
   int64_t ldc;
-  bool accumulate;  // C and sums are added to; C is float32, with no bias and no activation
-  float* sums;      // [I], Σ_p A[i][p], or null
+  bool accumulate = false;  // C and sums are added to; C is float32, with no bias and no activation
+  float* sums = nullptr;    // [I], Σ_p A[i][p], or null
+  // Where given, A B is the gradient of param [I, J], which is changed by it as Sgd says, with no bias or activation.
+  // C is then where sums stay until they are whole, and not touched where P is at most whole_sum.
+  const Sgd* sgd = nullptr;
+  float* param = nullptr;
+  float* momentum = nullptr;  // or null; both are laid out as C
 };
 
 struct Kernels {
@@ -58,7 +63,18 @@ struct Kernels {
   void (*multiply)(const Product&, Range rows, Range columns, void* scratch);
   // out[i] = Σ_s partials[s * stride + i] for i in a range, s < count.
   void (*add_up)(const float* partials, int64_t count, int64_t stride, Dtype dtype, void* out, Range range);
+  // One step for a range of the tensor's elements.
+  void (*update)(const Sgd&, const Update&, Range range);
+  // The losses and gradients of some rows, whose targets are classes or ignored, times `scale`; the losses are
+  // stored where they are not reduced, and without the scale. Returns the sum of the losses.
+  double (*cross_entropy)(const CrossEntropy&, float scale, Range rows);
+  // The sum of a range's losses; their gradients, times `scale`.
+  double (*pointwise_loss)(Loss, const float* y, const float* target, float scale, float* grad, Range range);
 };
+
+inline constexpr int64_t whole_sum = 256;
+
+const Kernels& kernels();  // of the instruction set in use
 
 inline constexpr int64_t scratch_bytes = 2400 << 10;
 

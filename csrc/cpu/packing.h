@@ -10,7 +10,7 @@
 #include "registers.h"
 
 constexpr int MR = outer_rows, NR = outer_vectors * width;
-constexpr int64_t KC = 256, MC = 32 * MR,
+constexpr int64_t KC = whole_sum, MC = 32 * MR,
                   NC = 1024 / NR * NR;      // in slots; A's block for L2, a panel for L1 or L2
 constexpr int64_t group = MR * KC + width;  // a group by slots ends with a whole register
 constexpr int64_t panel = KC * NR;

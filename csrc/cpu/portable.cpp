@@ -1,5 +1,6 @@
 // Any processor: registers of 4 floats, which every 64-bit x86 (SSE2) and Arm (NEON) has; tails by copies.
 #include "../activation.h"
+#include "../sgd.h"
 #include "backend.h"
 
 namespace fastmlp::cpu {

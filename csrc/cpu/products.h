@@ -19,6 +19,20 @@ void finish(const float* sums, int64_t ld, const T* bias, C* y, int64_t ldy, int
   }
 }
 
+// W and its momentum, changed by m rows and n columns of its gradient's sums.
+void descend(const Sgd& sgd, const float* sums, int64_t ld, float* w, float* momentum, int64_t ldw, int64_t m,
+             int64_t n) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; j += width) {
+      const int64_t at = i * ldw + j, count = n - j;
+      V velocity{};
+      if (momentum && !sgd.first) velocity = load(momentum + at, count);
+      const V gradient = load(sums + i * ld + j, count);
+      store(w + at, updated(load(w + at, count), gradient, momentum ? &velocity : nullptr, sgd), count);
+      if (momentum) store(momentum + at, velocity, count);
+    }
+}
+
 // ---- C = A Bᵀ, with registers along the sum
 
 // Adds pairs of lanes of a and b: the sums of a's pairs of `step`-wide pieces, then those of b's.
@@ -178,20 +192,34 @@ struct Scratch {
 };
 static_assert(sizeof(Scratch) <= scratch_bytes);
 
-// C = g(A B + bias). A block of B is packed, then block after block of A that meets it; a panel of B's stays in
-// L1 while A's block streams past it from L2. float32 is added up in C itself; bfloat16 in `scratch`, a block
-// of C at a time. Where rows are few, B is read in place.
+// Asks for the part of a parameter that a tile is about to change.
+void fetch_rows(const Product& p, int64_t i, int64_t j, int64_t m, int64_t n) {
+  constexpr int64_t line = 16;
+  for (int64_t at = i * p.ldc + j; m > 0; --m, at += p.ldc)
+    for (int64_t column = 0; column < n; column += line) {
+      __builtin_prefetch(p.param + at + column, 1);
+      if (p.momentum) __builtin_prefetch(p.momentum + at + column, 1);
+    }
+}
+
+// C = g(A B + bias), or what Product says of SGD. A block of B is packed, then block after block of A that meets it.
+// A panel of B's stays in L1 while A's block streams past it from L2; or all panels in L2, if they have the room, and
+// C is written row by row. float32 is added up in C itself; bfloat16 in
+// `scratch`, a block of C at a time; and where the sum is whole at once, what is to be done with it finds it in L1.
+// Where rows are few, B is read in place.
 template <int terms, bool packed, class T>
 void multiply(const Product& p, Range rows, Range columns, Scratch& scratch) {
   const T* const a = static_cast<const T*>(p.a.data);
   const T* const y = p.a.activation == Activation::identity ? a : static_cast<const T*>(p.a.y);
   const T* const b = static_cast<const T*>(p.b.data);
   const T* const bias = static_cast<const T*>(p.bias);
-  const bool in_place = p.c_dtype == Dtype::float32;
-  const bool finishes = p.activation != Activation::identity || bias || !in_place;
   const int64_t chunks = larger(1, ceil_div(p.P, KC * terms));
   const int64_t deep = ceil_div(ceil_div(p.P, chunks), terms) * terms;
-  const int64_t row_step = in_place ? larger(1, rows.size()) : MC;
+  const bool is_float = p.c_dtype == Dtype::float32;
+  const bool at_once = chunks == 1 && (p.sgd || !is_float), in_place = is_float && !at_once;
+  const bool finishes = p.activation != Activation::identity || bias || p.sgd || !in_place;
+  constexpr int64_t resident = 1 << 16;  // slots of B
+  const int64_t row_step = in_place || at_once ? larger(1, rows.size()) : MC;
 
   const auto pack_left = [&](int64_t i, int64_t m, int64_t k, int64_t depth, float* sums) {
     with_activation(p.a.activation, [&](auto g) {
@@ -204,10 +232,14 @@ void multiply(const Product& p, Range rows, Range columns, Scratch& scratch) {
     });
   };
   const auto finished = [&](const float* sums, int64_t ld, int64_t i, int64_t j, int64_t m, int64_t n) {
+    const int64_t at = i * p.ldc + j;
+    if (p.sgd) {
+      float* const momentum = p.momentum ? p.momentum + at : nullptr;
+      return descend(*p.sgd, sums, ld, p.param + at, momentum, p.ldc, m, n);
+    }
     with_activation(p.activation, [&](auto g) {
-      const int64_t at = i * p.ldc + j;
       const T* const from = bias ? bias + j : nullptr;
-      if (in_place) finish<decltype(g)::value>(sums, ld, from, static_cast<float*>(p.c) + at, p.ldc, m, n);
+      if (is_float) finish<decltype(g)::value>(sums, ld, from, static_cast<float*>(p.c) + at, p.ldc, m, n);
       else finish<decltype(g)::value>(sums, ld, from, static_cast<T*>(p.c) + at, p.ldc, m, n);
     });
   };
@@ -227,20 +259,27 @@ void multiply(const Product& p, Range rows, Range columns, Scratch& scratch) {
           pack_left(i, m, k, depth, p.sums && j == columns.begin ? p.sums + i : nullptr);
           float* const c = in_place ? static_cast<float*>(p.c) + i * p.ldc + j : scratch.c;
           const int64_t ldc = in_place ? p.ldc : NC;
-          const auto tiles = [&](auto layout, int64_t column, int64_t width, const auto* right) {
+          const auto tile = [&](auto layout, int64_t r, int64_t column, int64_t width, const auto* right) {
             constexpr int row = decltype(layout)::value ? 1 : KC, step = decltype(layout)::value ? MR : 1;
-            for (int64_t r = 0; r < m; r += MR) {
-              const int64_t count = smaller(MR, m - r);
-              outer_row<terms, row, step, packed>(count, width, P, scratch.a + r / MR * group, right, p.b.ld,
-                                                  c + r * ldc + column, ldc, adds);
-              if (is_last && finishes) finished(c + r * ldc + column, ldc, i + r, j + column, count, width);
-            }
+            const int64_t count = smaller(MR, m - r);
+            float* const sums = at_once ? c : c + r * ldc + column;
+            if (at_once && p.sgd) fetch_rows(p, i + r, j + column, count, width);
+            outer_row<terms, row, step, packed>(count, width, P, scratch.a + r / MR * group, right, p.b.ld,
+                                                sums, ldc, adds);
+            if (is_last && finishes) finished(sums, ldc, i + r, j + column, count, width);
           };
           const auto both = [&](auto layout) {
-            if constexpr (packed)
+            const auto at = [&](int64_t r, int64_t column) {
+              tile(layout, r, column, smaller(NR, n - column), scratch.b + column / NR * panel);
+            };
+            if constexpr (!packed)
+              for (int64_t r = 0; r < m; r += MR) tile(layout, r, 0, n, b + k * p.b.ld + j);
+            else if (P * n <= resident)
+              for (int64_t r = 0; r < m; r += MR)
+                for (int64_t column = 0; column < n; column += NR) at(r, column);
+            else
               for (int64_t column = 0; column < n; column += NR)
-                tiles(layout, column, smaller(NR, n - column), scratch.b + column / NR * panel);
-            else tiles(layout, 0, n, b + k * p.b.ld + j);
+                for (int64_t r = 0; r < m; r += MR) at(r, column);
           };
           if (p.a.transposed) both(std::true_type{});
           else both(std::false_type{});
@@ -306,6 +345,10 @@ void add_up(const float* partials, int64_t count, int64_t stride, T* out, Range 
   }
 }
 
+#include "pointwise.h"
+#include "softmax.h"
+#include "update.h"
+
 // ---- the table that backend.cpp chooses from
 
 bool runs_along_sum(const Forward& p) {
@@ -329,4 +372,6 @@ void add_up(const float* partials, int64_t count, int64_t stride, Dtype dtype, v
   else add_up(partials, count, stride, static_cast<bfloat16*>(out), range);
 }
 
-constexpr Kernels kernels = {inner_rows, inner_columns, MR, NR, runs_along_sum, forward, multiply, add_up};
+constexpr Kernels kernels = {inner_rows,    inner_columns, MR,     NR,     runs_along_sum,
+                             forward,       multiply,      add_up, update, cross_entropy,
+                             pointwise_loss};

@@ -4,7 +4,9 @@
 #include "../activation.h"
 #include "../kernels.h"
 #include "launch.cuh"
+#include "softmax.cuh"
 #include "tiled.cuh"
+#include "update.cuh"
 
 #define FASTMLP_TEXT_OF(...) #__VA_ARGS__
 #define FASTMLP_TEXT(...) FASTMLP_TEXT_OF(__VA_ARGS__)
@@ -145,6 +147,21 @@ int backward(const Backward* layers, int64_t count, void* workspace, void* strea
     });
   }
   return error;
+}
+
+int64_t cross_entropy_workspace(const CrossEntropy& p) { return softmax::workspace(p); }
+
+int cross_entropy(const CrossEntropy& p, void* workspace, void* stream) {
+  return with_dtype(p.dtype, [&](auto type) {
+    return softmax::cross_entropy<typename decltype(type)::type>(p, static_cast<float*>(workspace),
+                                                                 static_cast<cudaStream_t>(stream));
+  });
+}
+
+int sgd(const Sgd& s, const Update* updates, int64_t count, void* stream) {
+  return with_dtype(s.dtype, [&](auto type) {
+    return update::run<typename decltype(type)::type>(s, updates, count, static_cast<cudaStream_t>(stream));
+  });
 }
 
 }  // namespace fastmlp::cuda

@@ -30,6 +30,14 @@ struct Cpu {
   static void run(const Backward* layers, int64_t count, void* workspace) {
     cpu::backward(layers, count, workspace, at::get_num_threads());
   }
+  static int64_t workspace(const CrossEntropy* p, int64_t) { return cpu::cross_entropy_workspace(*p); }
+  static void run(const CrossEntropy* p, int64_t, void* workspace) {
+    const int64_t wrong = cpu::cross_entropy(*p, workspace, at::get_num_threads());
+    TORCH_CHECK_INDEX(wrong < 0, "Target ", p->target[wrong], " is out of bounds.");
+  }
+  static void run(const Sgd& sgd, const Update* updates, int64_t count) {
+    cpu::sgd(sgd, updates, count, at::get_num_threads());
+  }
 };
 
 #ifdef FASTMLP_WITH_CUDA
@@ -45,6 +53,13 @@ struct Cuda {
   }
   static void run(const Backward* layers, int64_t count, void* workspace) {
     check(cuda::backward(layers, count, workspace, c10::cuda::getCurrentCUDAStream().stream()));
+  }
+  static int64_t workspace(const CrossEntropy* p, int64_t) { return cuda::cross_entropy_workspace(*p); }
+  static void run(const CrossEntropy* p, int64_t, void* workspace) {
+    check(cuda::cross_entropy(*p, workspace, c10::cuda::getCurrentCUDAStream().stream()));
+  }
+  static void run(const Sgd& sgd, const Update* updates, int64_t count) {
+    check(cuda::sgd(sgd, updates, count, c10::cuda::getCurrentCUDAStream().stream()));
   }
 
  private:
@@ -67,7 +82,7 @@ inline at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options)
   return t;
 }
 
-// Runs the layers of a network, with memory of the allocator of `like` to work in.
+// Runs the layers of a network, or a loss, with memory of the allocator of `like` to work in.
 template <class Device, class Layer>
 void run(const Layer* layers, int64_t count, const at::Tensor& like) {
   const int64_t bytes = Device::workspace(layers, count);

@@ -1,4 +1,4 @@
-// What ops.cpp and autograd.cpp share: the checks on arguments, and the composite path beside the kernels.
+// What the files of the ops share: the checks on arguments, and the composite path beside the kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,6 +22,9 @@ Activation parse_activation(std::string_view name);
 // These raise RuntimeError, naming the argument and what was expected, where torch's own linear would raise one.
 void check_same(std::string_view name, const Tensor& argument, const Tensor& input);  // device and dtype
 void check_arguments(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias);
+
+// Null for a dense tensor that no transform is at work on, or the reason why no kernel may read it.
+const char* why_not_plain(const Tensor& t);
 
 // Null where the kernels cover these arguments, or the reason why they take the composite path.
 const char* why_not_fused(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias);

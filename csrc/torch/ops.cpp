@@ -94,16 +94,19 @@ void check_arguments(const Tensor& input, const Tensor& weight, const std::optio
                 bias->sym_sizes());
 }
 
-const char* why_not_fused(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const auto any = [&](auto is) { return is(input) || is(weight) || (bias && is(*bias)); };
+const char* why_not_plain(const Tensor& t) {
   const auto functorch = c10::DispatchKey::FuncTorchDynamicLayerBackMode;
   if (at::functorch::functorchTLSAccessor() && c10::impl::tls_is_dispatch_key_included(functorch))
     return "a torch.func transform is active";
-  if (any([](const Tensor& t) { return t._fw_grad(0).defined(); })) return "forward-mode AD is active";
-  if (any([](const Tensor& t) {
-        return t.layout() != c10::kStrided || t.unsafeGetTensorImpl()->is_nested();
-      }))
+  if (t._fw_grad(0).defined()) return "forward-mode AD is active";
+  if (t.layout() != c10::kStrided || t.unsafeGetTensorImpl()->is_nested())
     return "not every argument is a dense tensor";
+  return nullptr;
+}
+
+const char* why_not_fused(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias) {
+  for (const Tensor* t : {&input, &weight, bias ? &*bias : &input})
+    if (const char* reason = why_not_plain(*t)) return reason;
   if (weight.dim() != 2) return "weight is not a matrix";
   if (bias && (bias->dim() != 1 || bias->sym_size(0) != weight.sym_size(0))) return "bias is broadcast";
   if (weight.sym_size(1) > 1 && weight.sym_stride(1) != 1) return "weight is not stored by rows";

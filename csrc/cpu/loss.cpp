@@ -1,0 +1,73 @@
+#include "loss.h"
+
+#include "threads.h"
+
+namespace fastmlp::cpu {
+
+Losses weigh(const CrossEntropy& p, Range rows) {
+  Losses sums = {0, 0, -1};
+  for (int64_t i = rows.begin; i < rows.end; ++i) {
+    const int64_t t = p.target[i];
+    if (t == p.ignore_index) continue;
+    if (t < 0 || t >= p.C) return {0, 0, i};
+    sums.weight += p.weight ? p.weight[t] : 1;
+  }
+  return sums;
+}
+
+namespace {
+
+int64_t rows_of_block(const CrossEntropy& p) { return std::max<int64_t>(1, 4096 / p.C); }
+
+// What the blocks have so far, added up in their order.
+Losses total(const Losses* blocks, int64_t count) {
+  Losses sums = {0, 0, -1};
+  for (const Losses* b = blocks; b != blocks + count; ++b) {
+    sums.loss += b->loss, sums.weight += b->weight;
+    if (sums.wrong < 0) sums.wrong = b->wrong;
+  }
+  return sums;
+}
+
+}  // namespace
+
+int64_t cross_entropy_workspace(const CrossEntropy& p) {
+  const int64_t blocks = ceil_div(p.N, rows_of_block(p));
+  return blocks > 1 ? blocks * int64_t(sizeof(Losses)) : 0;
+}
+
+int64_t cross_entropy(const CrossEntropy& p, void* workspace, int threads) {
+  constexpr double exponential = 32;  // in multiply-adds
+  const Kernels& k = kernels();
+  const int64_t step = rows_of_block(p), count = ceil_div(p.N, step);
+  Losses only;
+  Losses* const blocks = count > 1 ? static_cast<Losses*>(workspace) : &only;
+  int64_t wrong = -1;
+  share(threads, exponential * double(p.N) * double(p.C), [&](int rank, int size) {
+    const Range own = part(count, 1, rank, size);
+    const auto rows = [&](int64_t b) { return Range{b * step, std::min((b + 1) * step, p.N)}; };
+    const auto wait = [&] {
+      if (size > 1) {
+#pragma omp barrier
+      }
+    };
+    for (int64_t b = own.begin; b < own.end; ++b) blocks[b] = weigh(p, rows(b));
+    wait();
+    const Losses targets = total(blocks, count);
+    if (targets.wrong < 0) {
+      const float scale = p.reduction == Reduction::mean ? float(1 / targets.weight) : 1;
+      wait();  // until all have read what is now written
+      for (int64_t b = own.begin; b < own.end; ++b) blocks[b].loss = k.cross_entropy(p, scale, rows(b));
+      wait();
+    }
+    if (rank > 0) return;
+    wrong = targets.wrong;
+    if (wrong >= 0 || p.reduction == Reduction::none) return;
+    const double sum = total(blocks, count).loss;
+    const float loss = float(p.reduction == Reduction::mean ? sum / targets.weight : sum);
+    k.add_up(&loss, 1, 0, p.dtype, p.loss, {0, 1});
+  });
+  return wrong;
+}
+
+}  // namespace fastmlp::cpu

@@ -1,0 +1,68 @@
+// Work over the threads of the caller's OpenMP pool.
+//
+// Threads share the output, never a sum: each element is added up by one thread in an order that its position
+// alone decides. So the result is the same to the bit for every number of threads.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+
+#include "backend.h"
+
+namespace fastmlp::cpu {
+
+// libgomp's threads do not survive a fork, and its pool waits for them for ever: a child works alone.
+bool is_forked();
+
+// Waking the pool costs about as much as this many multiply-adds on one core. (The tests set it to 0.)
+#ifndef FASTMLP_LEAST_PARALLEL_WORK
+#define FASTMLP_LEAST_PARALLEL_WORK (1 << 19)
+#endif
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Runs work(rank, size) on `size` threads at once, or on this one where there is too little of it.
+template <class Work>
+void share(int threads, double multiply_adds, Work work) {
+  if (threads <= 1 || multiply_adds < FASTMLP_LEAST_PARALLEL_WORK || omp_in_parallel() || is_forked())
+    return work(0, 1);
+#pragma omp parallel
+  work(omp_get_thread_num(), omp_get_num_threads());
+}
+
+// The part of 0 <= i < size that belongs to `rank` of `parts`, in whole tiles.
+inline Range part(int64_t size, int tile, int rank, int parts) {
+  const int64_t tiles = ceil_div(size, tile);
+  const auto bound = [&](int64_t r) { return std::min(size, tiles * r / parts * tile); };
+  return {bound(rank), bound(rank + 1)};
+}
+
+// Each thread's memory for packed blocks. Nothing in it outlives a call.
+inline void* scratch() {
+  alignas(64) static thread_local char memory[scratch_bytes];
+  return memory;
+}
+
+struct Block {
+  Range rows, columns;
+};
+
+// The block of a matrix that belongs to `rank` of `size`: of the grids of threads, the one whose largest
+// block has the fewest tiles, then the one whose blocks read the least of both operands.
+inline Block block(int64_t rows, int row_tile, int64_t columns, int column_tile, int rank, int size) {
+  int best = 1;
+  int64_t best_tiles = INT64_MAX, best_edge = INT64_MAX;
+  for (int down = 1; down <= size; ++down) {
+    if (size % down) continue;
+    const int64_t m = ceil_div(ceil_div(rows, row_tile), down);
+    const int64_t n = ceil_div(ceil_div(columns, column_tile), size / down);
+    const int64_t edge = m * row_tile + n * column_tile;
+    if (m * n < best_tiles || (m * n == best_tiles && edge < best_edge))
+      best = down, best_tiles = m * n, best_edge = edge;
+  }
+  const int across = size / best;
+  return {part(rows, row_tile, rank / across, best), part(columns, column_tile, rank % across, across)};
+}
+
+}  // namespace fastmlp::cpu

@@ -1,0 +1,144 @@
+// Cross-entropy over rows of logits: the targets' weights, each row's loss and gradient, the sum of the losses.
+//
+//   lse - z_t = log Σ_c e^(z_c - top) + (top - z_t)     top = max_c z_c
+//
+// Bound by the latency of three launches for a batch of common size, by bandwidth for a large one. All sums are in
+// float32 and in an order that the shape alone decides, so the same input gives the same bits.
+#pragma once
+
+#include <cassert>
+#include <cmath>
+
+#include "../activation.h"
+#include "launch.cuh"
+
+namespace fastmlp::cuda::softmax {
+
+constexpr int few = 32, many = 256;  // threads of a block: for rows of few classes one warp each
+
+struct Larger {
+  static __device__ __forceinline__ float of(float a, float b) { return a > b ? a : b; }  // b where a is NaN
+};
+struct Sum {
+  static __device__ __forceinline__ float of(float a, float b) { return a + b; }
+};
+
+// For every thread, Op over all threads of the block. Each of them must call it.
+template <class Op>
+__device__ __forceinline__ float across(float value) {
+  __shared__ float values[many];
+  __syncthreads();
+  values[threadIdx.x] = value;
+  for (unsigned step = blockDim.x / 2; step > 0; step /= 2) {
+    __syncthreads();
+    if (threadIdx.x < step) values[threadIdx.x] = Op::of(values[threadIdx.x], values[threadIdx.x + step]);
+  }
+  __syncthreads();
+  return values[0];
+}
+
+__device__ __forceinline__ float sum_of(const float* values, int64_t count) {
+  float sum = 0.0f;
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += values[i];
+  return across<Sum>(sum);
+}
+
+// w_t of a row; 0 where it is ignored.
+__device__ __forceinline__ float target_weight(const CrossEntropy& p, int64_t row) {
+  const int64_t t = p.target[row];
+  if (t == p.ignore_index) return 0.0f;
+  assert(t >= 0 && t < p.C);
+  return p.weight ? p.weight[t] : 1.0f;
+}
+
+// The blocks share the rows out one by one in turn; each writes what its own add up to.
+__global__ void __launch_bounds__(many) weigh(const CrossEntropy p, float* weights) {
+  float sum = 0.0f;
+  for (int64_t i = blockIdx.x * int64_t{many} + threadIdx.x; i < p.N; i += int64_t{gridDim.x} * many)
+    sum += target_weight(p, i);
+  sum = across<Sum>(sum);
+  if (threadIdx.x == 0) weights[blockIdx.x] = sum;
+}
+
+template <class T>
+__global__ void __launch_bounds__(many)
+    rows(const CrossEntropy p, const float* weights, int64_t weights_count, float* losses) {
+  const float kept = 1.0f - p.label_smoothing, spread = p.label_smoothing / p.C;
+  const bool smooths = spread > 0.0f;
+  const float scale = p.reduction == Reduction::mean ? 1.0f / sum_of(weights, weights_count) : 1.0f;
+  const float all_weights = smooths && p.weight ? sum_of(p.weight, p.C) : p.C;
+  float block_loss = 0.0f;
+  for (int64_t row = blockIdx.x; row < p.N; row += gridDim.x) {
+    const T* z = static_cast<const T*>(p.input) + row * p.C;
+    float top = -INFINITY;
+    for (int64_t c = threadIdx.x; c < p.C; c += blockDim.x) top = Larger::of(to_float(z[c]), top);
+    top = across<Larger>(top);
+
+    float sum = 0.0f, distance = 0.0f;  // distance: Σ_c w_c (top - z_c)
+    for (int64_t c = threadIdx.x; c < p.C; c += blockDim.x) {
+      const float below = to_float(z[c]) - top;
+      sum += exponential(below);
+      if (smooths) distance -= (p.weight ? p.weight[c] : 1.0f) * below;
+    }
+    sum = across<Sum>(sum);
+    if (smooths) distance = across<Sum>(distance);
+
+    const int64_t t = p.target[row];
+    const bool counts = t != p.ignore_index;
+    const float w = target_weight(p, row);
+    if (threadIdx.x == 0) {
+      float loss = 0.0f;
+      if (counts) {
+        const float log_sum = logf(sum);
+        loss = kept * w * (log_sum + (top - to_float(z[t])));
+        if (smooths) loss += spread * (log_sum * all_weights + distance);
+      }
+      if (p.reduction == Reduction::none) store(static_cast<T*>(p.loss) + row, loss);
+      block_loss += loss;
+    }
+    if (!p.grad) continue;
+    const float ratio = (counts ? scale * (kept * w + spread * all_weights) : 0.0f) / sum;
+    for (int64_t c = threadIdx.x; c < p.C; c += blockDim.x) {
+      float gradient = exponential(to_float(z[c]) - top) * ratio;
+      if (counts && c == t) gradient -= scale * (kept * w);
+      if (counts && smooths) gradient -= scale * spread * (p.weight ? p.weight[c] : 1.0f);
+      p.grad[row * p.C + c] = gradient;
+    }
+  }
+  if (threadIdx.x == 0) losses[blockIdx.x] = block_loss;
+}
+
+template <class T>
+__global__ void __launch_bounds__(many)
+    reduce(const CrossEntropy p, const float* weights, int64_t weights_count, const float* losses,
+           int64_t losses_count) {
+  float loss = sum_of(losses, losses_count);
+  if (p.reduction == Reduction::mean) loss /= sum_of(weights, weights_count);
+  if (threadIdx.x == 0) store(static_cast<T*>(p.loss), loss);
+}
+
+// The blocks of `rows`, and of `weigh`, whose sums every block of `rows` adds up again.
+inline int64_t blocks(const CrossEntropy& p) { return p.N < 4096 ? p.N : 4096; }
+inline int64_t weighing_blocks(const CrossEntropy& p) {
+  const int64_t wanted = (p.N + 1023) / 1024;
+  return wanted < 256 ? wanted : 256;
+}
+
+inline int64_t workspace(const CrossEntropy& p) {
+  return (blocks(p) + weighing_blocks(p)) * int64_t{sizeof(float)};
+}
+
+template <class T>
+cudaError_t cross_entropy(const CrossEntropy& p, float* losses, cudaStream_t stream) {
+  float* const weights = losses + blocks(p);
+  cudaError_t error = cudaSuccess;
+  if (p.reduction == Reduction::mean) error = launch(weigh, weighing_blocks(p), many, stream, p, weights);
+  if (error == cudaSuccess)
+    error =
+        launch(rows<T>, blocks(p), p.C <= 1024 ? few : many, stream, p, weights, weighing_blocks(p), losses);
+  if (error == cudaSuccess && p.reduction != Reduction::none)
+    error = launch(reduce<T>, 1, many, stream, p, weights, weighing_blocks(p), losses, blocks(p));
+  return error;
+}
+
+}  // namespace fastmlp::cuda::softmax

@@ -1,0 +1,101 @@
+// One step of gradient descent for many tensors in one launch. Bound by bandwidth, and where tensors are small by
+// the launch itself: so the tensors are told to the kernel as an argument, which needs no copy and no memory.
+#pragma once
+
+#include "../sgd.h"
+#include "launch.cuh"
+
+namespace fastmlp::cuda::update {
+
+constexpr int threads = 256;
+constexpr int packs = 2;               // of a thread's, one after the other
+constexpr int tensors_of_launch = 64;  // arguments end at 4096 bytes
+
+// Elements that are loaded and stored at once: 16 bytes.
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int size = 16 / sizeof(T);
+  T elements[size];
+};
+
+template <class T>
+constexpr int64_t elements_of_block = int64_t{threads} * packs * Pack<T>::size;
+
+struct Table {
+  int count;
+  Update tensors[tensors_of_launch];       // none of them empty
+  int64_t first_block[tensors_of_launch];  // of each tensor
+};
+
+// The first n elements at p, whole where n is at least a pack's size and p is aligned.
+template <class T>
+__device__ __forceinline__ Pack<T> load(const T* p, int64_t n, bool aligned) {
+  if (aligned && n >= Pack<T>::size) return *reinterpret_cast<const Pack<T>*>(p);
+  Pack<T> pack{};
+  for (int j = 0; j < Pack<T>::size; ++j)
+    if (j < n) pack.elements[j] = p[j];
+  return pack;
+}
+
+template <class T>
+__device__ __forceinline__ void store(T* p, const Pack<T>& pack, int64_t n, bool aligned) {
+  if (aligned && n >= Pack<T>::size) {
+    *reinterpret_cast<Pack<T>*>(p) = pack;
+    return;
+  }
+  for (int j = 0; j < Pack<T>::size; ++j)
+    if (j < n) p[j] = pack.elements[j];
+}
+
+template <class T, bool has_momentum>
+__global__ void __launch_bounds__(threads) step(const Table table, const Sgd s) {
+  int tensor = 0;  // whose blocks this one is among: the last that begins no later
+  for (int end = table.count; end - tensor > 1;) {
+    const int middle = (tensor + end) / 2;
+    if (table.first_block[middle] <= blockIdx.x) tensor = middle;
+    else end = middle;
+  }
+  const Update u = table.tensors[tensor];
+  T* const param = static_cast<T*>(u.param);
+  T* const momentum = static_cast<T*>(u.momentum);
+  const T* const grad = static_cast<const T*>(u.grad);
+  const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+  const bool aligned = (address(param) | address(grad) | address(momentum)) % sizeof(Pack<T>) == 0;
+
+  int64_t i = (blockIdx.x - table.first_block[tensor]) * elements_of_block<T> + threadIdx.x * Pack<T>::size;
+  for (int p = 0; p < packs && i < u.size; ++p, i += threads * Pack<T>::size) {
+    const int64_t n = u.size - i;
+    const Pack<T> g = load(grad + i, n, aligned);
+    Pack<T> w = load(param + i, n, aligned), m{};
+    if (has_momentum && !s.first) m = load(momentum + i, n, aligned);
+    for (int j = 0; j < Pack<T>::size; ++j) {
+      float moment = to_float(m.elements[j]);
+      cuda::store(&w.elements[j], updated(to_float(w.elements[j]), to_float(g.elements[j]),
+                                          has_momentum ? &moment : nullptr, s));
+      if (has_momentum) cuda::store(&m.elements[j], moment);
+    }
+    if (has_momentum) store(momentum + i, m, n, aligned);
+    store(param + i, w, n, aligned);
+  }
+}
+
+// One launch for every 64 tensors.
+template <class T>
+cudaError_t run(const Sgd& s, const Update* updates, int64_t count, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  for (const Update* const end = updates + count; updates != end && error == cudaSuccess;) {
+    Table table{};
+    int64_t blocks = 0;
+    for (; updates != end && table.count < tensors_of_launch; ++updates) {
+      if (updates->size == 0) continue;
+      table.tensors[table.count] = *updates;
+      table.first_block[table.count++] = blocks;
+      blocks += (updates->size + elements_of_block<T> - 1) / elements_of_block<T>;
+    }
+    const bool has_momentum = table.count > 0 && table.tensors[0].momentum;
+    error = launch(has_momentum ? step<T, true> : step<T, false>, blocks, threads, stream, table, s);
+  }
+  return error;
+}
+
+}  // namespace fastmlp::cuda::update

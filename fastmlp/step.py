@@ -1,0 +1,280 @@
+"""The whole training step, forward, loss, backward and SGD, in one call."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .nn import MLP, CrossEntropyLoss, Linear, LinearReLU
+from .optim import SGD
+
+_train_step = torch.ops.fastmlp.train_step_
+
+_ACTIVATIONS: dict[type[nn.Module], functional.Activation] = {
+    nn.ReLU: "relu",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+}
+_LINEAR = (nn.Linear, Linear, LinearReLU)
+_LOSSES: dict[type[nn.Module], str] = {
+    nn.CrossEntropyLoss: "cross_entropy",
+    CrossEntropyLoss: "cross_entropy",
+    nn.MSELoss: "mse",
+    nn.BCEWithLogitsLoss: "bce_with_logits",
+}
+_TRAINED, _NESTEROV, _MAXIMIZE, _FIRST = 1, 2, 4, 8  # as in csrc/torch/step.cpp
+
+
+class _Layer(NamedTuple):
+    linear: nn.Linear
+    activation: functional.Activation | None
+
+
+class TrainStep:
+    """Forward, loss, backward and SGD's update as one call, which leaves the parameters as the standard loop does.
+
+    The same as
+
+        value = loss(model(x), target)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+
+    to within rounding, and the same to the bit from run to run and for every number of threads. On the CPU it is one
+    kernel that changes each weight while its gradient is in cache: gradients are nowhere in memory, and `.grad` stays
+    as it is. Momentum is in `optimizer.state` under torch's own keys, options are read at each call: checkpoints and
+    learning-rate schedulers work as ever.
+
+    With `max_grad_norm`, `accumulate` or `process_group`, and on a GPU, gradients do exist, in `.grad`: the step is then
+    the standard loop itself, with fused layers.
+
+    Args:
+        model: an nn.Sequential of Linear layers and ReLU, Sigmoid or Tanh (fastmlp.MLP is one), float32; nested ones,
+            nn.Identity, and nn.Flatten() at the beginning are understood.
+        loss: nn.CrossEntropyLoss, with classes as targets, nn.MSELoss or nn.BCEWithLogitsLoss, mean or sum.
+        optimizer: torch.optim.SGD or fastmlp.SGD. Parameters that it does not know stay as they are.
+        max_grad_norm: where given, gradients are clipped as by torch.nn.utils.clip_grad_norm_.
+        accumulate: parameters change once in so many calls, by the mean of their gradients.
+        process_group: where given (torch.distributed.group.WORLD for all processes), parameters are made those of the
+            group's first process, and each step takes the mean of all processes' gradients, as under
+            DistributedDataParallel.
+
+    Raises:
+        TypeError: for a model, loss or optimizer that a step does not know, naming what does not fit.
+        ValueError: for options that it does not know.
+
+    Example:
+        >>> model, loss = fastmlp.MLP(784, 500, 10), torch.nn.CrossEntropyLoss()
+        >>> step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.01))
+        >>> value = step(torch.randn(64, 784), torch.randint(10, (64,)))
+        >>> value.shape, value.requires_grad
+        (torch.Size([]), False)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        max_grad_norm: float | None = None,
+        accumulate: int = 1,
+        process_group: Any = None,
+    ) -> None:
+        """See the class."""
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.max_grad_norm, self.accumulate, self.process_group = max_grad_norm, accumulate, process_group
+        if type(optimizer) not in (torch.optim.SGD, SGD):
+            raise TypeError(
+                f"optimizer: expected torch.optim.SGD or fastmlp.SGD, got {type(optimizer).__name__}; "
+                "others train in the standard loop"
+            )
+        if any(group["differentiable"] for group in optimizer.param_groups):
+            raise ValueError("optimizer: expected differentiable=False")
+        if type(loss) not in _LOSSES:
+            names = ", ".join(f"nn.{kind.__name__}" for kind in _LOSSES if kind is not CrossEntropyLoss)
+            raise TypeError(f"loss: expected {names}, got {type(loss).__name__}")
+        if loss.reduction == "none":
+            raise ValueError("loss: expected reduction='mean' or 'sum', got 'none'")
+        if isinstance(loss, nn.BCEWithLogitsLoss) and not (loss.weight is None and loss.pos_weight is None):
+            raise ValueError("loss: expected BCEWithLogitsLoss without weight and pos_weight")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
+        if accumulate < 1:
+            raise ValueError(f"accumulate: expected a number of calls from 1 on, got {accumulate}")
+        self._flattens, self._layers = _chain(model)
+        device = self._layers[0].linear.weight.device
+        self._in_one_kernel = (
+            device.type == "cpu" and max_grad_norm is None and accumulate == 1 and process_group is None
+        )
+        self._calls = 0
+        if process_group is not None:
+            first = torch.distributed.get_global_rank(process_group, 0)
+            for parameter in self._parameters():
+                torch.distributed.broadcast(parameter.detach(), first, group=process_group)
+
+    def __call__(self, x: Tensor, target: Tensor) -> Tensor:
+        """Takes one step.
+
+        Args:
+            x: input of shape [batch, in_features] (for MSE and BCE [..., in_features]), float32. The batch may change
+                from call to call. No gradient is computed for it.
+            target: classes, int64 of shape [batch], for cross-entropy; else float32, of the output's shape.
+
+        Returns:
+            The loss of the parameters before the update, a float32 scalar without a gradient.
+
+        Raises:
+            RuntimeError: for a shape, dtype or device that does not fit; nothing has been changed then.
+            IndexError: for a target that is no class; nothing has been changed then.
+        """
+        if self._flattens:
+            x = x.flatten(1)
+        return self._fused_step(x, target) if self._in_one_kernel else self._standard_step(x, target)
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for linear, _ in self._layers:
+            yield linear.weight
+            if linear.bias is not None:
+                yield linear.bias
+
+    def _fused_step(self, x: Tensor, target: Tensor) -> Tensor:
+        optimizer, loss = self.optimizer, self.loss
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            raise ValueError("optimizer: expected no step hooks, which no step would call")
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        params: list[Tensor] = []
+        momenta: list[Tensor] = []
+        has_bias: list[int] = []
+        activations: list[str] = []
+        options: list[float] = []
+        flags: list[int] = []
+        made = []
+        for linear, activation in self._layers:
+            own = linear._parameters
+            has_bias.append(own["bias"] is not None)
+            activations.append(activation or "identity")
+            for parameter in own.values():
+                if parameter is None:
+                    continue
+                params.append(parameter)
+                group = groups.get(id(parameter))
+                if group is None or not parameter.requires_grad:
+                    momenta.append(_NOTHING)
+                    options += 0.0, 0.0, 0.0, 0.0
+                    flags.append(0)
+                    continue
+                momentum = group["momentum"]
+                flag = _TRAINED | _NESTEROV * group["nesterov"] | _MAXIMIZE * group["maximize"]
+                buffer = _NOTHING
+                if momentum != 0:
+                    buffer = optimizer.state[parameter].get("momentum_buffer")
+                    if buffer is None:
+                        buffer = torch.empty_like(parameter, requires_grad=False)
+                        made.append((parameter, buffer))
+                        flag |= _FIRST
+                momenta.append(buffer)
+                options += float(group["lr"]), momentum, group["dampening"], group["weight_decay"]
+                flags.append(flag)
+        kind = _LOSSES[type(loss)]
+        weight, ignore_index, smoothing = None, -100, 0.0
+        if kind == "cross_entropy":
+            weight, ignore_index, smoothing = loss.weight, loss.ignore_index, loss.label_smoothing
+        value: Tensor = _train_step(
+            x,
+            target,
+            params,
+            momenta,
+            has_bias,
+            activations,
+            kind,
+            loss.reduction == "mean",
+            weight,
+            ignore_index,
+            smoothing,
+            options,
+            flags,
+        )
+        for parameter, buffer in made:
+            optimizer.state[parameter]["momentum_buffer"] = buffer
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
+        return value
+
+    def _standard_step(self, x: Tensor, target: Tensor) -> Tensor:
+        begins = self._calls % self.accumulate == 0
+        y = x
+        for linear, activation in self._layers:
+            y = functional.linear(y, linear.weight, linear.bias, activation)
+        value: Tensor = self.loss(y, target)
+        if begins:
+            self.optimizer.zero_grad()
+        (value / self.accumulate if self.accumulate > 1 else value).backward()  # type: ignore[no-untyped-call]
+        self._calls += 1
+        if self._calls % self.accumulate == 0:
+            parameters = list(self._parameters())
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if self.process_group is not None:
+                size = torch.distributed.get_world_size(self.process_group)
+                for gradient in gradients:
+                    torch.distributed.all_reduce(gradient, group=self.process_group)
+                    gradient /= size
+            if self.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+            self.optimizer.step()
+        return value.detach()
+
+
+_NOTHING = torch.empty(0)
+
+
+def _chain(model: nn.Module) -> tuple[bool, list[_Layer]]:
+    """Whether the model flattens its input, and its layers; TypeError or ValueError where it is no chain."""
+    flattens, layers = False, list[_Layer]()
+    for name, module in _leaves(model, ""):
+        where = f"model, module {name or '(itself)'}"
+        hooks = (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+        if any(hooks):
+            raise ValueError(f"{where}: expected no hooks, which no step would call")
+        kind = type(module)
+        if kind in (nn.Identity, nn.Sequential, MLP):
+            continue
+        if kind is nn.Flatten and not layers and (module.start_dim, module.end_dim) == (1, -1):
+            flattens = True
+        elif kind in _LINEAR:
+            assert isinstance(module, nn.Linear)
+            layers.append(_Layer(module, getattr(module, "activation", None)))
+        elif kind in _ACTIVATIONS and layers and layers[-1].activation is None:
+            layers[-1] = _Layer(layers[-1].linear, _ACTIVATIONS[kind])
+        else:
+            raise TypeError(
+                f"{where}: expected nn.Linear, or nn.ReLU, nn.Sigmoid or nn.Tanh after it, got {kind.__name__}; "
+                "other models train in the standard loop, with fastmlp's layers"
+            )
+    if not layers:
+        raise TypeError("model: expected an nn.Linear or more, got none")
+    parameters = [p for layer in layers for p in layer.linear.parameters()]
+    if len({id(p) for p in parameters}) < len(parameters):
+        raise ValueError("model: expected layers that share no parameters")
+    for p in parameters:
+        if p.dtype != torch.float32 or p.device != parameters[0].device or not p.is_contiguous():
+            raise ValueError(
+                "model: expected contiguous float32 parameters on one device, got "
+                f"{p.dtype} of shape {list(p.shape)} and strides {p.stride()} on {p.device}"
+            )
+    return flattens, layers
+
+
+def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in the order in which nested Sequentials call them."""
+    if type(module) in (nn.Sequential, MLP):
+        for child, part in module._modules.items():
+            assert part is not None
+            yield from _leaves(part, f"{name}.{child}" if name else child)
+    yield name, module  # a Sequential too, for its hooks
