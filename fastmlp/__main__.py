@@ -56,9 +56,25 @@ def largest_error(device: str, dtype: torch.dtype) -> float:
             for actual, expected in zip(
                 (y, *grads), reference(activation, x, weight, bias, y, grad_y), strict=True
             ):
-                error = (actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)
-                worst = max(worst, error.nan_to_num(torch.inf).item())
+                worst = max(worst, relative_error(actual, expected))
     return worst
+
+
+def step_error(device: str, dtype: torch.dtype) -> float:
+    """The relative error of a step of gradient descent with weight decay, dampening and Nesterov momentum."""
+    generator = torch.Generator().manual_seed(0)
+    w, g, m = (torch.randn(1000, generator=generator).to(device, dtype) for _ in range(3))
+    expected_g = g.double() + 0.25 * w.double()
+    expected_m = 0.75 * m.double() + 0.5 * expected_g
+    expected_w = w.double() - 0.125 * (expected_g + 0.75 * expected_m)
+    covered = torch.ops.fastmlp.sgd_([w], [g], [m], 0.125, 0.75, 0.5, 0.25, True, False, False)
+    return max(relative_error(w, expected_w), relative_error(m, expected_m)) if covered else torch.inf
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """In the 2-norm."""
+    error = (actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)
+    return float(error.nan_to_num(torch.inf))
 
 
 def main() -> int:
@@ -84,7 +100,7 @@ def main() -> int:
     for name, device, dtype, instruction_set in cpu + cuda:
         if instruction_set is not None:
             _C.use_instruction_set(instruction_set)
-        error = largest_error(device, dtype)
+        error = max(largest_error(device, dtype), step_error(device, dtype))
         right = error < TOLERANCE[dtype]
         wrong += not right
         kernel = f"{name} {str(dtype).removeprefix('torch.')}"

@@ -119,15 +119,16 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Softmax cross-entropy in one pass: the loss, and where autograd will ask for it, its gradient beside it.
+    """Softmax cross-entropy in one pass: the loss, and beside it its gradient where autograd will ask for it.
 
-    The same as ``torch.nn.functional.cross_entropy``, whose arguments these are, derivatives of any order, autocast
-    and tracing included. The kernels cover logits [N, C] or [C] of float32 and bfloat16 (on CUDA float16 too) with
-    int64 class indices; class probabilities, more dimensions and other dtypes are computed by torch's own function.
+    The same as ``torch.nn.functional.cross_entropy``, whose arguments these are, derivatives of any order,
+    autocast and tracing included. The kernels cover logits [N, C] or [C] of float32 and bfloat16, on CUDA
+    float16 too, with int64 class indices. Class probabilities, more dimensions and other dtypes are left to
+    it.
 
     Args:
         input: the logits, of shape [N, C], [C] or [N, C, d1, ...].
-        target: class indices of shape [N], [] or [N, d1, ...], or class probabilities of the shape of ``input``.
+        target: class indices of shape [N], [] or [N, d1, ...], or class probabilities shaped as ``input``.
         weight: of each class, of shape [C] and the dtype of ``input``, or None for ones.
         size_average: deprecated in torch, see ``reduction``.
         ignore_index: the target of rows that count for nothing.
@@ -139,7 +140,7 @@ def cross_entropy(
         The loss, in the dtype of ``input``: of shape [], or with "none" of the shape of the class indices.
 
     Raises:
-        IndexError: on the CPU, for a class index that is out of bounds. On CUDA an assertion fails on the device.
+        IndexError: for a class index out of bounds; on CUDA an assertion fails on the device instead.
         RuntimeError: for a dtype or device that does not fit, or a ``weight`` not of shape [C].
         ValueError: for a batch of another size in ``target``, or an unknown ``reduction``.
 

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,10 +31,9 @@ _torch_step: Callable[..., Any] = inspect.unwrap(
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Step = Callable[Concatenate["SGD", P], R]
 
 
-def _hooked(step: Step[P, R]) -> Step[P, R]:
+def _hooked(step: Callable[P, R]) -> Callable[P, R]:
     """The step as torch wraps it, with hooks and a record for the profiler, but only where there are any.
 
     The record alone costs more than a small step.
@@ -42,7 +41,8 @@ def _hooked(step: Step[P, R]) -> Step[P, R]:
     observed = Optimizer.profile_hook_step(step)
 
     @wraps(step)
-    def wrapper(self: "SGD", *args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        self: Any = args[0]
         is_observed = (
             profiler._is_profiler_enabled
             or self._optimizer_step_pre_hooks
@@ -50,7 +50,7 @@ def _hooked(step: Step[P, R]) -> Step[P, R]:
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
         )
-        return (observed if is_observed else step)(self, *args, **kwargs)
+        return (observed if is_observed else step)(*args, **kwargs)
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # keeps torch from wrapping it again
     return wrapper

@@ -10,6 +10,8 @@ from . import functional
 from .nn import MLP, CrossEntropyLoss, Linear, LinearReLU
 from .optim import SGD
 
+__all__ = ["TrainStep"]
+
 _train_step = torch.ops.fastmlp.train_step_
 
 _ACTIVATIONS: dict[type[nn.Module], functional.Activation] = {
@@ -33,7 +35,7 @@ class _Layer(NamedTuple):
 
 
 class TrainStep:
-    """Forward, loss, backward and SGD's update as one call, which leaves the parameters as the standard loop does.
+    """Forward, loss, backward and SGD's update in one call, which trains as the standard loop does.
 
     The same as
 
@@ -42,24 +44,24 @@ class TrainStep:
         value.backward()
         optimizer.step()
 
-    to within rounding, and the same to the bit from run to run and for every number of threads. On the CPU it is one
-    kernel that changes each weight while its gradient is in cache: gradients are nowhere in memory, and `.grad` stays
-    as it is. Momentum is in `optimizer.state` under torch's own keys, options are read at each call: checkpoints and
-    learning-rate schedulers work as ever.
+    to within rounding, and the same to the bit from run to run and for every number of threads. On the CPU
+    it is one kernel that changes each weight while its gradient is in cache: gradients are nowhere in
+    memory, and `.grad` stays as it is. Momentum is in `optimizer.state` under torch's own keys, options are
+    read at each call: checkpoints and learning-rate schedulers work as ever.
 
-    With `max_grad_norm`, `accumulate` or `process_group`, and on a GPU, gradients do exist, in `.grad`: the step is then
-    the standard loop itself, with fused layers.
+    With `max_grad_norm`, `accumulate` or `process_group`, and on a GPU, gradients do exist, in `.grad`: the
+    step is then the standard loop itself, with fused layers.
 
     Args:
-        model: an nn.Sequential of Linear layers and ReLU, Sigmoid or Tanh (fastmlp.MLP is one), float32; nested ones,
-            nn.Identity, and nn.Flatten() at the beginning are understood.
+        model: an nn.Sequential of Linear layers and ReLU, Sigmoid or Tanh (fastmlp.MLP is one), float32;
+            nested ones, nn.Identity, and nn.Flatten() at the beginning are understood.
         loss: nn.CrossEntropyLoss, with classes as targets, nn.MSELoss or nn.BCEWithLogitsLoss, mean or sum.
         optimizer: torch.optim.SGD or fastmlp.SGD. Parameters that it does not know stay as they are.
         max_grad_norm: where given, gradients are clipped as by torch.nn.utils.clip_grad_norm_.
         accumulate: parameters change once in so many calls, by the mean of their gradients.
-        process_group: where given (torch.distributed.group.WORLD for all processes), parameters are made those of the
-            group's first process, and each step takes the mean of all processes' gradients, as under
-            DistributedDataParallel.
+        process_group: where given (torch.distributed.group.WORLD for all processes), parameters are made
+            those of the group's first process, and each step takes the mean of all processes' gradients, as
+            under DistributedDataParallel.
 
     Raises:
         TypeError: for a model, loss or optimizer that a step does not know, naming what does not fit.
@@ -119,8 +121,8 @@ class TrainStep:
         """Takes one step.
 
         Args:
-            x: input of shape [batch, in_features] (for MSE and BCE [..., in_features]), float32. The batch may change
-                from call to call. No gradient is computed for it.
+            x: input of shape [batch, in_features] (for MSE and BCE [..., in_features]), float32. The batch
+                may change from call to call. No gradient is computed for it.
             target: classes, int64 of shape [batch], for cross-entropy; else float32, of the output's shape.
 
         Returns:
@@ -134,7 +136,7 @@ class TrainStep:
             x = x.flatten(1)
         return self._fused_step(x, target) if self._in_one_kernel else self._standard_step(x, target)
 
-    def _parameters(self) -> Iterator[nn.Parameter]:
+    def _parameters(self) -> Iterator[Tensor]:
         for linear, _ in self._layers:
             yield linear.weight
             if linear.bias is not None:
@@ -170,7 +172,7 @@ class TrainStep:
                 flag = _TRAINED | _NESTEROV * group["nesterov"] | _MAXIMIZE * group["maximize"]
                 buffer = _NOTHING
                 if momentum != 0:
-                    buffer = optimizer.state[parameter].get("momentum_buffer")
+                    buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
                     if buffer is None:
                         buffer = torch.empty_like(parameter, requires_grad=False)
                         made.append((parameter, buffer))
@@ -179,9 +181,9 @@ class TrainStep:
                 options += float(group["lr"]), momentum, group["dampening"], group["weight_decay"]
                 flags.append(flag)
         kind = _LOSSES[type(loss)]
-        weight, ignore_index, smoothing = None, -100, 0.0
+        classes: tuple[Any, ...] = (None, -100, 0.0)
         if kind == "cross_entropy":
-            weight, ignore_index, smoothing = loss.weight, loss.ignore_index, loss.label_smoothing
+            classes = (loss.weight, loss.ignore_index, loss.label_smoothing)
         value: Tensor = _train_step(
             x,
             target,
@@ -191,9 +193,7 @@ class TrainStep:
             activations,
             kind,
             loss.reduction == "mean",
-            weight,
-            ignore_index,
-            smoothing,
+            *classes,
             options,
             flags,
         )
@@ -210,7 +210,8 @@ class TrainStep:
         value: Tensor = self.loss(y, target)
         if begins:
             self.optimizer.zero_grad()
-        (value / self.accumulate if self.accumulate > 1 else value).backward()  # type: ignore[no-untyped-call]
+        scaled = value / self.accumulate if self.accumulate > 1 else value
+        scaled.backward()  # type: ignore[no-untyped-call]
         self._calls += 1
         if self._calls % self.accumulate == 0:
             parameters = list(self._parameters())
@@ -245,7 +246,7 @@ def _chain(model: nn.Module) -> tuple[bool, list[_Layer]]:
         kind = type(module)
         if kind in (nn.Identity, nn.Sequential, MLP):
             continue
-        if kind is nn.Flatten and not layers and (module.start_dim, module.end_dim) == (1, -1):
+        if isinstance(module, nn.Flatten) and not layers and (module.start_dim, module.end_dim) == (1, -1):
             flattens = True
         elif kind in _LINEAR:
             assert isinstance(module, nn.Linear)
@@ -254,7 +255,8 @@ def _chain(model: nn.Module) -> tuple[bool, list[_Layer]]:
             layers[-1] = _Layer(layers[-1].linear, _ACTIVATIONS[kind])
         else:
             raise TypeError(
-                f"{where}: expected nn.Linear, or nn.ReLU, nn.Sigmoid or nn.Tanh after it, got {kind.__name__}; "
+                f"{where}: expected nn.Linear, or nn.ReLU, nn.Sigmoid or nn.Tanh after it, "
+                f"got {kind.__name__}; "
                 "other models train in the standard loop, with fastmlp's layers"
             )
     if not layers:

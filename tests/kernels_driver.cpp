@@ -1,5 +1,5 @@
 // A backend without torch: the C functions that test_kernels.py calls, and a program for AddressSanitizer
-// that runs every dtype and activation over awkward shapes in buffers of the exact size.
+// that runs every dtype and activation, and the loss, over awkward shapes in buffers of the exact size.
 //
 // Compiled with FASTMLP_EMULATE for the CUDA backend on the emulator, without for the CPU backend.
 #include <omp.h>
@@ -29,11 +29,20 @@ int backward(const Backward* layers, int64_t count, void* workspace, unsigned va
   emulator::order = variant;
   return cuda::backward(layers, count, workspace, nullptr);
 }
+int sgd(const Sgd* s, const Update* updates, int64_t count, unsigned variant) {
+  emulator::order = variant;
+  return cuda::sgd(*s, updates, count, nullptr);
+}
 int64_t forward_workspace(const Forward* layers, int64_t count, unsigned) {
   return cuda::forward_workspace(layers, count);
 }
 int64_t backward_workspace(const Backward* layers, int64_t count, unsigned) {
   return cuda::backward_workspace(layers, count);
+}
+int64_t cross_entropy_workspace(const CrossEntropy* p) { return cuda::cross_entropy_workspace(*p); }
+int64_t cross_entropy(const CrossEntropy* p, void* workspace, unsigned variant) {
+  emulator::order = variant;
+  return cuda::cross_entropy(*p, workspace, nullptr) ? -2 : -1;
 }
 #else
 int use(const char* instruction_set) { return cpu::use(instruction_set); }
@@ -47,11 +56,21 @@ int backward(const Backward* layers, int64_t count, void* workspace, unsigned va
   cpu::backward(layers, count, workspace, threads(variant));
   return 0;
 }
+int sgd(const Sgd* s, const Update* updates, int64_t count, unsigned variant) {
+  omp_set_num_threads(threads(variant));
+  cpu::sgd(*s, updates, count, threads(variant));
+  return 0;
+}
 int64_t forward_workspace(const Forward* layers, int64_t count, unsigned variant) {
   return cpu::forward_workspace(layers, count, threads(variant));
 }
 int64_t backward_workspace(const Backward* layers, int64_t count, unsigned variant) {
   return cpu::backward_workspace(layers, count, threads(variant));
+}
+int64_t cross_entropy_workspace(const CrossEntropy* p) { return cpu::cross_entropy_workspace(*p); }
+int64_t cross_entropy(const CrossEntropy* p, void* workspace, unsigned variant) {
+  omp_set_num_threads(threads(variant));
+  return cpu::cross_entropy(*p, workspace, threads(variant));
 }
 #endif
 }
@@ -129,6 +148,82 @@ void check(Dtype dtype, int64_t M, int64_t N, int64_t K) {
   for (int64_t i = 0; i < N; ++i) expect("grad_bias", grad_bias[i], db[i]);
 }
 
+template <class T>
+void check_cross_entropy(Dtype dtype, int64_t N, int64_t C, bool weighted, float smoothing) {
+  const auto z = wave<T>(N * C, 1);
+  auto weight = wave<float>(C, 2);
+  for (float& w : weight) w = weighted ? 1.5f + w : 1.0f;
+  std::vector<int64_t> target(N);
+  for (int64_t i = 0; i < N; ++i) target[i] = i % 5 == 4 ? -100 : i * 7 % C;
+  std::vector<float> grad(N * C);
+  std::vector<T> loss(N);
+  const CrossEntropy p{dtype,
+                       Reduction::none,
+                       N,
+                       C,
+                       z.data(),
+                       target.data(),
+                       weighted ? weight.data() : nullptr,
+                       -100,
+                       smoothing,
+                       loss.data(),
+                       grad.data()};
+  std::vector<char> workspace(cross_entropy_workspace(&p));
+  if (cross_entropy(&p, workspace.data(), 1) != -1) ++failures;
+
+  for (int64_t i = 0; i < N; ++i) {
+    double sum = 0, want = 0, all = 0;
+    for (int64_t c = 0; c < C; ++c) sum += std::exp(double{decode(z[i * C + c])});
+    const auto q = [&](int64_t c) {
+      return target[i] < 0 ? 0 : weight[c] * ((1 - smoothing) * (c == target[i]) + smoothing / double(C));
+    };
+    for (int64_t c = 0; c < C; ++c) want += q(c) * (std::log(sum) - decode(z[i * C + c])), all += q(c);
+    expect("loss", loss[i], want);
+    for (int64_t c = 0; c < C; ++c)
+      expect("grad", grad[i * C + c], std::exp(double{decode(z[i * C + c])}) / sum * all - q(c));
+  }
+}
+
+// Two steps of tensors that begin at any address, the first of the momentum's.
+template <class T>
+void check_sgd(Dtype dtype, bool has_momentum, bool nesterov, bool maximize) {
+  const double lr = 0.5, momentum = 0.75, undamped = 0.25, weight_decay = 0.125;
+  std::vector<std::vector<T>> params, grads, momenta;
+  std::vector<Update> updates;
+  for (int64_t size : {0, 1, 3, 17, 64, 1000, 5000}) {
+    params.push_back(wave<T>(size + 1, 1));
+    grads.push_back(wave<T>(size + 1, 2));
+    momenta.push_back(wave<T>(size + 1, 3));
+    updates.push_back({params.back().data() + 1, grads.back().data() + 1,
+                       has_momentum ? momenta.back().data() + 1 : nullptr, size});
+  }
+  for (bool first : {true, false}) {
+    const auto before = params, momenta_before = momenta;
+    const Sgd s{dtype, lr, momentum, undamped, weight_decay, nesterov, maximize, first};
+    if (sgd(&s, updates.data(), int64_t(updates.size()), 1)) ++failures;
+    for (size_t t = 0; t < params.size(); ++t)
+      for (size_t i = 1; i < params[t].size(); ++i) {
+        const double w = decode(before[t][i]), dw = decode(grads[t][i]), m = decode(momenta_before[t][i]);
+        double g = (maximize ? -dw : dw) + weight_decay * w;
+        if (has_momentum) {
+          const double next = first ? g : momentum * m + undamped * g;
+          expect("momentum", momenta[t][i], next);
+          g = nesterov ? g + momentum * next : next;
+        }
+        expect("param", params[t][i], w - lr * g);
+      }
+  }
+}
+
+template <class T>
+void check_sgd(Dtype dtype) {
+  for (bool maximize : {false, true}) {
+    check_sgd<T>(dtype, false, false, maximize);
+    check_sgd<T>(dtype, true, false, maximize);
+    check_sgd<T>(dtype, true, true, maximize);
+  }
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -145,6 +240,20 @@ int main(int, char** arguments) {
         check<decltype(g)::value, __half>(Dtype::float16, M, N, K);
 #endif
       });
+  for (const auto& [N, C] : {std::pair{0, 3}, {1, 1}, {7, 2}, {9, 10}, {5, 16}, {5, 17}, {3, 300}, {1300, 5}})
+    for (const bool weighted : {false, true})
+      for (const float smoothing : {0.0f, 0.1f}) {
+        check_cross_entropy<float>(Dtype::float32, N, C, weighted, smoothing);
+        check_cross_entropy<__nv_bfloat16>(Dtype::bfloat16, N, C, weighted, smoothing);
+#ifdef FASTMLP_EMULATE
+        check_cross_entropy<__half>(Dtype::float16, N, C, weighted, smoothing);
+#endif
+      }
+  check_sgd<float>(Dtype::float32);
+  check_sgd<__nv_bfloat16>(Dtype::bfloat16);
+#ifdef FASTMLP_EMULATE
+  check_sgd<__half>(Dtype::float16);
+#endif
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

@@ -147,3 +147,72 @@ def test_a_whole_network_gives_what_its_layers_give_one_by_one(dtype):
         torch.autograd.grad(model(x).sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
     ):
         assert torch.equal(ours, right)
+
+
+SGD = {
+    "plain": {"lr": 0.1},
+    "tensor lr": {"lr": torch.tensor(0.1)},
+    "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "dampening": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "maximize": True},
+}
+
+
+def trained(kind, options, dtype=torch.float32, device="cuda", steps=4):
+    """Parameters and momentum buffers after some steps, by an optimizer of that kind."""
+    torch.manual_seed(0)
+    shapes = [(500, 784), (500,), (3, 5), (), (0,), *[(7,)] * 70]
+    params = [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
+    memory = torch.randn(11, dtype=dtype, device=device)
+    params.append(memory[1:].requires_grad_())  # begins at no multiple of 16 bytes
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer = kind(params, **options)
+    for _ in range(steps):
+        optimizer.step()
+    buffers = [state["momentum_buffer"] for state in optimizer.state.values() if state]
+    return [param.detach() for param in params] + buffers
+
+
+@pytest.mark.parametrize("options", SGD.values(), ids=list(SGD))
+def test_steps_of_gradient_descent_are_those_of_torch(options):
+    for ours, stock in zip(trained(fastmlp.SGD, options), trained(torch.optim.SGD, options), strict=True):
+        torch.testing.assert_close(ours, stock)
+
+
+@pytest.mark.parametrize("options", SGD.values(), ids=list(SGD))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_step_in_half_precision_is_that_of_torchs_fused_kernel(dtype, options):
+    ours = trained(fastmlp.SGD, options, dtype, steps=2)
+    stock = trained(torch.optim.SGD, {**options, "fused": True}, dtype, steps=2)
+    for mine, theirs in zip(ours, stock, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_learning_rate_on_the_gpu_takes_torchs_path():
+    options = {"lr": torch.tensor(0.1, device="cuda"), "momentum": 0.9}
+    for ours, stock in zip(trained(fastmlp.SGD, options), trained(torch.optim.SGD, options), strict=True):
+        assert torch.equal(ours, stock)
+
+
+def test_parameters_on_two_devices_are_all_updated():
+    params = [torch.ones(3, device=device, requires_grad=True) for device in ("cpu", "cuda")]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    fastmlp.SGD(params, lr=1.0).step()
+    assert all(param.eq(0).all() for param in params)
+
+
+def test_a_cuda_graph_captures_a_step():
+    params = [torch.ones(1000, device="cuda", requires_grad=True)]
+    params[0].grad = torch.ones_like(params[0])
+    optimizer = fastmlp.SGD(params, lr=0.25, momentum=0.5)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        optimizer.step()  # w = 0.75, m = 1
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    graph.replay()  # m = 1.5
+    assert params[0].eq(0.375).all()

@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["fastmlp", "fastmlp.functional", "fastmlp.nn"])
+@pytest.mark.parametrize(
+    "name", ["fastmlp", "fastmlp.functional", "fastmlp.nn", "fastmlp.optim", "fastmlp.step"]
+)
 def test_the_examples_in_docstrings_print_what_they_say(name):
     result = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch, "fastmlp": fastmlp})
     assert result.attempted > 0
@@ -31,7 +33,11 @@ def test_the_examples_in_the_readme_run(number):
 
 
 def test_every_public_name_has_a_docstring():
-    public = [getattr(m, n) for m in (fastmlp, fastmlp.functional, fastmlp.nn) for n in m.__all__]
+    public = [
+        getattr(m, n)
+        for m in (fastmlp, fastmlp.functional, fastmlp.nn, fastmlp.optim, fastmlp.step)
+        for n in m.__all__
+    ]
     missing = [thing for thing in public if isinstance(thing, type | FunctionType) and not thing.__doc__]
     assert not missing
 

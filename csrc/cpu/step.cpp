@@ -129,6 +129,8 @@ double loss_of(const Kernels& k, const Step& s, double scale, Range rows, int64_
 // are changed.
 void backward_layer(const Kernels& k, const Step& s, int64_t index, const Forward& p, const Memory& memory,
                     const Passing& passing, const Sums& sums, bool accumulate, int rank, int size) {
+  const Trained &weight = s.weights[index], &bias = s.biases[index];
+  const Trained* const trained = weight.sgd && !memory.by_rows ? &weight : nullptr;
   const Backward b = {.dtype = p.dtype,
                       .reduced = p.reduced,
                       .activation = p.activation,
@@ -142,17 +144,16 @@ void backward_layer(const Kernels& k, const Step& s, int64_t index, const Forwar
                       .weight = p.weight,
                       .ldw = p.ldw,
                       .grad_x = passing.gradient(index + 2),  // as index - 1
-                      .grad_weight = memory.sums,
+                      .grad_weight = trained ? memory.sums : sums.weight,
                       .grad_bias = sums.bias};
   const bool needs_input = index > lowest_trained(s);
   if (needs_input) grad_input(k, b, rank, size);
   if (size > 1 && (needs_input || memory.sums)) {  // W is read no more; nor are the sums of the layer above
 #pragma omp barrier
   }
-  const Trained& weight = s.weights[index];
-  const Range biases = grad_weight(k, b, sums, accumulate, sums.weight ? nullptr : &weight, rank, size);
-  const Trained& bias = s.biases[index];
-  if (!sums.weight && bias.sgd && biases.size() > 0)
+  if (!weight.sgd && !bias.sgd) return;
+  const Range biases = grad_weight(k, b, sums, accumulate, trained, rank, size);
+  if (!memory.by_rows && bias.sgd && biases.size() > 0)
     k.update(*bias.sgd, {bias.param, sums.bias, bias.momentum, p.N}, biases);
 }
 

@@ -1,16 +1,23 @@
 // One step of gradient descent for a range of a tensor's elements, on one thread. Bound by bandwidth: w, its
 // gradient and its momentum are read once, w and the momentum written once.
 
+// The first n elements, or a whole register where there are more.
+template <bool has_momentum, class T>
+FASTMLP_INLINE void update_some(const Sgd& s, T* param, const T* grad, T* momentum, int64_t n) {
+  V m{};
+  if (has_momentum && !s.first) m = load(momentum, n);
+  const V w = updated(load(param, n), load(grad, n), has_momentum ? &m : nullptr, s);
+  if (has_momentum) store(momentum, m, n);
+  store(param, w, n);
+}
+
 template <bool has_momentum, class T>
 void update(const Sgd s, T* param, const T* grad, T* momentum, Range range) {
-  for (int64_t i = range.begin; i < range.end; i += width) {
-    const int64_t n = range.end - i;
-    V m{};
-    if (has_momentum && !s.first) m = load(momentum + i, n);
-    const V w = updated(load(param + i, n), load(grad + i, n), has_momentum ? &m : nullptr, s);
-    if (has_momentum) store(momentum + i, m, n);
-    store(param + i, w, n);
-  }
+  int64_t i = range.begin;
+  // Whole registers apart: the loop is then short enough for the compiler to take its conditions out.
+  for (; i + width <= range.end; i += width)
+    update_some<has_momentum>(s, param + i, grad + i, momentum + i, width);
+  if (i < range.end) update_some<has_momentum>(s, param + i, grad + i, momentum + i, range.end - i);
 }
 
 template <class T>

@@ -1,0 +1,575 @@
+"""fastmlp.SGD: the results and the habits of torch.optim.SGD, whichever path a step takes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim.lr_scheduler import StepLR
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import fastmlp
+from fastmlp import optim
+
+OPTIONS = {
+    "plain": {"lr": 0.1},
+    "tensor lr": {"lr": torch.tensor(0.1)},
+    "lr of one element": {"lr": torch.tensor([0.1])},
+    "weight decay": {"lr": 0.1, "weight_decay": 0.5},
+    "maximize": {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
+    "momentum": {"lr": 0.1, "momentum": 0.9},
+    "dampening": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "maximize": True},
+    "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+}
+SHAPES = [(500, 7), (500,), (), (0,), (3, 0, 2), (1,), (4, 3, 2, 5)]
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
+
+
+def parameters(*shapes, dtype=torch.float32, seed=0):
+    """New parameters with gradients; the same for the same arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for shape in shapes:
+        values = [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for _ in range(2)]
+        made.append(nn.Parameter(values[0]))
+        made[-1].grad = values[1]
+    return made
+
+
+def take_steps(optimizer, params, steps=4):
+    """So many steps, along gradients that change from step to step."""
+    for step in range(steps):
+        if step > 0:
+            for param in params:
+                if param.grad is not None:
+                    param.grad.mul_(-0.7).add_(0.1)
+        optimizer.step()
+
+
+def both(make_params, steps=4, **options):
+    """The optimizers, ours and torch's, after the same steps of the same parameters."""
+    optimizers = []
+    for kind in (fastmlp.SGD, torch.optim.SGD):
+        params = make_params()
+        optimizers.append(kind(params, **options))
+        take_steps(optimizers[-1], params, steps)
+    return optimizers
+
+
+def tensors_of(optimizer):
+    """Parameters and momentum buffers, in order."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return params, [optimizer.state.get(param, {}).get("momentum_buffer") for param in params]
+
+
+def assert_same(ours, stock, **tolerance):
+    for mine, theirs in zip(tensors_of(ours), tensors_of(stock), strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a.detach(), b.detach(), **tolerance)
+                assert a.stride() == b.stride()
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """What the op has returned, call by call: whether the kernel covered the tensors."""
+    calls = []
+    op = optim._sgd
+    monkeypatch.setattr(optim, "_sgd", lambda *arguments: calls.append(op(*arguments)) or calls[-1])
+    return calls
+
+
+# ---- the kernel's path
+
+
+@every_option
+def test_steps_are_those_of_torch(instruction_set, kernel_calls, options):
+    ours, stock = both(lambda: parameters(*SHAPES), **options)
+    assert kernel_calls == [True] * 4
+    assert_same(ours, stock)
+
+
+@every_option
+def test_bfloat16_is_rounded_no_more_often_than_by_torch(instruction_set, kernel_calls, options):
+    ours, stock = both(lambda: parameters((500, 7), (33,), dtype=torch.bfloat16), steps=1, **options)
+    exact, _ = both(lambda: parameters((500, 7), (33,), dtype=torch.bfloat16, seed=0), steps=0, **options)
+    params, _ = tensors_of(exact)
+    doubles = [nn.Parameter(param.detach().double()) for param in params]
+    for double, param in zip(doubles, params, strict=True):
+        double.grad = param.grad.double()
+    torch.optim.SGD(doubles, **options).step()
+    assert kernel_calls == [True]
+    for mine, theirs, right in zip(tensors_of(ours)[0], tensors_of(stock)[0], doubles, strict=True):
+        assert (mine.double() - right).norm() <= 1.001 * (theirs.double() - right).norm()
+        torch.testing.assert_close(mine.double(), right, rtol=2**-8, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None, database=None)
+@given(
+    options=st.sampled_from(list(OPTIONS.values())),
+    shapes=st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), min_size=1, max_size=80),
+    seed=st.integers(0, 99),
+)
+def test_any_number_of_parameters_of_any_shape_is_updated(options, shapes, seed):
+    assert_same(*both(lambda: parameters(*shapes, seed=seed), steps=2, **options))
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_the_number_of_threads_does_not_change_a_bit(instruction_set, threads):
+    results = []
+    before = torch.get_num_threads()
+    for count in (1, threads):
+        torch.set_num_threads(count)
+        params = parameters((300, 301), (7,), (100, 999))
+        take_steps(fastmlp.SGD(params, **OPTIONS["nesterov"]), params)
+        results.append(params)
+    torch.set_num_threads(before)
+    assert all(map(torch.equal, *results))
+
+
+def test_a_parameter_without_a_gradient_is_left_alone(kernel_calls):
+    def make():
+        params = parameters((3,), (4,), (5,))
+        params[1].grad = None
+        return params
+
+    ours, stock = both(make, **OPTIONS["momentum"])
+    assert kernel_calls == [True] * 4
+    assert_same(ours, stock)
+    assert len(ours.state) == 2
+
+
+def test_a_momentum_that_begins_later_than_others_begins_as_in_torch(kernel_calls):
+    optimizers = []
+    for kind in (fastmlp.SGD, torch.optim.SGD):
+        params = parameters((3,), (4,))
+        late, params[1].grad = params[1].grad, None
+        optimizers.append(kind(params, **OPTIONS["dampening"]))
+        take_steps(optimizers[-1], params, 2)
+        params[1].grad = late
+        take_steps(optimizers[-1], params, 3)
+    assert_same(*optimizers)
+    assert kernel_calls == [True] * 4  # and one step of torch's
+
+
+def test_parameters_that_are_dense_in_any_order_of_dimensions_take_the_kernel(kernel_calls):
+    def make():
+        (param,) = parameters((7, 5))
+        transposed = nn.Parameter(param.detach().t())
+        transposed.grad = param.grad.t()
+        return [transposed]
+
+    ours, stock = both(make, **OPTIONS["momentum"])
+    assert kernel_calls == [True] * 4
+    assert_same(ours, stock)
+
+
+def test_groups_have_options_of_their_own():
+    def make():
+        first, second = parameters((3,), (4,))
+        return [{"params": [first]}, {"params": [second], "lr": 0.01, "momentum": 0.5, "weight_decay": 1.0}]
+
+    optimizers = []
+    for kind in (fastmlp.SGD, torch.optim.SGD):
+        groups = make()
+        optimizers.append(kind(groups, lr=0.1))
+        take_steps(optimizers[-1], tensors_of(optimizers[-1])[0])
+    assert_same(*optimizers)
+
+
+def test_infinities_and_nan_spread_as_in_torch():
+    def make():
+        params = parameters((40,))
+        params[0].data[0], params[0].data[1] = torch.inf, torch.nan
+        params[0].grad[2], params[0].grad[3] = torch.inf, torch.nan
+        return params
+
+    assert_same(*both(make, lr=0.1, momentum=0.9), equal_nan=True)
+
+
+def test_a_step_in_inference_mode_updates():
+    params = parameters((3,))
+    before = params[0].detach().clone()
+    with torch.inference_mode():
+        fastmlp.SGD(params, lr=1.0).step()
+    assert torch.equal(params[0], before - params[0].grad)
+
+
+def test_autograd_notices_that_a_saved_parameter_has_changed():
+    (param,) = parameters((3,))
+    loss = param.square().sum()
+    fastmlp.SGD([param], lr=0.1).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# ---- torch's path
+
+
+def sparse():
+    (param,) = parameters((5, 3))
+    param.grad = param.grad.to_sparse()
+    return [param]
+
+
+def strided():
+    (param,) = parameters((6, 6))
+    sliced = nn.Parameter(param.detach()[:, ::2])
+    sliced.grad = param.grad[:, 1::2]
+    return [sliced]
+
+
+def laid_out_otherwise():
+    (param,) = parameters((6, 4))
+    param.grad = param.grad.t().contiguous().t()
+    return [param]
+
+
+def overlapping():
+    memory = torch.arange(10.0)
+    params = [nn.Parameter(memory[:6]), nn.Parameter(memory[4:])]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    return params
+
+
+def with_one_gradient():
+    params = parameters((5,), (5,))
+    params[1].grad = params[0].grad
+    return params
+
+
+def mixed():
+    return parameters((5,)) + parameters((5,), dtype=torch.float64)
+
+
+class Subclass(torch.Tensor):
+    """A tensor type of its own."""
+
+
+def of_a_subclass():
+    (param,) = parameters((5,))
+    of_subclass = nn.Parameter(param.detach().as_subclass(Subclass))
+    of_subclass.grad = param.grad
+    return [of_subclass]
+
+
+UNCOVERED = {
+    "float64": lambda: parameters((5,), dtype=torch.float64),
+    "float16": lambda: parameters((5,), dtype=torch.float16),
+    "complex": lambda: parameters((5,), dtype=torch.complex64),
+    "sparse": sparse,
+    "strided": strided,
+    "laid out otherwise": laid_out_otherwise,
+    "overlapping": overlapping,
+    "with one gradient": with_one_gradient,
+    "mixed": mixed,
+    "of a subclass": of_a_subclass,
+}
+
+
+@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["momentum"]], ids=["plain", "momentum"])
+@pytest.mark.parametrize("make", UNCOVERED.values(), ids=list(UNCOVERED))
+def test_what_the_kernel_does_not_cover_gets_the_bits_of_torch(kernel_calls, make, options):
+    steps = 1 if make in (with_one_gradient, sparse) else 4
+    ours, stock = both(make, steps, **options)
+    assert True not in kernel_calls
+    assert_same(ours, stock, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("asked", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}])
+def test_an_implementation_that_is_asked_for_is_torchs(kernel_calls, asked):
+    ours, stock = both(lambda: parameters(*SHAPES), **OPTIONS["nesterov"], **asked)
+    assert kernel_calls == []
+    assert_same(ours, stock, rtol=0, atol=0)
+
+
+def test_a_parameter_that_is_there_twice_is_updated_twice():
+    def make():
+        params = parameters((5,))
+        return [params[0], params[0]]
+
+    with pytest.warns(UserWarning, match="duplicate"):
+        assert_same(*both(make, **OPTIONS["plain"]), rtol=0, atol=0)
+
+
+def test_a_group_that_takes_torchs_path_does_not_hold_up_others(kernel_calls):
+    params = parameters((5,)) + parameters((5,), dtype=torch.float64) + parameters((4,))
+    expected = [(param - param.grad).detach() for param in params]
+    fastmlp.SGD([{"params": [param]} for param in params], lr=1.0).step()
+    assert kernel_calls == [True, False, True]
+    for param, right in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.detach(), right)
+
+
+def test_a_differentiable_step_can_be_differentiated():
+    gradients = []
+    for kind in (fastmlp.SGD, torch.optim.SGD):
+        leaf = torch.ones(3, requires_grad=True)
+        param = leaf.clone()
+        param.grad = leaf.square()
+        optimizer = kind([param], lr=0.1, differentiable=True)
+        optimizer.step()
+        gradients.append(torch.autograd.grad(param.sum(), leaf)[0])
+    assert torch.equal(*gradients)
+
+
+def test_a_learning_rate_can_be_differentiated():
+    gradients = []
+    for kind in (fastmlp.SGD, torch.optim.SGD):
+        lr = torch.tensor(0.1, requires_grad=True)
+        param = torch.ones(3, requires_grad=True).clone()
+        param.grad = torch.full((3,), 2.0)
+        kind([param], lr=lr, differentiable=True).step()
+        gradients.append(torch.autograd.grad(param.sum(), lr)[0])
+    assert torch.equal(*gradients)
+
+
+def test_gradient_scaling_skips_a_step_with_infinities():
+    (param,) = parameters((3,))
+    before = param.detach().clone()
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = fastmlp.SGD([param], lr=0.1, fused=True)
+    scaler.scale((param * torch.inf).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["momentum"]], ids=["plain", "momentum"])
+def test_a_compiled_step_is_torchs(options):
+    def steps(kind, compiled):
+        params = parameters((3,), (4,))
+        optimizer = kind(params, **options)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for _ in range(3):
+            step()
+        return optimizer
+
+    torch._dynamo.reset()
+    assert_same(steps(fastmlp.SGD, compiled=True), steps(torch.optim.SGD, compiled=False))
+
+
+def test_a_compiled_training_step_learns_as_in_torch():
+    torch._dynamo.reset()
+    x = torch.randn(5, 3)
+    results = []
+    for kind in (fastmlp.SGD, torch.optim.SGD):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = kind(model.parameters(), **OPTIONS["momentum"])
+
+        @torch.compile(backend="eager")
+        def train(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+
+        for _ in range(3):
+            train()
+        results.append(optimizer)
+    assert_same(*results)
+
+
+# ---- habits
+
+
+@every_option
+@pytest.mark.parametrize("kinds", [(fastmlp.SGD, torch.optim.SGD), (torch.optim.SGD, fastmlp.SGD)])
+def test_a_checkpoint_of_one_goes_on_in_the_other(options, kinds):
+    params = parameters((5, 3), (4,))
+    optimizer = kinds[0](params, **options)
+    take_steps(optimizer, params)
+    others = copy.deepcopy(params)
+    other = kinds[1](others, lr=1.0)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for param, twin in zip(params, others, strict=True):
+        twin.grad = param.grad.clone()
+    take_steps(optimizer, params)
+    take_steps(other, others)
+    assert_same(optimizer, other)
+    assert list(optimizer.state_dict()) == list(other.state_dict())
+    assert optimizer.state_dict()["param_groups"] == other.state_dict()["param_groups"]
+    assert optimizer.state_dict()["state"].keys() == other.state_dict()["state"].keys()
+
+
+def test_the_state_is_that_of_torch():
+    ours, stock = both(lambda: parameters((3,)), steps=0, lr=0.1)
+    assert ours.state_dict() == stock.state_dict()
+    assert ours.defaults == stock.defaults
+    assert repr(ours) == repr(stock)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_a_copy_goes_on_as_its_original(clone):
+    params = parameters((5,))
+    optimizer = fastmlp.SGD(params, **OPTIONS["momentum"])
+    take_steps(optimizer, params)
+    twin = clone(optimizer)
+    for a, b in zip(params, tensors_of(twin)[0], strict=True):
+        b.grad = a.grad.clone()
+    take_steps(optimizer, params)
+    take_steps(twin, tensors_of(twin)[0])
+    assert_same(twin, optimizer, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("uncovered", [False, True])
+def test_hooks_run_once_around_a_step_with_its_arguments(uncovered):
+    torch.optim.SGD(parameters((1,)), lr=1.0)  # torch hooks the step of a class once it has an instance
+    params = parameters((3,), dtype=torch.float64 if uncovered else torch.float32)
+    optimizer = fastmlp.SGD(params, lr=0.1)
+    before, seen = params[0].detach().clone(), []
+
+    def look(optimizer, args, kwargs):
+        seen.append((torch.equal(params[0], before), args[1:], kwargs))
+
+    removable = [register_optimizer_step_pre_hook(look), optimizer.register_step_pre_hook(look)]
+    removable.append(optimizer.register_step_post_hook(look))
+    optimizer.step()
+    assert seen == [(True, (), {}), (True, (), {}), (False, (), {})]
+    for handle in removable:
+        handle.remove()
+    optimizer.step()
+    assert len(seen) == 3
+
+
+def test_a_pre_hook_can_change_the_arguments():
+    params = parameters((3,))
+    optimizer = fastmlp.SGD(params, lr=0.1)
+    optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: ((args[0], lambda: 42), {}))
+    assert optimizer.step() == 42
+
+
+def test_the_profiler_sees_the_step():
+    optimizer = fastmlp.SGD(parameters((3,)), lr=0.1)
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert {"Optimizer.step#SGD.step", "fastmlp::sgd_"} <= {event.key for event in profile.key_averages()}
+
+
+def test_a_closure_computes_gradients_before_the_step_and_its_loss_is_returned():
+    (param,) = parameters((3,))
+    param.grad = None
+    optimizer = fastmlp.SGD([param], lr=0.5)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = param.square().sum()
+        loss.backward()
+        return loss
+
+    before = param.square().sum().item()
+    with torch.no_grad():
+        assert optimizer.step(closure).item() == before
+    assert torch.equal(param.detach(), torch.zeros(3))
+
+
+def test_a_scheduler_changes_the_learning_rate():
+    params = parameters((3,))
+    optimizer = fastmlp.SGD(params, lr=1.0)
+    scheduler = StepLR(optimizer, step_size=1, gamma=0.5)
+    optimizer.step()
+    scheduler.step()
+    before = params[0].detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(params[0].detach(), before - 0.5 * params[0].grad)
+
+
+def test_a_momentum_that_becomes_zero_is_no_longer_used():
+    optimizers = both(lambda: parameters((3,)), **OPTIONS["nesterov"])
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["momentum"] = 0.0
+        take_steps(optimizer, tensors_of(optimizer)[0])
+    assert_same(*optimizers)
+
+
+def test_a_group_can_be_added():
+    first, second = parameters((3,), (4,))
+    before = second.detach().clone()
+    optimizer = fastmlp.SGD([first], lr=1.0)
+    optimizer.add_param_group({"params": [second], "lr": 2.0})
+    optimizer.step()
+    torch.testing.assert_close(second.detach(), before - 2 * second.grad)
+
+
+def test_a_subclass_may_extend_the_step():
+    class Counting(fastmlp.SGD):
+        steps = 0
+
+        def step(self, closure=None):
+            self.steps += 1
+            return super().step(closure)
+
+    params = parameters((3,))
+    before = params[0].detach().clone()
+    optimizer = Counting(params, lr=1.0)
+    optimizer.step()
+    assert optimizer.steps == 1
+    assert torch.equal(params[0], before - params[0].grad)
+
+
+@pytest.mark.parametrize(
+    "options", [{"lr": -1.0}, {"momentum": -0.5}, {"weight_decay": -1.0}, {"nesterov": True}]
+)
+def test_wrong_arguments_are_the_errors_of_torch(options):
+    errors = []
+    for kind in (fastmlp.SGD, torch.optim.SGD):
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            kind(parameters((3,)), **options)
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+def torchs_own():
+    """The entry for SGD of PyTorch's own tests of optimizers, which need expecttest."""
+    pytest.importorskip("expecttest")
+    from torch.testing._internal.common_optimizers import optim_db
+
+    return next(info for info in optim_db if info.optim_cls is torch.optim.SGD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_inputs_of_pytorchs_own_tests_give_what_torch_gives(instruction_set, dtype):
+    for case in torchs_own().optim_inputs_func("cpu", dtype):
+        assert_same(*both(lambda: parameters(*SHAPES, dtype=dtype), **case.kwargs))
+
+
+@pytest.mark.filterwarnings("error")  # one of them is a warning
+def test_the_errors_of_pytorchs_own_tests_are_raised():
+    for case in torchs_own().optim_error_inputs_func("cpu", torch.float32):
+        arguments = case.optimizer_error_input
+        with pytest.raises(case.error_type, match=case.error_regex):
+            fastmlp.SGD(arguments.params, **arguments.kwargs)
+
+
+# ---- the op
+
+
+def call(params, grads, buffers=(), momentum=0.0):
+    return torch.ops.fastmlp.sgd_(params, grads, list(buffers), 0.1, momentum, 0.0, 0.0, False, False, False)
+
+
+@pytest.mark.parametrize(
+    ("counts", "momentum", "name"),
+    [((1, 0), 0.0, "grads"), ((1, 1), 0.9, "momentum_buffers"), ((1, 1, 1), 0.0, "momentum_buffers")],
+)
+def test_a_wrong_number_of_tensors_names_the_argument_and_changes_nothing(counts, momentum, name):
+    params = [torch.ones(3)]
+    lists = [params[: counts[0]], [torch.ones(3)] * counts[1], [torch.ones(3)] * sum(counts[2:])]
+    with pytest.raises(RuntimeError, match=rf"^{name}: expected"):
+        call(*lists, momentum=momentum)
+    assert torch.equal(params[0], torch.ones(3))
+
+
+def test_a_step_on_meta_tensors_is_left_to_torch():
+    assert not call([torch.ones(3, device="meta")], [torch.ones(3, device="meta")])
+
+
+def test_the_op_keeps_to_its_schema():
+    params, grads = [torch.randn(3), torch.randn(4, 5)], [torch.randn(3), torch.randn(4, 5)]
+    arguments = (params, grads, [torch.randn(3), torch.randn(4, 5)], 0.1, 0.9, 0.0, 0.0, False, False, False)
+    torch.library.opcheck(torch.ops.fastmlp.sgd_.default, arguments, test_utils=("test_schema",))

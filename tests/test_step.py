@@ -1,0 +1,379 @@
+"""TrainStep leaves behind what the standard loop leaves behind, in parameters, optimizer and habits."""
+
+import copy
+import os
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fastmlp
+
+SGD_OPTIONS = [
+    {},
+    {"weight_decay": 0.1},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    {"momentum": 0.5, "dampening": 0.3, "maximize": True},
+]
+LOSSES = {
+    "cross_entropy": nn.CrossEntropyLoss(),
+    "smoothed": nn.CrossEntropyLoss(torch.tensor([1.0, 0.5, 2.0]), ignore_index=1, label_smoothing=0.1),
+    "summed": nn.CrossEntropyLoss(reduction="sum"),
+    "mse": nn.MSELoss(),
+    "mse summed": nn.MSELoss(reduction="sum"),
+    "bce": nn.BCEWithLogitsLoss(),
+}
+
+
+def batch_for(loss, batch, features, outputs):
+    x = torch.randn(batch, features)
+    if isinstance(loss, nn.CrossEntropyLoss):
+        return x, torch.randint(outputs, (batch,))
+    return x, torch.rand(batch, outputs)
+
+
+def standard_step(model, loss, optimizer, x, target):
+    value = loss(model(x), target)
+    optimizer.zero_grad()
+    value.backward()
+    optimizer.step()
+    return value.detach()
+
+
+def stock(*sizes, activation=nn.ReLU):
+    layers = [part for k, n in pairwise(sizes) for part in (nn.Linear(k, n), activation())]
+    return nn.Sequential(*layers[:-1])
+
+
+def assert_same_training(model, loss, batches, steps=3, lr=0.1, kind=torch.optim.SGD, **options):
+    """The step against the loop, both in float32 from the same start."""
+    other = copy.deepcopy(model)
+    optimizer, other_optimizer = (kind(m.parameters(), lr=lr, **options) for m in (model, other))
+    step = fastmlp.TrainStep(model, loss, optimizer)
+    for index in range(steps):
+        x, target = batches(index)
+        value, expected = step(x, target), standard_step(other, loss, other_optimizer, x, target)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    for own, right in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(own, right, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(optimizer.state_dict(), other_optimizer.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_every_loss_and_option_trains_as_in_the_standard_loop(instruction_set, loss, options):
+    torch.manual_seed(0)
+    scale = 0.01 if loss.reduction == "sum" else 0.1
+    assert_same_training(stock(9, 20, 3), loss, lambda _: batch_for(loss, 12, 9, 3), lr=scale, **options)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 70, 300, 1100, 2100])
+@pytest.mark.parametrize("sizes", [(7, 3), (33, 65, 10, 3), (300, 400, 150, 3)], ids=str)
+def test_every_way_through_the_threads_trains_as_in_the_standard_loop(instruction_set, sizes, batch):
+    torch.manual_seed(0)
+    loss = nn.CrossEntropyLoss()
+    assert_same_training(stock(*sizes), loss, lambda _: batch_for(loss, batch, sizes[0], 3), momentum=0.9)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=5),
+    batch=st.integers(0, 40),
+    activation=st.sampled_from([nn.ReLU, nn.Sigmoid, nn.Tanh]),
+    options=st.sampled_from(SGD_OPTIONS),
+    name=st.sampled_from(["summed", "mse summed", "bce"]),
+)
+def test_any_network_trains_as_in_the_standard_loop(instruction_set, sizes, batch, activation, options, name):
+    loss = LOSSES[name]
+    if batch == 0 and loss.reduction == "mean":
+        batch = 1
+    model = stock(*sizes, activation=activation)
+    batches = [batch_for(loss, batch, sizes[0], sizes[-1]) for _ in range(2)]
+    assert_same_training(model, loss, batches.__getitem__, steps=2, lr=0.01, **options)
+
+
+def test_the_batch_may_change_from_call_to_call():
+    loss = nn.CrossEntropyLoss()
+    assert_same_training(stock(5, 9, 3), loss, lambda i: batch_for(loss, (64, 17, 1)[i], 5, 3), momentum=0.9)
+
+
+def test_training_stays_with_the_loop_in_float64_for_many_steps():
+    torch.manual_seed(0)
+    model, loss = stock(8, 16, 4), nn.CrossEntropyLoss()
+    exact = copy.deepcopy(model).double()
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.05))
+    optimizer = torch.optim.SGD(exact.parameters(), lr=0.05)
+    for _ in range(500):
+        x, target = batch_for(loss, 16, 8, 4)
+        step(x, target)
+        standard_step(exact, loss, optimizer, x.double(), target)
+    for own, right in zip(model.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(own.double(), right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [130, 1500])
+def test_the_number_of_threads_changes_no_bit(instruction_set, batch):
+    torch.manual_seed(0)
+    model, loss = stock(100, 300, 50, 10), nn.CrossEntropyLoss()
+    data = batch_for(loss, batch, 100, 10)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            own = copy.deepcopy(model)
+            step = fastmlp.TrainStep(own, loss, torch.optim.SGD(own.parameters(), lr=0.1, momentum=0.9))
+            values = [step(*data) for _ in range(3)]
+            results.append([*values, *own.parameters()])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+# ---- models
+
+
+def test_an_mlp_a_flatten_nested_sequentials_and_identities_are_understood():
+    loss = nn.CrossEntropyLoss()
+    model = nn.Sequential(
+        nn.Flatten(),
+        nn.Sequential(nn.Linear(12, 9, bias=False), nn.Tanh()),
+        nn.Identity(),
+        fastmlp.MLP(9, 5, 3),
+    )
+    assert_same_training(model, loss, lambda _: (torch.randn(6, 3, 4), torch.randint(3, (6,))))
+
+
+def test_an_activation_at_the_end_is_understood():
+    loss = nn.MSELoss()
+    model = nn.Sequential(fastmlp.LinearReLU(4, 6), nn.Linear(6, 2), nn.Sigmoid())
+    assert_same_training(model, loss, lambda _: batch_for(loss, 5, 4, 2))
+
+
+@pytest.mark.parametrize("frozen", [["0.weight"], ["2.bias"], ["0.weight", "0.bias"], ["2.weight", "2.bias"]])
+def test_frozen_parameters_stay_as_they_are(frozen):
+    loss, model = nn.CrossEntropyLoss(), stock(5, 9, 3)
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    before = {name: model.get_parameter(name).clone() for name in frozen}
+    assert_same_training(model, loss, lambda _: batch_for(loss, 8, 5, 3), momentum=0.9)
+    assert all(torch.equal(model.get_parameter(name), before[name]) for name in frozen)
+
+
+def test_each_group_has_its_own_options_and_unknown_parameters_stay():
+    loss, model = nn.CrossEntropyLoss(), stock(5, 9, 3)
+    other = copy.deepcopy(model)
+
+    def optimizer(m):
+        groups = [{"params": [m[0].weight], "lr": 0.5}, {"params": [m[2].bias], "momentum": 0.9}]
+        return torch.optim.SGD(groups, lr=0.1, weight_decay=0.1)
+
+    step, other_optimizer = fastmlp.TrainStep(model, loss, optimizer(model)), optimizer(other)
+    for _ in range(3):
+        data = batch_for(loss, 8, 5, 3)
+        step(*data)
+        standard_step(other, loss, other_optimizer, *data)
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+class Model(nn.Module):
+    def forward(self, x):
+        return x
+
+
+hooked = nn.Sequential(nn.Linear(3, 2))
+hooked.register_forward_hook(lambda *_: None)
+shared = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "words"),
+    [
+        (nn.Sequential(nn.Linear(3, 2), nn.GELU()), TypeError, "module 1: .* GELU"),
+        (nn.Sequential(nn.Linear(3, 2), nn.Dropout()), TypeError, "module 1: .* Dropout"),
+        (nn.Sequential(nn.ReLU(), nn.Linear(3, 2)), TypeError, "module 0: .* ReLU"),
+        (Model(), TypeError, "itself.* Model"),
+        (nn.Sequential(), TypeError, "nn.Linear or more, got none"),
+        (hooked, ValueError, "no hooks"),
+        (nn.Sequential(shared, nn.ReLU(), shared), ValueError, "share no parameters"),
+        (nn.Sequential(nn.Linear(3, 2).double()), ValueError, "float32 .*float64"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_model_that_is_no_chain_is_refused_by_name(model, error, words):
+    parameters = [nn.Parameter(torch.ones(1))]
+    with pytest.raises(error, match=words):
+        fastmlp.TrainStep(model, nn.CrossEntropyLoss(), torch.optim.SGD(parameters, lr=0.1))
+
+
+def test_losses_and_optimizers_that_do_not_fit_are_refused():
+    model = stock(3, 2)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"loss: .*L1Loss"):
+        fastmlp.TrainStep(model, nn.L1Loss(), sgd)
+    with pytest.raises(ValueError, match="reduction"):
+        fastmlp.TrainStep(model, nn.MSELoss(reduction="none"), sgd)
+    with pytest.raises(ValueError, match="pos_weight"):
+        fastmlp.TrainStep(model, nn.BCEWithLogitsLoss(pos_weight=torch.ones(2)), sgd)
+    with pytest.raises(TypeError, match=r"optimizer: .*Adam"):
+        fastmlp.TrainStep(model, nn.MSELoss(), torch.optim.Adam(model.parameters()))
+
+
+# ---- bad input changes nothing
+
+
+@pytest.mark.parametrize(
+    ("x", "target", "error", "words"),
+    [
+        (torch.ones(4, 6), torch.zeros(4, dtype=torch.long), RuntimeError, "input: expected shape"),
+        (torch.ones(4, 5).double(), torch.zeros(4, dtype=torch.long), RuntimeError, "input: .*float32"),
+        (torch.ones(4, 5), torch.zeros(3, dtype=torch.long), RuntimeError, "target: expected shape"),
+        (torch.ones(4, 5), torch.zeros(4), RuntimeError, "target: expected Long"),
+        (torch.ones(4, 5), torch.tensor([0, 1, 3, 0]), IndexError, "target: .*got 3 in row 2"),
+        (torch.ones(4, 5), torch.tensor([0, 1, -1, 0]), IndexError, "target: .*got -1 in row 2"),
+        (torch.ones(4, 5, requires_grad=True), torch.zeros(4, dtype=torch.long), RuntimeError, "no gradient"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_raises_before_anything_is_changed(x, target, error, words):
+    model = stock(5, 9, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step = fastmlp.TrainStep(model, nn.CrossEntropyLoss(), optimizer)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=words):
+        step(x, target)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not optimizer.state_dict()["state"]
+
+
+def test_nan_and_infinity_spread_as_in_the_standard_loop():
+    loss, model = nn.CrossEntropyLoss(), stock(4, 6, 3)
+    other = copy.deepcopy(model)
+    x, target = batch_for(loss, 5, 4, 3)
+    x[2, 1] = torch.nan
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    value = step(x, target)
+    standard_step(other, loss, torch.optim.SGD(other.parameters(), lr=0.1), x, target)
+    assert value.isnan()
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), equal_nan=True)
+
+
+# ---- habits
+
+
+def test_checkpoints_taken_between_calls_load_into_the_standard_loop_and_back():
+    torch.manual_seed(0)
+    loss, model = nn.CrossEntropyLoss(), stock(5, 9, 3)
+    other = copy.deepcopy(model)
+    optimizers = [fastmlp.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, other)]
+    step = fastmlp.TrainStep(model, loss, optimizers[0])
+    for index in range(6):
+        data = batch_for(loss, 8, 5, 3)
+        standard_step(other, loss, optimizers[1], *data)
+        if index % 2:
+            step(*data)
+            continue
+        resumed = stock(5, 9, 3)
+        resumed.load_state_dict(model.state_dict())
+        optimizer = torch.optim.SGD(resumed.parameters(), lr=0.1, momentum=0.9)
+        optimizer.load_state_dict(optimizers[0].state_dict())
+        standard_step(resumed, loss, optimizer, *data)
+        model.load_state_dict(resumed.state_dict())
+        optimizers[0].load_state_dict(optimizer.state_dict())
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_learning_rate_scheduler_sets_the_next_step_and_does_not_warn():
+    model, loss = stock(3, 2), nn.MSELoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.0)
+    step, data = fastmlp.TrainStep(model, loss, optimizer), batch_for(loss, 4, 3, 2)
+    step(*data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
+    before = copy.deepcopy(model.state_dict())
+    step(*data)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_later_backward_through_the_old_parameters_raises_as_in_torch():
+    model, loss = stock(3, 4, 2), nn.MSELoss()
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    y = model(torch.randn(4, 3))
+    step(*batch_for(loss, 4, 3, 2))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_gradients_are_left_as_they_are():
+    model, loss = stock(3, 2), nn.MSELoss()
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    step(*batch_for(loss, 4, 3, 2))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_clipping_gives_what_clip_grad_norm_gives():
+    torch.manual_seed(0)
+    loss, model = nn.CrossEntropyLoss(), stock(5, 9, 3)
+    other = copy.deepcopy(model)
+    optimizer, other_optimizer = (torch.optim.SGD(m.parameters(), lr=1.0) for m in (model, other))
+    step = fastmlp.TrainStep(model, loss, optimizer, max_grad_norm=0.1)
+    for _ in range(3):
+        x, target = batch_for(loss, 8, 5, 3)
+        step(x, target)
+        other_optimizer.zero_grad()
+        loss(other(x), target).backward()
+        nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+        other_optimizer.step()
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_accumulating_over_calls_is_one_step_of_their_mean():
+    torch.manual_seed(0)
+    loss, model = nn.CrossEntropyLoss(), stock(5, 9, 3)
+    other = copy.deepcopy(model)
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1), accumulate=4)
+    x, target = batch_for(loss, 32, 5, 3)
+    for _ in range(2):
+        for part in range(4):
+            step(x[part * 8 : part * 8 + 8], target[part * 8 : part * 8 + 8])
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for _ in range(2):
+        standard_step(other, loss, optimizer, x, target)
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+# ---- several processes
+
+
+def train_in_a_group(rank, size, folder):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size
+    )
+    torch.manual_seed(rank)  # each process begins with weights of its own
+    loss, model = nn.CrossEntropyLoss(), fastmlp.MLP(5, 9, 3)
+    ours = copy.deepcopy(model)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = fastmlp.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    own_optimizer = fastmlp.SGD(ours.parameters(), lr=0.1, momentum=0.9)
+    step = fastmlp.TrainStep(ours, loss, own_optimizer, process_group=torch.distributed.group.WORLD)
+    for _ in range(3):
+        data = batch_for(loss, 8, 5, 3)
+        standard_step(parallel, loss, optimizer, *data)
+        step(*data)
+    torch.testing.assert_close(ours.state_dict(), model.state_dict(), rtol=1e-5, atol=1e-6)
+    torch.save(model.state_dict(), os.path.join(folder, f"{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
+def test_a_process_group_trains_as_distributed_data_parallel_does(tmp_path):
+    mp.spawn(train_in_a_group, (2, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
