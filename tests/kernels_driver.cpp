@@ -224,6 +224,102 @@ void check_sgd(Dtype dtype) {
   }
 }
 
+#ifndef FASTMLP_EMULATE
+// A step against its parts: the same forward, loss, backward and update one after the other.
+void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, bool has_momentum, int threads) {
+  const int64_t L = int64_t(sizes.size()) - 1, C = sizes.back();
+  const Sgd sgd{Dtype::float32, 0.5f, 0.75f, 0.25f, 0.125f, has_momentum, false, false};
+  const auto x = wave<float>(M * sizes[0], 1), target = wave<float>(M * C, 2);
+  std::vector<int64_t> classes(M);
+  for (int64_t i = 0; i < M; ++i) classes[i] = i % 5 == 4 ? -100 : i * 7 % C;
+  struct Parameters {
+    std::vector<float> weight, bias, weight_momentum, bias_momentum;
+  };
+  std::vector<Parameters> parameters, want;
+  for (int64_t i = 0; i < L; ++i) {
+    const int64_t N = sizes[i + 1], K = sizes[i];
+    parameters.push_back(
+        {wave<float>(N * K, 3), wave<float>(N, 4), wave<float>(N * K, 5), wave<float>(N, 6)});
+  }
+  want = parameters;
+  const CrossEntropy entropy{
+      Dtype::float32, Reduction::mean, M, C, nullptr, classes.data(), nullptr, -100, 0.1f, nullptr, nullptr};
+
+  std::vector<Forward> forwards, open;
+  std::vector<std::vector<float>> y(L);
+  std::vector<Trained> weights, biases;
+  for (int64_t i = 0; i < L; ++i) {
+    y[i].resize(M * sizes[i + 1]);
+    const Activation g = i + 1 < L ? Activation::tanh : Activation::identity;
+    const void* input = i ? y[i - 1].data() : x.data();
+    forwards.push_back({Dtype::float32, false, g, M, sizes[i + 1], sizes[i], input, sizes[i],
+                        want[i].weight.data(), sizes[i], want[i].bias.data(), y[i].data()});
+    open.push_back(forwards.back());
+    open.back().x = i ? nullptr : x.data(), open.back().y = nullptr;
+    open.back().weight = parameters[i].weight.data(), open.back().bias = parameters[i].bias.data();
+    Parameters& p = parameters[i];
+    weights.push_back({&sgd, p.weight.data(), has_momentum ? p.weight_momentum.data() : nullptr});
+    biases.push_back({&sgd, p.bias.data(), has_momentum ? p.bias_momentum.data() : nullptr});
+  }
+  float value = 0;
+  const Step step{L, open.data(), weights.data(), biases.data(), loss, entropy, target.data(), true, &value};
+  omp_set_num_threads(threads);
+  std::vector<char> workspace(cpu::train_workspace(step, threads));
+  if (cpu::train(step, workspace.data(), threads) != -1) ++failures;
+
+  cpu::forward(forwards.data(), L, nullptr, 1);
+  std::vector<float> grad(M * C), expected(1);
+  const auto& z = y.back();
+  double sum = 0;
+  for (int64_t i = 0; i < M * C; ++i) {
+    const double d = double{z[i]} - target[i], n = double(M * C);
+    const bool squared = loss == Loss::mse;
+    sum += (squared ? d * d : (1 - target[i]) * z[i] + std::log1p(std::exp(-double{z[i]}))) / n;
+    grad[i] = float((squared ? 2 * d : 1 / (1 + std::exp(-double{z[i]})) - target[i]) / n);
+  }
+  expected[0] = float(sum);
+  if (loss == Loss::cross_entropy) {
+    CrossEntropy p = entropy;
+    p.input = z.data(), p.loss = expected.data(), p.grad = grad.data();
+    std::vector<char> own(cpu::cross_entropy_workspace(p));
+    cpu::cross_entropy(p, own.data(), 1);
+  }
+  expect("value", value, expected[0]);
+  for (int64_t i = L - 1; i >= 0; --i) {
+    const int64_t N = sizes[i + 1], K = sizes[i];
+    std::vector<float> grad_x(M * K), grad_weight(N * K), grad_bias(N);
+    const Backward b{Dtype::float32,
+                     false,
+                     forwards[i].activation,
+                     M,
+                     N,
+                     K,
+                     grad.data(),
+                     y[i].data(),
+                     forwards[i].x,
+                     K,
+                     want[i].weight.data(),
+                     K,
+                     grad_x.data(),
+                     grad_weight.data(),
+                     grad_bias.data()};
+    std::vector<char> own(cpu::backward_workspace(&b, 1, 1));
+    cpu::backward(&b, 1, own.data(), 1);
+    Parameters& p = want[i];
+    const Update updates[] = {
+        {p.weight.data(), grad_weight.data(), has_momentum ? p.weight_momentum.data() : nullptr, N * K},
+        {p.bias.data(), grad_bias.data(), has_momentum ? p.bias_momentum.data() : nullptr, N}};
+    cpu::sgd(sgd, updates, 2, 1);
+    grad = grad_x;
+    for (int64_t e = 0; e < N * K; ++e) {
+      expect("weight", parameters[i].weight[e], p.weight[e]);
+      expect("momentum", parameters[i].weight_momentum[e], p.weight_momentum[e]);
+    }
+    for (int64_t e = 0; e < N; ++e) expect("bias", parameters[i].bias[e], p.bias[e]);
+  }
+}
+#endif
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -253,6 +349,13 @@ int main(int, char** arguments) {
   check_sgd<__nv_bfloat16>(Dtype::bfloat16);
 #ifdef FASTMLP_EMULATE
   check_sgd<__half>(Dtype::float16);
+#endif
+#ifndef FASTMLP_EMULATE
+  for (const Loss loss : {Loss::cross_entropy, Loss::mse, Loss::bce_with_logits})
+    for (const bool has_momentum : {false, true})
+      for (const int64_t M : {1, 20, 300, 1030})
+        for (const int threads : {1, 3}) check_step(M, {9, 33, 20, 5}, loss, has_momentum, threads);
+  check_step(300, {300, 450, 5}, Loss::cross_entropy, true, 2);
 #endif
   std::printf("%d failures\n", failures);
   return failures != 0;

@@ -80,7 +80,7 @@ bool covers(Dtype dtype) {
 
 // Threads share the cache lines of all tensors, as if these lay one after the other.
 void sgd(const Sgd& s, const Update* updates, int64_t count, int threads) {
-  constexpr double cost = 16;  // of an element, in multiply-adds: what reading it takes
+  constexpr double cost = 8;  // of an element, in multiply-adds: what reading it takes
   const Kernels& k = kernels();
   const int64_t line = cache_line / size_of(s.dtype);  // in elements
   int64_t lines = 0;

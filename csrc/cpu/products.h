@@ -8,6 +8,7 @@
 // The blocks and their names are those of BLIS (Van Zee and van de Geijn, 2015).
 
 #include "packing.h"
+#include "update.h"
 
 // y = g(sums + b) for m rows and n columns; y may be where the sums are.
 template <Activation g, class T, class C>
@@ -22,15 +23,10 @@ void finish(const float* sums, int64_t ld, const T* bias, C* y, int64_t ldy, int
 // W and its momentum, changed by m rows and n columns of its gradient's sums.
 void descend(const Sgd& sgd, const float* sums, int64_t ld, float* w, float* momentum, int64_t ldw, int64_t m,
              int64_t n) {
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < n; j += width) {
-      const int64_t at = i * ldw + j, count = n - j;
-      V velocity{};
-      if (momentum && !sgd.first) velocity = load(momentum + at, count);
-      const V gradient = load(sums + i * ld + j, count);
-      store(w + at, updated(load(w + at, count), gradient, momentum ? &velocity : nullptr, sgd), count);
-      if (momentum) store(momentum + at, velocity, count);
-    }
+  for (int64_t i = 0; i < m; ++i, w += ldw, sums += ld) {
+    if (momentum) update<true>(sgd, w, sums, momentum + i * ldw, {0, n});
+    else update<false>(sgd, w, sums, momentum, {0, n});
+  }
 }
 
 // ---- C = A Bᵀ, with registers along the sum
@@ -347,7 +343,6 @@ void add_up(const float* partials, int64_t count, int64_t stride, T* out, Range 
 
 #include "pointwise.h"
 #include "softmax.h"
-#include "update.h"
 
 // ---- the table that backend.cpp chooses from
 
