@@ -61,6 +61,11 @@ def standard_loop(model: nn.Module, lr: float) -> Step:
     return step
 
 
+def one_call(model: nn.Module, lr: float) -> Step:
+    """The same by fastmlp.TrainStep."""
+    return fastmlp.TrainStep(model, nn.CrossEntropyLoss(), fastmlp.SGD(model.parameters(), lr=lr))
+
+
 def stock_mlp(*sizes: int) -> nn.Sequential:
     """Linear layers with ReLU between them."""
     layers: list[nn.Module] = []
@@ -81,6 +86,7 @@ class Side(NamedTuple):
 SIDES = (
     Side("stock PyTorch", stock_mlp),
     Side("fastmlp", fastmlp.MLP),
+    Side("fastmlp.TrainStep", fastmlp.MLP, one_call),
 )
 
 

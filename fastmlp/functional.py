@@ -123,8 +123,7 @@ def cross_entropy(
 
     The same as ``torch.nn.functional.cross_entropy``, whose arguments these are, derivatives of any order,
     autocast and tracing included. The kernels cover logits [N, C] or [C] of float32 and bfloat16, on CUDA
-    float16 too, with int64 class indices. Class probabilities, more dimensions and other dtypes are left to
-    it.
+    float16 too, with int64 class indices. Class probabilities, more dimensions and other dtypes are torch's.
 
     Args:
         input: the logits, of shape [N, C], [C] or [N, C, d1, ...].

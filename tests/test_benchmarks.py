@@ -72,20 +72,20 @@ class TestSteps:
         table, printed = measured("steps", "--no-compile")
         cells = [("classes", "1"), ("classes", "4"), ("numbers", "4"), ("yes or no", "4")]
         assert [(row["network"], row["batch"], row["column"]) for row in table] == [
-            (*cell, column) for cell in cells for column in ("swap", "infer")
+            (*cell, column) for cell in cells for column in ("swap", "all", "step", "infer")
         ]
         for row in table:
             for figure in ("ms", "speedup", *(f"{variant}_ms" for variant in row["variants"].split())):
                 assert quantiles(row, figure) == sorted(quantiles(row, figure))
             assert all(row[key] for key in MACHINE | {"target"})
             assert f"{float(row['ms_p50']):.3f}" in printed
-        assert printed.count("geometric mean") == 2
+        assert printed.count("geometric mean") == 4
 
     def test_the_best_of_the_variants_measured_is_stock(self, measured):
         table, _ = measured("steps", "--no-compile", "--only", "classes")
         for row in table:
             variants = row["variants"].split()
-            assert variants == (["eager", "fused_sgd"] if row["column"] == "swap" else ["eager"])
+            assert variants == (["eager", "fused_sgd"] if row["column"] != "infer" else ["eager"])
             assert row["best"] == min(variants, key=lambda name: quantiles(row, f"{name}_ms")[1])
             assert row["compile_ms_p50"] == ""
 
@@ -100,7 +100,7 @@ class TestSteps:
             for name, side in group.stock.items():
                 if side.compiles:
                     monkeypatch.setitem(group.stock, name, steps.Side(fail, compiles=True))
-        (swap, infer), printed = measured("steps", "--only", "numbers")
+        (swap, *_, infer), printed = measured("steps", "--only", "numbers")
         assert (swap["variants"], swap["failed"]) == ("eager fused_sgd", "compile:NotImplementedError")
         assert "numbers @ 4, swap: compile failed (NotImplementedError)" in printed
         assert [part.split(":")[0] for part in infer["failed"].split()] == [

@@ -1,7 +1,11 @@
 """The CUDA backend through torch, on a GPU."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fastmlp
 
@@ -216,3 +220,75 @@ def test_a_cuda_graph_captures_a_step():
         optimizer.step()
     graph.replay()  # m = 1.5
     assert params[0].eq(0.375).all()
+
+
+# ---- cross-entropy
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(64, 10), (5000, 3), (33, 1500), (0, 4)], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_cross_entropy_and_its_gradient_are_right(dtype, shape, reduction, label_smoothing):
+    logits = torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
+    target = torch.randint(shape[1], shape[:1], device="cuda")
+    weight = torch.rand(shape[1], device="cuda", dtype=dtype)
+    options = {"reduction": reduction, "ignore_index": 1, "label_smoothing": label_smoothing}
+    loss = fastmlp.functional.cross_entropy(logits, target, weight, **options)
+    assert "CrossEntropyFunction" in loss.grad_fn.name()
+    grad_loss = torch.rand_like(loss)
+    exact = logits.detach().double().requires_grad_()
+    expected = F.cross_entropy(exact, target, weight.double(), **options)
+    actual = [loss.detach(), *torch.autograd.grad(loss, logits, grad_loss)]
+    right = [expected.detach(), *torch.autograd.grad(expected, exact, grad_loss.double())]
+    for ours, stocks in zip(actual, right, strict=True):
+        tolerance = TOLERANCE[dtype] * stocks.abs().max().item() if stocks.numel() else 0
+        torch.testing.assert_close(ours.double(), stocks, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def test_every_run_of_cross_entropy_gives_the_same_bits():
+    logits, target = torch.randn(50000, 10, device="cuda"), torch.randint(10, (50000,), device="cuda")
+    runs = [
+        torch.ops.fastmlp.cross_entropy_forward(logits, target, None, "mean", -100, 0.0) for _ in range(2)
+    ]
+    assert all(map(torch.equal, *runs))
+
+
+def test_a_cuda_graph_captures_cross_entropy():
+    logits = torch.randn(64, 10, device="cuda", requires_grad=True)
+    target = torch.randint(10, (64,), device="cuda")
+
+    def gradient(function):
+        return torch.autograd.grad(function(logits, target), logits)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradient(fastmlp.functional.cross_entropy)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = gradient(fastmlp.functional.cross_entropy)
+    with torch.no_grad():
+        logits.mul_(2)
+    graph.replay()
+    torch.testing.assert_close(actual, gradient(F.cross_entropy))
+
+
+def test_autocast_computes_cross_entropy_in_float32():
+    logits = torch.randn(64, 10, device="cuda", dtype=torch.float16, requires_grad=True)
+    with torch.autocast("cuda"):
+        loss = fastmlp.functional.cross_entropy(logits, torch.zeros(64, dtype=torch.int64, device="cuda"))
+    assert loss.dtype == torch.float32
+    assert torch.autograd.grad(loss, logits)[0].dtype == torch.float16
+
+
+def test_a_label_out_of_bounds_fails_an_assertion_on_the_device():
+    # In a process of its own: the device is of no more use to it.
+    code = (
+        "import torch, fastmlp; target = torch.tensor([0, 10], device='cuda'); "
+        "fastmlp.functional.cross_entropy(torch.zeros(2, 10, device='cuda'), target).item()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "device-side assert" in result.stderr

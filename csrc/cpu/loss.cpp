@@ -46,19 +46,14 @@ int64_t cross_entropy(const CrossEntropy& p, void* workspace, int threads) {
   share(threads, exponential * double(p.N) * double(p.C), [&](int rank, int size) {
     const Range own = part(count, 1, rank, size);
     const auto rows = [&](int64_t b) { return Range{b * step, std::min((b + 1) * step, p.N)}; };
-    const auto wait = [&] {
-      if (size > 1) {
-#pragma omp barrier
-      }
-    };
     for (int64_t b = own.begin; b < own.end; ++b) blocks[b] = weigh(p, rows(b));
-    wait();
+    wait(size);
     const Losses targets = total(blocks, count);
     if (targets.wrong < 0) {
       const float scale = p.reduction == Reduction::mean ? float(1 / targets.weight) : 1;
-      wait();  // until all have read what is now written
+      wait(size);  // until all have read what is now written
       for (int64_t b = own.begin; b < own.end; ++b) blocks[b].loss = k.cross_entropy(p, scale, rows(b));
-      wait();
+      wait(size);
     }
     if (rank > 0) return;
     wrong = targets.wrong;

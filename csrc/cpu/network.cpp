@@ -159,9 +159,7 @@ void forward(const Forward* layers, int64_t count, void* workspace, int threads)
       return;
     }
     for (int64_t i = 0; i < count; ++i) {
-      if (i > 0) {
-#pragma omp barrier
-      }
+      if (i > 0) wait(size);
       const Forward p = slice(layers, i, {0, M}, between);
       const Block y = block(p.M, k.forward_rows, p.N, k.forward_columns, rank, size);
       k.forward(p, k.runs_along_sum(p), y.rows, y.columns, scratch());
@@ -226,14 +224,12 @@ void backward(const Backward* layers, int64_t count, void* workspace, int thread
       }
     } else {
       partials.each(layers, count, sums_begin, [&](int64_t i, const Sums& sums) {
-        if (i > 0) {
-#pragma omp barrier
-        }
+        if (i > 0) wait(size);
         backward_layer(k, slice(layers, i, count, {0, M}, between), sums, false, rank, size);
       });
     }
     if (partials.stride == 0) return;
-#pragma omp barrier
+    wait(size);
     partials.each(layers, count, sums_begin, [&](int64_t i, const Sums& sums) {
       const Backward& p = layers[i];
       const auto finish = [&](const float* from, void* to, int64_t length) {

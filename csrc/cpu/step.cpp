@@ -148,9 +148,7 @@ void backward_layer(const Kernels& k, const Step& s, int64_t index, const Forwar
                       .grad_bias = sums.bias};
   const bool needs_input = index > lowest_trained(s);
   if (needs_input) grad_input(k, b, rank, size);
-  if (size > 1 && (needs_input || memory.sums)) {  // W is read no more; nor are the sums of the layer above
-#pragma omp barrier
-  }
+  if (needs_input || memory.sums) wait(size);  // W is read no more; nor are the sums of the layer above
   if (!weight.sgd && !bias.sgd) return;
   const Range biases = grad_weight(k, b, sums, accumulate, trained, rank, size);
   if (!memory.by_rows && bias.sgd && biases.size() > 0)
@@ -174,21 +172,16 @@ void finish(const Kernels& k, const Trained& parameter, const float* sums, int64
 void by_layers(const Kernels& k, const Step& s, double scale, const Memory& memory, int rank, int size) {
   const Passing& passing = memory.passing[0];
   const Range batch = {0, s.layers->M};
-  const auto wait = [&] {
-    if (size > 1) {
-#pragma omp barrier
-    }
-  };
   for (int64_t i = 0; i < s.count; ++i) {
     const Forward p = layer_of(s, i, batch, passing);
     const Block y = block(p.M, k.forward_rows, p.N, k.forward_columns, rank, size);
     k.forward(p, k.runs_along_sum(p), y.rows, y.columns, scratch());
-    wait();
+    wait(size);
   }
   const Range parts = part(memory.parts, 1, rank, size);
   for (int64_t b = parts.begin; b < parts.end; ++b)
     memory.losses[b] = loss_of(k, s, scale, memory.part(s, b), 0, passing);
-  wait();
+  wait(size);
   for (int64_t i = s.count - 1; i >= lowest_trained(s); --i)
     backward_layer(k, s, i, layer_of(s, i, batch, passing), memory, passing, memory.gradients[0].layers[i],
                    false, rank, size);
@@ -212,9 +205,7 @@ void by_rows(const Kernels& k, const Step& s, double scale, const Memory& memory
                        first > rows.begin, 0, 1);
     }
   }
-  if (size > 1) {
-#pragma omp barrier
-  }
+  wait(size);
   const int64_t stride = memory.gradients[0].size;
   for (int64_t i = 0; i < s.count; ++i) {
     const Sums& sums = memory.gradients[0].layers[i];

@@ -31,6 +31,13 @@ void share(int threads, double multiply_adds, Work work) {
   work(omp_get_thread_num(), omp_get_num_threads());
 }
 
+// Waits for the other threads that share() runs; alone, there is nobody, whoever's region this thread is in.
+inline void wait(int size) {
+  if (size > 1) {
+#pragma omp barrier
+  }
+}
+
 // The part of 0 <= i < size that belongs to `rank` of `parts`, in whole tiles.
 inline Range part(int64_t size, int tile, int rank, int parts) {
   const int64_t tiles = ceil_div(size, tile);
