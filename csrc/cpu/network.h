@@ -23,7 +23,7 @@ bool goes_by_rows(const Layer* layers, int64_t count) {
   return layers->M >= least_rows && weights <= most_weights;
 }
 
-inline int64_t segments(int64_t M) { return std::min<int64_t>(16, M / 128); }
+inline int64_t segments(int64_t M) { return std::min<int64_t>(16, M / block_rows); }
 
 inline Range segment(int64_t M, int64_t index) { return part(M, 16, int(index), int(segments(M))); }
 
