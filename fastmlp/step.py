@@ -112,6 +112,7 @@ class TrainStep:
             device.type == "cpu" and max_grad_norm is None and accumulate == 1 and process_group is None
         )
         self._calls = 0
+        self._workspace = torch.empty(0, dtype=torch.uint8)  # as large as the largest batch has needed
         if process_group is not None:
             first = torch.distributed.get_global_rank(process_group, 0)
             for parameter in self._parameters():
@@ -189,6 +190,7 @@ class TrainStep:
             target,
             params,
             momenta,
+            self._workspace,
             has_bias,
             activations,
             kind,

@@ -47,9 +47,10 @@ void check_parameter(size_t index, const Tensor& t, const Tensor& momentum) {
 }
 
 Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params, TensorList momenta,
-                   at::IntArrayRef has_bias, c10::List<std::string> activations, std::string_view loss_name,
-                   bool mean, const std::optional<Tensor>& class_weight, int64_t ignore_index,
-                   double label_smoothing, at::ArrayRef<double> options, at::IntArrayRef flags) {
+                   const Tensor& workspace, at::IntArrayRef has_bias, c10::List<std::string> activations,
+                   std::string_view loss_name, bool mean, const std::optional<Tensor>& class_weight,
+                   int64_t ignore_index, double label_smoothing, at::ArrayRef<double> options,
+                   at::IntArrayRef flags) {
   const Loss loss = parse_loss(loss_name);
   const size_t L = has_bias.size(), P = params.size();
   size_t expected = L;
@@ -65,6 +66,9 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
               input.scalar_type(), " on ", input.device(), " of shape ", input.sizes());
   TORCH_CHECK(!input.requires_grad(),
               "input: expected a tensor that requires no gradient, since a step computes none");
+
+  TORCH_CHECK(workspace.is_cpu() && workspace.scalar_type() == at::kByte && workspace.is_contiguous(),
+              "workspace: expected a contiguous uint8 tensor on the CPU");
 
   const int64_t M = rows_of(input);
   const Tensor x = as_matrix(input, M, input.size(-1));
@@ -140,8 +144,10 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
                   .target = classes ? nullptr : targets.const_data_ptr<float>(),
                   .mean = mean,
                   .value = value.mutable_data_ptr<float>()};
+  // Kept by the caller from step to step: a block as large would come from the system as new pages each time.
   const int threads = at::get_num_threads();
-  const Tensor workspace = empty({cpu::train_workspace(step, threads)}, input.options().dtype(at::kByte));
+  const int64_t bytes = cpu::train_workspace(step, threads);
+  if (workspace.numel() < bytes) workspace.set_(empty({bytes}, workspace.options()));
   const int64_t wrong = cpu::train(step, workspace.mutable_data_ptr(), threads);
   TORCH_CHECK_INDEX(wrong < 0, "target: expected classes from 0 to ", width - 1, ", got ",
                     targets.const_data_ptr<int64_t>()[wrong], " in row ", wrong);
@@ -154,9 +160,9 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
 
 TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
   m.def(
-      "train_step_(Tensor input, Tensor target, Tensor(a!)[] params, Tensor(b!)[] momenta, int[] has_bias, "
-      "str[] activations, str loss, bool mean, Tensor? weight, int ignore_index, float label_smoothing, "
-      "float[] options, int[] flags) -> Tensor");
+      "train_step_(Tensor input, Tensor target, Tensor(a!)[] params, Tensor(b!)[] momenta, "
+      "Tensor(c!) workspace, int[] has_bias, str[] activations, str loss, bool mean, Tensor? weight, "
+      "int ignore_index, float label_smoothing, float[] options, int[] flags) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fastmlp, CPU, m) { m.impl("train_step_", train_step_); }
 TORCH_LIBRARY_IMPL(fastmlp, Autograd, m) { m.impl("train_step_", torch::CppFunction::makeFallthrough()); }
