@@ -1,3 +1,4 @@
+// Cross-entropy over the threads: targets are looked at first, then losses and gradients are written.
 #include "loss.h"
 
 #include "threads.h"

@@ -66,7 +66,6 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
               input.scalar_type(), " on ", input.device(), " of shape ", input.sizes());
   TORCH_CHECK(!input.requires_grad(),
               "input: expected a tensor that requires no gradient, since a step computes none");
-
   TORCH_CHECK(workspace.is_cpu() && workspace.scalar_type() == at::kByte && workspace.is_contiguous(),
               "workspace: expected a contiguous uint8 tensor on the CPU");
 
@@ -85,10 +84,12 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
       ++at;
     };
     const Tensor& weight = params[at];
-    TORCH_CHECK(weight.dim() == 2 && weight.size(1) == width, i ? "params[" : "input: expected shape [..., ",
-                i ? int64_t(at) : weight.size(-1), i ? "]: expected shape [*, " : "] for a weight of shape ",
-                i ? std::to_string(width) + "]" : c10::str(weight.sizes()), ", got ",
-                i ? weight.sizes() : input.sizes());
+    const bool fits = weight.dim() == 2 && weight.size(1) == width;
+    TORCH_CHECK(i > 0 || fits, "input: expected shape [..., in_features] for a first weight of shape ",
+                weight.sizes(), ", got ", input.sizes());
+    TORCH_CHECK(fits, "params[", at, "]: expected shape [*, ", width, "], got ", weight.sizes());
+    TORCH_CHECK(!has_bias[i] || params[at + 1].sizes().equals({weight.size(0)}), "params[", at + 1,
+                "]: expected shape [", weight.size(0), "], got ", params[at + 1].sizes());
     take(weights[i]);
     if (has_bias[i]) take(biases[i]);
     else biases[i] = {};
