@@ -46,6 +46,12 @@ def quantiles(row: dict[str, str], name: str) -> list[float]:
     return [float(row[f"{name}_{key}"]) for key in QUANTILES]
 
 
+def is_printed(figure: str, decimals: int, printed: str) -> bool:
+    """The figure, which the file has rounded to more decimals, so that its last half decides either way."""
+    half = 0.5 * 10.0 ** -len(figure.split(".")[1])
+    return any(f"{float(figure) + error:.{decimals}f}" in printed for error in (-half, 0, half))
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 class TestKernels:
     def test_every_product_is_measured_at_every_distinct_layer(self, measured):
@@ -58,7 +64,7 @@ class TestKernels:
             for figure in ("gflops", "peak_gflops", "peak_share", "over_library", "over_stock"):
                 assert quantiles(row, figure) == sorted(quantiles(row, figure))
             assert all(row[key] for key in MACHINE | {"instruction_set"})
-            assert f"{float(row['over_stock_p50']):.2f}" in printed
+            assert is_printed(row["over_stock_p50"], 2, printed)
 
     def test_only_those_asked_for_are_measured(self, measured):
         table, _ = measured("kernels", "--only", "d. 4x5x[13]")
@@ -78,7 +84,7 @@ class TestSteps:
             for figure in ("ms", "speedup", *(f"{variant}_ms" for variant in row["variants"].split())):
                 assert quantiles(row, figure) == sorted(quantiles(row, figure))
             assert all(row[key] for key in MACHINE | {"target"})
-            assert f"{float(row['ms_p50']):.3f}" in printed
+            assert is_printed(row["ms_p50"], 3, printed)
         assert printed.count("geometric mean") == 4
 
     def test_the_best_of_the_variants_measured_is_stock(self, measured):
