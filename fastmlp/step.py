@@ -45,9 +45,10 @@ class TrainStep:
         optimizer.step()
 
     to within rounding, and the same to the bit from run to run and for every number of threads. On the CPU
-    it is one kernel that changes each weight while its gradient is in cache: gradients are nowhere in
-    memory, and `.grad` stays as it is. Momentum is in `optimizer.state` under torch's own keys, options are
-    read at each call: checkpoints and learning-rate schedulers work as ever.
+    it is one kernel that changes each weight while its gradient is in cache: no gradient outlives its layer
+    (or, where many rows meet few weights, the call), and `.grad` stays as it is. The memory that a step works
+    in is kept for the next. Momentum is in `optimizer.state` under torch's own keys, options are read at each
+    call: checkpoints and learning-rate schedulers work as ever.
 
     With `max_grad_norm`, `accumulate` or `process_group`, and on a GPU, gradients do exist, in `.grad`: the
     step is then the standard loop itself, with fused layers.

@@ -8,6 +8,8 @@
 
 namespace fastmlp::cpu {
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Indices begin <= i < end.
 struct Range {
   int64_t begin, end;

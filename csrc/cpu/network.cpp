@@ -94,10 +94,6 @@ void backward_layer(const Kernels& k, const Backward& p, const Sums& sums, bool 
   if (p.grad_x) grad_input(k, p, rank, size);
 }
 
-}  // namespace
-
-namespace {
-
 template <class Layer>
 double multiply_adds(const Layer* layers, int64_t count, double products) {
   double sum = 0;

@@ -18,7 +18,6 @@ using Bits = typename Integer<V>::type;
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- loads and stores: float32 as it is; bfloat16 widened on the way in, rounded to nearest even on the way out
 

@@ -20,8 +20,6 @@ bool is_forked();
 #define FASTMLP_LEAST_PARALLEL_WORK (1 << 19)
 #endif
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Runs work(rank, size) on `size` threads at once, or on this one where there is too little of it.
 template <class Work>
 void share(int threads, double multiply_adds, Work work) {
