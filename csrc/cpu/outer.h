@@ -3,6 +3,9 @@
 // The blocks and their names are those of BLIS (Van Zee and van de Geijn, 2015). A block of B is packed, then block after
 // block of A that meets it. A panel of B's stays in L1 while A's block streams past it from L2; or all panels in L2, if
 // they have the room, and C is written row by row. What becomes of the sums is done in the registers that hold them.
+//
+// Rows are written from the last to the first. Forward passes read a weight from the first to the last: so each meets
+// what the other has left in the cache, and a weight twice the size of L2 is half read from it.
 
 #include "inner.h"
 #include "update.h"
@@ -197,8 +200,9 @@ struct Multiplication {
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
           const int64_t k = chunk * deep, depth = smaller(deep, p.P - k);
           pack_right(j, n, k, depth);
-          for (int64_t i = first; i < smaller(first + together, rows.end); i += MC) {
-            const int64_t m = smaller(MC, smaller(first + together, rows.end) - i);
+          const int64_t count = smaller(together, rows.end - first);
+          for (int64_t offset = (count - 1) / MC * MC; offset >= 0; offset -= MC) {
+            const int64_t i = first + offset, m = smaller(MC, count - offset);
             float* const sums = in_place ? static_cast<float*>(p.c) + i * p.ldc + j : scratch.c;
             const End end = chunk + 1 < chunks ? End::sums : end_of<T>(p);
             const Target t = {i, j, end, p.accumulate || chunk > 0, sums, in_place ? p.ldc : NC};
@@ -236,7 +240,7 @@ struct Multiplication {
     const int64_t wide = packed ? NR : larger(1, n), groups = ceil_div(m, MR), panels = ceil_div(n, wide);
     for (int64_t outer = 0; outer < (row_by_row ? groups : panels); ++outer)
       for (int64_t inner = 0; inner < (row_by_row ? panels : groups); ++inner) {
-        const int64_t r = row_by_row ? outer : inner, c = row_by_row ? inner : outer;
+        const int64_t r = row_by_row ? groups - 1 - outer : inner, c = row_by_row ? inner : outer;
         Target t = block;
         t.i += r * MR, t.j += c * wide, t.sums += r * MR * t.ld + c * wide;
         const Stored<packed, T>* right;
