@@ -25,7 +25,10 @@ if _asked := os.environ.get("FASTMLP_CPU"):
     except ValueError as error:
         raise ValueError(f"FASTMLP_CPU: {error}") from None
 
-from fastmlp import functional
+from fastmlp import (
+    flops,  # noqa: F401  importing it registers the formulas
+    functional,
+)
 from fastmlp.nn import MLP, CrossEntropyLoss, Linear, LinearReLU
 from fastmlp.optim import SGD
 from fastmlp.step import TrainStep

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import _has_any_global_hook, register_module_module_registration_hook
 
 from fastmlp import functional
 
@@ -79,6 +79,23 @@ class LinearReLU(Linear):
     ) -> None:
         """See the class."""
         super().__init__(in_features, out_features, bias, device, dtype, activation="relu")
+
+
+def _refuse_adapter(parent: torch.nn.Module, name: str, layer: torch.nn.Module | None) -> None:
+    """TypeError where an adapter takes a layer with an activation as the linear layer that it adapts.
+
+    PEFT's adapters hold the layer as `base_layer`, add to its result and, merged, to its weight. That is one
+    and the same only where nothing stands between the two, and they do not look: an nn.Linear will do.
+    """
+    if name == "base_layer" and isinstance(layer, Linear) and layer.activation is not None:
+        raise TypeError(
+            f"base_layer: expected a linear layer, got a {type(layer).__name__} with "
+            f"activation={layer.activation!r}, after which {type(parent).__name__} would add what belongs "
+            "before it; adapt a torch.nn.Linear that is followed by a module for the activation"
+        )
+
+
+register_module_module_registration_hook(_refuse_adapter)
 
 
 class MLP(torch.nn.Sequential):

@@ -66,13 +66,6 @@ def test_third_derivatives_of_the_fused_path_are_stocks():
     assert_same(third)
 
 
-def test_the_graph_can_be_retained():
-    x, weight, bias = layer(4, 3)
-    loss = linear(x, weight, bias, "relu").sum()
-    first = torch.autograd.grad(loss, weight, retain_graph=True)
-    assert torch.equal(first[0], torch.autograd.grad(loss, weight)[0])
-
-
 def test_a_result_changed_in_place_is_found_out_in_backward():
     x, weight, bias = layer(4, 3)
     y = linear(x, weight, bias, "tanh")
@@ -166,22 +159,3 @@ def test_compile_traces_the_ops_in_one_graph_and_trains_as_stock(dynamic):
     )(x).backward()
     assert torch.ops.fastmlp.linear.default in targets
     assert torch.ops.fastmlp.linear_backward.default in targets
-
-
-def test_a_fused_layer_can_be_checkpointed():
-    x, weight, bias = layer(6, 7)
-
-    def gradient(f):
-        y = torch.utils.checkpoint.checkpoint(f, x, weight, bias, "sigmoid", use_reentrant=False)
-        return torch.autograd.grad(y.sum(), (x, weight, bias))
-
-    assert_same(gradient)
-
-
-def test_inference_mode_gives_the_same_bits():
-    arguments = [*layer(6, 7), "relu"]
-    expected = linear(*arguments)
-    with torch.inference_mode():
-        y = linear(*arguments)
-    assert y.is_inference()
-    assert torch.equal(y, expected)

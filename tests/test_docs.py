@@ -42,7 +42,7 @@ def test_every_public_name_has_a_docstring():
     assert not missing
 
 
-def test_the_figures_in_the_readme_are_those_of_the_results():
-    script = ROOT / "benchmarks/readme.py"
-    result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["benchmarks/readme.py", "tests/compatibility.py"])
+def test_what_scripts_write_into_the_docs_is_up_to_date(script):
+    result = subprocess.run([sys.executable, ROOT / script, "--check"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -1,13 +1,14 @@
 """TrainStep leaves behind what the standard loop leaves behind, in parameters, optimizer and habits."""
 
 import copy
-import os
+import subprocess
+import sys
 import warnings
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -352,28 +353,26 @@ def test_accumulating_over_calls_is_one_step_of_their_mean():
 # ---- several processes
 
 
-def train_in_a_group(rank, size, folder):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size
-    )
-    torch.manual_seed(rank)  # each process begins with weights of its own
-    loss, model = nn.CrossEntropyLoss(), fastmlp.MLP(5, 9, 3)
-    ours = copy.deepcopy(model)
-    parallel = nn.parallel.DistributedDataParallel(model)
-    optimizer = fastmlp.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    own_optimizer = fastmlp.SGD(ours.parameters(), lr=0.1, momentum=0.9)
-    step = fastmlp.TrainStep(ours, loss, own_optimizer, process_group=torch.distributed.group.WORLD)
-    for _ in range(3):
-        data = batch_for(loss, 8, 5, 3)
-        standard_step(parallel, loss, optimizer, *data)
-        step(*data)
-    torch.testing.assert_close(ours.state_dict(), model.state_dict(), rtol=1e-5, atol=1e-6)
-    torch.save(model.state_dict(), os.path.join(folder, f"{rank}.pt"))
-    torch.distributed.destroy_process_group()
+@pytest.fixture(scope="module")
+def left_by_two_processes(tmp_path_factory):
+    """What distributed_driver.py saves: for each process, the parameters that each way to train leaves."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch is built without distributed")
+    folder = tmp_path_factory.mktemp("processes")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    driver = Path(__file__).with_name("distributed_driver.py")
+    result = subprocess.run([*torchrun, driver, folder], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
-def test_a_process_group_trains_as_distributed_data_parallel_does(tmp_path):
-    mp.spawn(train_in_a_group, (2, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+@pytest.mark.parametrize("way", ["fused", "step"])
+def test_processes_train_as_torchs_own_layers_do_under_distributed_data_parallel(left_by_two_processes, way):
+    for process in left_by_two_processes:
+        torch.testing.assert_close(process[way], process["stock"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["fused", "step"])
+def test_every_process_has_the_same_parameters(left_by_two_processes, way):
+    first, second = left_by_two_processes
+    assert all(map(torch.equal, first[way], second[way]))

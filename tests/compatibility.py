@@ -1,0 +1,87 @@
+"""COMPATIBILITY.md: how the tests of habits see on which path layers compute, and how that is written down.
+
+`python tests/compatibility.py` writes the file; with `--check` it only tells, by its exit status, whether
+that would change anything.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+
+FILE = Path(__file__).parent.parent / "COMPATIBILITY.md"
+
+INTRODUCTION = """# What works, and on which path
+
+Fused: the kernels compute. Composite: PyTorch's own operations do, with PyTorch's results and speed.
+Refused: an error says so. Each row is a test in [`tests/test_habits.py`](tests/test_habits.py), which
+compares the results with those of PyTorch's own modules and records the ops that ran.
+`python tests/compatibility.py` writes this file from them.
+
+One thing to know: a layer with an activation is still an `nn.Linear`. Code that looks for `nn.Linear` and
+goes on with the weight alone leaves the activation out: `torch.utils.mkldnn.to_mkldnn` does, and
+`fuse_linear_bn_eval` with a batch norm behind such a layer. Give it stock modules.
+"""
+
+# The ops that compute layers, ours and torch's, as the profiler names them.
+OURS = {
+    f"fastmlp::{op}"
+    for op in ("linear", "linear_backward", "mlp", "mlp_forward", "mlp_backward", "train_step_")
+}
+TORCHS = {f"aten::{op}" for op in ("linear", "matmul", "addmm", "mm", "baddbmm", "bmm")}
+
+
+@contextmanager
+def recorded_paths() -> Iterator[set[str]]:
+    """The paths that layers take in the block, there when it ends: "fused", "composite", both or none."""
+    seen: set[str] = set()
+    with torch.autograd.profiler.profile() as profile:
+        yield seen
+    seen.update(path for event in profile.function_events for path in _path(event))
+
+
+def _path(event: FunctionEvent) -> Iterator[str]:
+    if event.name in TORCHS:
+        yield "composite"
+    # An op of ours that calls torch's is the composite path itself.
+    elif event.name in OURS and not any(below.name in TORCHS for below in _all_below(event)):
+        yield "fused"
+
+
+def _all_below(event: FunctionEvent) -> Iterator[FunctionEvent]:
+    for child in event.cpu_children:
+        yield child
+        yield from _all_below(child)
+
+
+def text() -> str:
+    """The whole file: a table for each class of tests, a row for each habit."""
+    import test_habits
+
+    parts = [INTRODUCTION]
+    for group in vars(test_habits).values():
+        if isinstance(group, type) and (rows := list(_rows(group))):
+            parts.append(
+                "\n".join([f"## {group.__doc__}\n", "| | path | |", "| :-- | :-- | :-- |", *rows, ""])
+            )
+    return "\n".join(parts)
+
+
+def _rows(tests: type) -> Iterator[str]:
+    for test in vars(tests).values():
+        for mark in getattr(test, "pytestmark", []):
+            if mark.name == "habit":
+                what, path, *remark = mark.args
+                yield f"| {what} | {path} | {''.join(remark)} |"
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv[1:]:
+        is_stale = not FILE.exists() or FILE.read_text() != text()
+        sys.exit(
+            "COMPATIBILITY.md is not what the tests say: run python tests/compatibility.py" if is_stale else 0
+        )
+    FILE.write_text(text())
