@@ -56,7 +56,8 @@ class TrainStep:
     Args:
         model: an nn.Sequential of Linear layers and ReLU, Sigmoid or Tanh (fastmlp.MLP is one), float32;
             nested ones, nn.Identity, and nn.Flatten() at the beginning are understood.
-        loss: nn.CrossEntropyLoss, with classes as targets, nn.MSELoss or nn.BCEWithLogitsLoss, mean or sum.
+        loss: nn.CrossEntropyLoss, with classes as targets, nn.MSELoss, or nn.BCEWithLogitsLoss, whose weight
+            and pos_weight are the same for the whole batch; mean or sum.
         optimizer: torch.optim.SGD or fastmlp.SGD. Parameters that it does not know stay as they are.
         max_grad_norm: where given, gradients are clipped as by torch.nn.utils.clip_grad_norm_.
         accumulate: parameters change once in so many calls, by the mean of their gradients.
@@ -101,13 +102,15 @@ class TrainStep:
             raise TypeError(f"loss: expected {names}, got {type(loss).__name__}")
         if loss.reduction == "none":
             raise ValueError("loss: expected reduction='mean' or 'sum', got 'none'")
-        if isinstance(loss, nn.BCEWithLogitsLoss) and not (loss.weight is None and loss.pos_weight is None):
-            raise ValueError("loss: expected BCEWithLogitsLoss without weight and pos_weight")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
         if accumulate < 1:
             raise ValueError(f"accumulate: expected a number of calls from 1 on, got {accumulate}")
         self._flattens, self._layers = _chain(model)
+        if isinstance(loss, nn.BCEWithLogitsLoss):
+            outputs = self._layers[-1].linear.weight.shape[0]
+            _check_over_outputs("weight", loss.weight, outputs)
+            _check_over_outputs("pos_weight", loss.pos_weight, outputs)
         device = self._layers[0].linear.weight.device
         self._in_one_kernel = (
             device.type == "cpu" and max_grad_norm is None and accumulate == 1 and process_group is None
@@ -183,9 +186,11 @@ class TrainStep:
                 options += float(group["lr"]), momentum, group["dampening"], group["weight_decay"]
                 flags.append(flag)
         kind = _LOSSES[type(loss)]
-        classes: tuple[Any, ...] = (None, -100, 0.0)
+        of_loss: tuple[Any, ...] = (None, None, -100, 0.0)
         if kind == "cross_entropy":
-            classes = (loss.weight, loss.ignore_index, loss.label_smoothing)
+            of_loss = (loss.weight, None, loss.ignore_index, loss.label_smoothing)
+        elif kind == "bce_with_logits":
+            of_loss = (loss.weight, loss.pos_weight, -100, 0.0)
         value: Tensor = _train_step(
             x,
             target,
@@ -196,7 +201,7 @@ class TrainStep:
             activations,
             kind,
             loss.reduction == "mean",
-            *classes,
+            *of_loss,
             options,
             flags,
         )
@@ -231,6 +236,17 @@ class TrainStep:
 
 
 _NOTHING = torch.empty(0)
+
+
+def _check_over_outputs(name: str, values: Tensor | None, outputs: int) -> None:
+    """ValueError where a loss's weights are not one number for each output, or for all, whatever the row."""
+    if values is None or values.numel() == 1:
+        return
+    if values.numel() != outputs or list(values.shape[-1:]) != [outputs]:
+        raise ValueError(
+            f"loss: expected {name} of shape [{outputs}], one for each output, or of one element, "
+            f"got {list(values.shape)}"
+        )
 
 
 def _chain(model: nn.Module) -> tuple[bool, list[_Layer]]:

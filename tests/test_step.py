@@ -29,6 +29,9 @@ LOSSES = {
     "mse": nn.MSELoss(),
     "mse summed": nn.MSELoss(reduction="sum"),
     "bce": nn.BCEWithLogitsLoss(),
+    "bce weighted": nn.BCEWithLogitsLoss(
+        torch.tensor([1.0, 0.5, 2.0]), pos_weight=torch.tensor([3.0, 0.0, 1.0])
+    ),
 }
 
 
@@ -80,6 +83,29 @@ def test_every_way_through_the_threads_trains_as_in_the_standard_loop(instructio
     torch.manual_seed(0)
     loss = nn.CrossEntropyLoss()
     assert_same_training(stock(*sizes), loss, lambda _: batch_for(loss, batch, sizes[0], 3), momentum=0.9)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (1, 3), (1, 1)], ids=str)
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+def test_weights_of_bce_that_expand_to_the_outputs_train_as_in_the_standard_loop(name, shape):
+    torch.manual_seed(0)
+    loss = nn.BCEWithLogitsLoss(**{name: 3 * torch.rand(shape)})
+    assert_same_training(stock(9, 20, 3), loss, lambda _: batch_for(loss, 12, 9, 3))
+
+
+def test_weights_of_bce_are_read_at_each_call():
+    loss = nn.BCEWithLogitsLoss(pos_weight=torch.ones(3))
+
+    def batches(index):
+        loss.pos_weight.fill_(index)
+        return batch_for(loss, 12, 9, 3)
+
+    assert_same_training(stock(9, 20, 3), loss, batches)
+
+
+def test_bce_of_outputs_with_leading_dimensions_trains_as_in_the_standard_loop():
+    loss = nn.BCEWithLogitsLoss(torch.tensor([1.0, 2.0, 3.0]))
+    assert_same_training(stock(9, 20, 3), loss, lambda _: (torch.randn(4, 5, 9), torch.rand(4, 5, 3)))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -219,13 +245,30 @@ def test_losses_and_optimizers_that_do_not_fit_are_refused():
         fastmlp.TrainStep(model, nn.L1Loss(), sgd)
     with pytest.raises(ValueError, match="reduction"):
         fastmlp.TrainStep(model, nn.MSELoss(reduction="none"), sgd)
-    with pytest.raises(ValueError, match="pos_weight"):
-        fastmlp.TrainStep(model, nn.BCEWithLogitsLoss(pos_weight=torch.ones(2)), sgd)
     with pytest.raises(TypeError, match=r"optimizer: .*Adam"):
         fastmlp.TrainStep(model, nn.MSELoss(), torch.optim.Adam(model.parameters()))
 
 
+@pytest.mark.parametrize("shape", [(2,), (4, 3), (3, 1), (0,)], ids=str)
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+def test_weights_of_bce_that_differ_within_a_batch_are_refused(name, shape):
+    model, loss = stock(5, 3), nn.BCEWithLogitsLoss(**{name: torch.ones(shape)})
+    with pytest.raises(ValueError, match=rf"loss: expected {name} of shape \[3\]"):
+        fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
 # ---- bad input changes nothing
+
+
+@pytest.mark.parametrize("pos_weight", [torch.ones(4), torch.ones(3, dtype=torch.double)], ids=str)
+def test_weights_of_bce_that_no_longer_fit_raise_before_anything_is_changed(pos_weight):
+    model, loss = stock(5, 3), nn.BCEWithLogitsLoss(pos_weight=torch.ones(3))
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    before = copy.deepcopy(model.state_dict())
+    loss.pos_weight = pos_weight
+    with pytest.raises(RuntimeError, match=r"pos_weight: expected float32 on the CPU of shape \[3\]"):
+        step(*batch_for(loss, 4, 5, 3))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
