@@ -142,11 +142,11 @@ def _plan(model: nn.Module) -> tuple[dict[nn.Module, Trace | None], dict[str, st
     run_by_others: set[nn.Module] = set()
     modules = dict(_modules(model, "", set()))
     for name, module in modules.items():
-        if isinstance(module, nn.Linear) or not _has_layers(module):
-            continue
         cls = type(module)
         if isinstance(module, torch.jit.ScriptModule):
             reasons[name] = "is a ScriptModule"
+        elif isinstance(module, nn.Linear) or not _has_layers(module):
+            continue
         elif "forward" in module.__dict__:
             reasons[name] = "has a forward set on it"
         elif is_sequential(module):
@@ -261,7 +261,7 @@ def _fused_class(cls: Any) -> Any:
     elif issubclass(cls, nn.Sequential) and cls.forward is nn.Sequential.forward:
         forward = _sequential_forward
     else:
-        forward = _traced_forward(cls.forward)
+        forward = _traced_forward(cls)
     name = f"Fused{cls.__name__}"
     attributes = {
         "_unfused": cls,
@@ -299,7 +299,7 @@ def _sequential_forward(self: nn.Sequential, input: Any) -> Any:
     return chain.run(self._modules.values(), input)
 
 
-def _traced_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+def _traced_forward(cls: Any) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if (
             not kwargs
@@ -307,21 +307,27 @@ def _traced_forward(original: Callable[..., Any]) -> Callable[..., Any]:
             and not _has_any_global_hook()  # type: ignore[no-untyped-call]
             and not torch.compiler.is_compiling()
         ):
-            for traced in _traces(self):
-                arguments = traced.arguments(self)
-                if arguments is not None and traced.inputs == len(args):
-                    return traced.function(*arguments, *args)
-        return original(self, *args, **kwargs)
+            traced, arguments = _traced(self)
+            if traced is not None and traced.inputs == len(args):
+                return traced.function(*arguments, *args)
+        return cls.forward(self, *args, **kwargs)
 
     return forward
 
 
-def _traces(module: nn.Module) -> Iterator[Trace]:
-    """The traces that there are; then, where none of them was used, a new one."""
-    traces = module.__dict__.setdefault(_TRACES, _Traces())
-    yield from traces
+def _traced(module: nn.Module) -> tuple[Trace | None, Any]:
+    """The trace that is true to the module as it is, a new one if need be, and what its function takes."""
+    traces = module.__dict__.get(_TRACES)
+    if traces is None:
+        traces = module.__dict__[_TRACES] = _Traces()
+    for traced in traces:
+        arguments = traced.arguments(module)
+        if arguments is not None:
+            return traced, arguments
     if traces.attempts < _MOST_TRACES:
         traces.attempts += 1
         with contextlib.suppress(Refused):
             traces.append(trace(module))
-            yield traces[-1]
+            arguments = traces[-1].arguments(module)
+            return (None if arguments is None else traces[-1]), arguments
+    return None, None

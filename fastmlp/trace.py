@@ -180,11 +180,12 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
         where = f"{path}.{name}" if path else name
         own, static = module.__dict__, inspect.getattr_static(original_class(module), name, _MISSING)
         if name == "_modules":
-            self.attributes[path, name] = tuple(module._modules)
+            self.attributes[path, name] = (original_class(module), *module._modules)
             return {key: self._child(path, key, child) for key, child in module._modules.items()}
         if isinstance(static, property):
             assert static.fget is not None
             self.scan(static.fget, original_class(module))
+            self.methods[path, name] = static
             return static.fget(shadow)
         if name in own:
             return self._noted(path, name, own[name])
@@ -249,10 +250,11 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
     ) -> None:
         instructions = list(dis.get_instructions(code))
         stored = {i.argval for i in instructions if i.opname == "STORE_FAST"}
+        for instruction in instructions:
+            if instruction.opname in _FORBIDDEN:
+                raise Refused(_FORBIDDEN[instruction.opname])
         for index, instruction in enumerate(instructions):
             name, argument = instruction.opname, instruction.argval
-            if name in _FORBIDDEN:
-                raise Refused(_FORBIDDEN[name])
             if name == "STORE_DEREF" and argument in code.co_freevars:
                 raise Refused(f"assigns to {argument}, a variable of another function")
             if name == "IS_OP" or name.endswith(("IF_NONE", "IF_NOT_NONE")):
@@ -295,7 +297,7 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
                 raise Refused(f"reads an attribute of {words}")
             return  # as in super(Net, self)
         self._admit(value, words)
-        if _is_constant(value) and name in holder:
+        if name in holder and (_is_constant(value) or isinstance(value, FunctionType)):
             self.variables.append((holder, name, value))
 
     def _admit(self, value: Any, words: str) -> None:
@@ -369,6 +371,7 @@ def is_sequential(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Sequential)
         and cls.__iter__ is nn.Sequential.__iter__
+        and cls.__call__ is nn.Module.__call__
         and any(ROLES.get(base) == "sequential" and cls.forward is base.forward for base in cls.__mro__)
     )
 
@@ -461,8 +464,10 @@ class Trace:
             found.append(child)
         for index, name, value in self._attributes:
             owner = found[index]
-            now = tuple(owner._modules) if name == "_modules" else getattr(owner, name, _MISSING)
-            if not _same(now, value):
+            if name == "_modules":
+                if (original_class(owner), *owner._modules) != value:
+                    return None
+            elif not _same(getattr(owner, name, _MISSING), value):
                 return None
         for index, name, value in self._methods:
             owner = found[index]
@@ -566,6 +571,7 @@ def trace(module: nn.Module) -> Trace:
     tracer = _Tracer(module)
     try:
         tracer.scan(forward, cls)
+        tracer.methods["", "forward"] = forward
         inputs = []
         for parameter in list(inspect.signature(forward).parameters.values())[1:]:
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
