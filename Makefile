@@ -50,6 +50,7 @@ bench: extension
 	$(python) benchmarks/train.py --output benchmarks/results
 	$(python) benchmarks/kernels.py
 	$(python) benchmarks/steps.py
+	$(python) benchmarks/habits.py
 	$(python) benchmarks/readme.py
 
 extension: $(environment)
