@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from . import functional
 from .nn import MLP, CrossEntropyLoss, Linear, LinearReLU
@@ -136,13 +137,21 @@ class TrainStep:
         """
         if self._flattens:
             x = x.flatten(1)
-        return self._fused_step(x, target) if self._in_one_kernel else self._standard_step(x, target)
+        if not self._in_one_kernel:
+            return self._standard_step(x, target)
+        step = self._untraced_step if torch.compiler.is_dynamo_compiling() else self._fused_step
+        return step(x, target)
 
     def _parameters(self) -> Iterator[Tensor]:
         for linear, _ in self._layers:
             yield linear.weight
             if linear.bias is not None:
                 yield linear.bias
+
+    @_disable_dynamo
+    def _untraced_step(self, x: Tensor, target: Tensor) -> Tensor:
+        # torch.compile has nothing to gain here, and cannot follow all that a step does to an optimizer.
+        return self._fused_step(x, target)
 
     def _fused_step(self, x: Tensor, target: Tensor) -> Tensor:
         optimizer, loss = self.optimizer, self.loss
