@@ -54,6 +54,7 @@ bench: extension
 	$(python) benchmarks/train.py --output benchmarks/results
 	$(python) benchmarks/kernels.py
 	$(python) benchmarks/steps.py
+	$(python) benchmarks/habits.py
 	$(python) benchmarks/readme.py
 
 bench-peers: extension $(peers_environment)

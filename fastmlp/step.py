@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from . import functional
 from .chain import ROLES, is_called_plainly
@@ -138,13 +139,21 @@ class TrainStep:
             self._chain = _Chain(self.model)
         for function in self._chain.first:
             x = function(x)
-        return self._fused_step(x, target) if self._in_one_kernel else self._standard_step(x, target)
+        if not self._in_one_kernel:
+            return self._standard_step(x, target)
+        step = self._untraced_step if torch.compiler.is_dynamo_compiling() else self._fused_step
+        return step(x, target)
 
     def _parameters(self) -> Iterator[Tensor]:
         for linear, _ in self._chain.layers:
             yield linear.weight
             if linear.bias is not None:
                 yield linear.bias
+
+    @_disable_dynamo
+    def _untraced_step(self, x: Tensor, target: Tensor) -> Tensor:
+        # torch.compile has nothing to gain here, and cannot follow all that a step does to an optimizer.
+        return self._fused_step(x, target)
 
     def _fused_step(self, x: Tensor, target: Tensor) -> Tensor:
         optimizer, loss = self.optimizer, self.loss

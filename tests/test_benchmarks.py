@@ -2,11 +2,13 @@
 
 import csv
 import shutil
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+import torch
 
 QUANTILES = ("p20", "p50", "p80")
 MACHINE = {"cpu", "threads", "torch", "python", "fastmlp", "commit"}
@@ -23,6 +25,7 @@ def tiny_grid(script, monkeypatch):
     for name in ("kernels", "steps", "peers"):
         monkeypatch.setattr(script(name), "GRID", grid)
     monkeypatch.setattr(script("kernels"), "ODD", network("odd", (5, 3), (4,)))
+    monkeypatch.setattr(script("habits"), "CELLS", [script("steps").Cell(grid[0], 4)])
     monkeypatch.setattr(script("timing"), "ROUND_SECONDS", 1e-3)
     monkeypatch.setattr(script("kernels"), "PEAK_STEPS", 1000)
 
@@ -167,9 +170,26 @@ class TestPeers:
         assert "JAX is not installed here; make bench-peers" in capfd.readouterr().err
 
 
+def test_every_habit_is_measured_with_stocks_layers_and_with_ours(measured, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # which takes no C++
+    table, printed = measured("habits")
+    assert [row["habit"] for row in table] == ["eager", "compile", "autocast", "both"]
+    for row in table:
+        for figure in ("stock_ms", "ms", "speedup", "over_eager"):
+            assert quantiles(row, figure) == sorted(quantiles(row, figure))
+        assert all(row[key] for key in MACHINE)
+        assert is_printed(row["stock_ms_p50"], 3, printed)
+    assert table[0]["speedup_p50"] == table[0]["over_eager_p50"]
+
+
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("kernels", ["--only", "("]), ("kernels", ["--only", "dy"]), ("steps", ["--only", "none"])],
+    [
+        ("kernels", ["--only", "("]),
+        ("kernels", ["--only", "dy"]),
+        ("steps", ["--only", "none"]),
+        ("habits", ["--only", "none"]),
+    ],
 )
 def test_a_bad_option_is_named_in_one_sentence(script, tiny_grid, capfd, tmp_path, name, arguments):
     with pytest.raises(SystemExit) as caught:

@@ -118,6 +118,23 @@ class TestCompiling:
         assert y.dtype == expected.dtype
         torch.testing.assert_close(y, expected, rtol=3e-2, atol=3e-2)
 
+    @habit_is("`TrainStep` in a compiled function", "fused", "A break in the graph.")
+    def test_a_step_in_a_compiled_function_trains_as_outside(self, habit):
+        def trained(wrap):
+            torch.manual_seed(0)
+            model = fastmlp.MLP(7, 5, 3)
+            optimizer = fastmlp.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            step = fastmlp.TrainStep(model, nn.CrossEntropyLoss(), optimizer)
+            call = wrap(lambda x: step(x + 1, TARGET) * 2)
+            losses = [call(X) for _ in range(3)]
+            with recorded_paths() as seen:
+                losses.append(call(X))
+            return seen, losses, list(model.parameters())
+
+        seen, *results = trained(partial(torch.compile, backend="aot_eager"))
+        habit.saw(seen)
+        assert_close(results, list(trained(lambda call: call)[1:]))
+
     @habit_is(
         "`torch.export`, strict or not, with a dynamic batch", "fused", "`import fastmlp` before loading."
     )

@@ -138,16 +138,6 @@ def test_function_transforms_give_stocks_results():
     assert_same(transformed, 1e-4, 1e-4)
 
 
-@pytest.mark.parametrize("grad", [True, False])
-def test_the_op_passes_opcheck(grad):
-    x, weights, biases = network([4], [5, 4, 3, 2])
-    arguments = [
-        x.detach().requires_grad_(grad),
-        *([t.detach().requires_grad_(grad) for t in ts] for ts in (weights, biases)),
-    ]
-    torch.library.opcheck(torch.ops.fastmlp.mlp.default, (*arguments, "relu"))
-
-
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_traces_one_op_each_way_and_trains_as_stock(dynamic):
     x, weights, biases = network([6], [7, 5, 3])
