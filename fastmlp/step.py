@@ -1,12 +1,13 @@
 """The whole training step, forward, loss, backward and SGD, in one call."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
+from .graph import Graphs
 from .nn import MLP, CrossEntropyLoss, Linear, LinearReLU
 from .optim import SGD
 
@@ -52,6 +53,12 @@ class TrainStep:
 
     With `max_grad_norm`, `accumulate` or `process_group`, and on a GPU, gradients do exist, in `.grad`: the
     step is then the standard loop itself, with fused layers.
+
+    On a GPU, without these, the loop becomes a CUDA graph once a batch of the same shape comes again, with
+    parameters and momentum in the same place and the same options; the learning rate may change at every
+    call. The graph keeps the memory of a step, and its next replay overwrites the gradients. The step stays
+    the loop under autocast, while the caller captures a graph, and where optimizer, loss or a parameter has
+    hooks.
 
     Args:
         model: an nn.Sequential of Linear layers and ReLU, Sigmoid or Tanh (fastmlp.MLP is one), float32;
@@ -112,9 +119,9 @@ class TrainStep:
             _check_over_outputs("weight", loss.weight, outputs)
             _check_over_outputs("pos_weight", loss.pos_weight, outputs)
         device = self._layers[0].linear.weight.device
-        self._in_one_kernel = (
-            device.type == "cpu" and max_grad_norm is None and accumulate == 1 and process_group is None
-        )
+        is_plain = max_grad_norm is None and accumulate == 1 and process_group is None
+        self._in_one_kernel = is_plain and device.type == "cpu"
+        self._graphs = self._make_graphs(device) if is_plain and device.type == "cuda" else None
         self._calls = 0
         self._workspace = torch.empty(0, dtype=torch.uint8)  # as large as the largest batch has needed
         if process_group is not None:
@@ -139,13 +146,36 @@ class TrainStep:
         """
         if self._flattens:
             x = x.flatten(1)
-        return self._fused_step(x, target) if self._in_one_kernel else self._standard_step(x, target)
+        if self._in_one_kernel:
+            return self._fused_step(x, target)
+        if self._graphs is not None and not _has_hooks(self.loss):
+            value = self._graphs.step(x, target, list(self._parameters()))
+            if value is not None:
+                self.optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
+                return value
+        return self._standard_step(x, target)
 
     def _parameters(self) -> Iterator[Tensor]:
         for linear, _ in self._layers:
             yield linear.weight
             if linear.bias is not None:
                 yield linear.bias
+
+    def _make_graphs(self, device: torch.device) -> Graphs:
+        def constants() -> Hashable:
+            names = ("reduction", "ignore_index", "label_smoothing")
+            weights = (weight.data_ptr() for weight in self.loss.buffers())
+            return (*(getattr(self.loss, name, None) for name in names), *weights)
+
+        return Graphs(self._loss_of, self.optimizer, device, constants)
+
+    def _loss_of(self, x: Tensor, target: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+        own = iter(parameters)
+        y = x
+        for linear, activation in self._layers:
+            y = functional.linear(y, next(own), None if linear.bias is None else next(own), activation)
+        value: Tensor = self.loss(y, target)
+        return value
 
     def _fused_step(self, x: Tensor, target: Tensor) -> Tensor:
         optimizer, loss = self.optimizer, self.loss
@@ -212,10 +242,7 @@ class TrainStep:
 
     def _standard_step(self, x: Tensor, target: Tensor) -> Tensor:
         begins = self._calls % self.accumulate == 0
-        y = x
-        for linear, activation in self._layers:
-            y = functional.linear(y, linear.weight, linear.bias, activation)
-        value: Tensor = self.loss(y, target)
+        value = self._loss_of(x, target, self._parameters())
         if begins:
             self.optimizer.zero_grad()
         scaled = value / self.accumulate if self.accumulate > 1 else value
@@ -254,13 +281,7 @@ def _chain(model: nn.Module) -> tuple[bool, list[_Layer]]:
     flattens, layers = False, list[_Layer]()
     for name, module in _leaves(model, ""):
         where = f"model, module {name or '(itself)'}"
-        hooks = (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-        if any(hooks):
+        if _has_hooks(module):
             raise ValueError(f"{where}: expected no hooks, which no step would call")
         kind = type(module)
         if kind in (nn.Identity, nn.Sequential, MLP):
@@ -290,6 +311,15 @@ def _chain(model: nn.Module) -> tuple[bool, list[_Layer]]:
                 f"{p.dtype} of shape {list(p.shape)} and strides {p.stride()} on {p.device}"
             )
     return flattens, layers
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
