@@ -33,6 +33,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def has_step_hooks(optimizer: Any) -> bool:
+    """Whether anyone is to be called before or after a step."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
+
+
 def _hooked(step: Callable[P, R]) -> Callable[P, R]:
     """The step as torch wraps it, with hooks and a record for the profiler, but only where there are any.
 
@@ -42,14 +52,7 @@ def _hooked(step: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(step)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        self: Any = args[0]
-        is_observed = (
-            profiler._is_profiler_enabled
-            or self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-        )
+        is_observed = profiler._is_profiler_enabled or has_step_hooks(args[0])
         return (observed if is_observed else step)(*args, **kwargs)
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # keeps torch from wrapping it again

@@ -1,6 +1,6 @@
 """The whole training step, forward, loss, backward and SGD, in one call."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -9,6 +9,7 @@ from torch._compile import _disable_dynamo
 
 from . import functional
 from .chain import ROLES, is_called_plainly
+from .graph import Graphs
 from .nn import CrossEntropyLoss
 from .optim import SGD
 from .trace import Refused, Trace, is_sequential, trace
@@ -49,6 +50,12 @@ class TrainStep:
 
     With `max_grad_norm`, `accumulate` or `process_group`, and on a GPU, gradients do exist, in `.grad`: the
     step is then the standard loop itself, with fused layers.
+
+    On a GPU, without these, the loop becomes a CUDA graph once a batch of the same shape comes again, with
+    parameters and momentum in the same place and the same options; the learning rate may change at every
+    call. The graph keeps the memory of a step, and its next replay overwrites the gradients. The step stays
+    the loop under autocast, while the caller captures a graph, and where optimizer, loss or a parameter has
+    hooks.
 
     Args:
         model: an nn.Sequential of Linear layers and ReLU, Sigmoid or Tanh (fastmlp.MLP is one), float32;
@@ -110,9 +117,9 @@ class TrainStep:
             _check_over_outputs("weight", loss.weight, outputs)
             _check_over_outputs("pos_weight", loss.pos_weight, outputs)
         device = self._chain.layers[0].linear.weight.device
-        self._in_one_kernel = (
-            device.type == "cpu" and max_grad_norm is None and accumulate == 1 and process_group is None
-        )
+        is_plain = max_grad_norm is None and accumulate == 1 and process_group is None
+        self._in_one_kernel = is_plain and device.type == "cpu"
+        self._graphs = self._make_graphs(device) if is_plain and device.type == "cuda" else None
         self._calls = 0
         self._workspace = torch.empty(0, dtype=torch.uint8)  # as large as the largest batch has needed
         if process_group is not None:
@@ -139,10 +146,15 @@ class TrainStep:
             self._chain = _Chain(self.model)
         for function in self._chain.first:
             x = function(x)
-        if not self._in_one_kernel:
-            return self._standard_step(x, target)
-        step = self._untraced_step if torch.compiler.is_dynamo_compiling() else self._fused_step
-        return step(x, target)
+        if self._in_one_kernel:
+            step = self._untraced_step if torch.compiler.is_dynamo_compiling() else self._fused_step
+            return step(x, target)
+        if self._graphs is not None and is_called_plainly(self.loss):
+            value = self._graphs.step(x, target, list(self._parameters()))
+            if value is not None:
+                self.optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
+                return value
+        return self._standard_step(x, target)
 
     def _parameters(self) -> Iterator[Tensor]:
         for linear, _ in self._chain.layers:
@@ -154,6 +166,23 @@ class TrainStep:
     def _untraced_step(self, x: Tensor, target: Tensor) -> Tensor:
         # torch.compile has nothing to gain here, and cannot follow all that a step does to an optimizer.
         return self._fused_step(x, target)
+
+    def _make_graphs(self, device: torch.device) -> Graphs:
+        def constants() -> Hashable:
+            names = ("reduction", "ignore_index", "label_smoothing")
+            weights = (weight.data_ptr() for weight in self.loss.buffers())
+            activations = (layer.activation for layer in self._chain.layers)
+            return (*activations, *(getattr(self.loss, name, None) for name in names), *weights)
+
+        return Graphs(self._loss_of, self.optimizer, device, constants)
+
+    def _loss_of(self, x: Tensor, target: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+        own = iter(parameters)
+        y = x
+        for linear, activation in self._chain.layers:
+            y = functional.linear(y, next(own), None if linear.bias is None else next(own), activation)
+        value: Tensor = self.loss(y, target)
+        return value
 
     def _fused_step(self, x: Tensor, target: Tensor) -> Tensor:
         optimizer, loss = self.optimizer, self.loss
@@ -220,10 +249,7 @@ class TrainStep:
 
     def _standard_step(self, x: Tensor, target: Tensor) -> Tensor:
         begins = self._calls % self.accumulate == 0
-        y = x
-        for linear, activation in self._chain.layers:
-            y = functional.linear(y, linear.weight, linear.bias, activation)
-        value: Tensor = self.loss(y, target)
+        value = self._loss_of(x, target, self._parameters())
         if begins:
             self.optimizer.zero_grad()
         scaled = value / self.accumulate if self.accumulate > 1 else value

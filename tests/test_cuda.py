@@ -1,5 +1,6 @@
 """The CUDA backend through torch, on a GPU."""
 
+import copy
 import subprocess
 import sys
 
@@ -292,3 +293,120 @@ def test_a_label_out_of_bounds_fails_an_assertion_on_the_device():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode != 0
     assert "device-side assert" in result.stderr
+
+
+# ---- whole steps, as CUDA graphs
+
+STEP_LOSSES = {
+    "cross_entropy": torch.nn.CrossEntropyLoss(label_smoothing=0.1),
+    "fastmlp's": fastmlp.CrossEntropyLoss(),
+    "mse": torch.nn.MSELoss(),
+    "bce": torch.nn.BCEWithLogitsLoss(pos_weight=torch.rand(10)),
+}
+
+
+class Twins:
+    """A step and the standard loop beside it, from the same start; and how many graphs were captured."""
+
+    def __init__(self, monkeypatch, loss=STEP_LOSSES["cross_entropy"], device="cuda", **options):
+        self.captures, self.device = 0, torch.device(device)
+        self.loss = copy.deepcopy(loss).to(device)
+        self.model = fastmlp.MLP(30, 70, 10, device=device)
+        self.other = copy.deepcopy(self.model)
+        options = {"lr": 0.1, **options}
+        self.optimizer = fastmlp.SGD(self.model.parameters(), **options)
+        self.other_optimizer = torch.optim.SGD(self.other.parameters(), **options)
+        self.step = fastmlp.TrainStep(self.model, self.loss, self.optimizer)
+        graph = torch.cuda.graph
+
+        def counted(*arguments, **options):
+            self.captures += 1
+            return graph(*arguments, **options)
+
+        monkeypatch.setattr(torch.cuda, "graph", counted)
+
+    def train(self, *sizes):
+        """A step of both on each of some batches, which must leave the same behind; the losses of ours."""
+        values = []
+        for size in sizes:
+            x, target = torch.randn(size, 30, device=self.device), torch.rand(size, 10, device=self.device)
+            if isinstance(self.loss, torch.nn.CrossEntropyLoss):
+                target = target.argmax(1)
+            values.append(self.step(x, target))
+            value = self.loss(self.other(x), target)
+            self.other_optimizer.zero_grad()
+            value.backward()
+            self.other_optimizer.step()
+            torch.testing.assert_close(values[-1], value.detach(), rtol=1e-5, atol=1e-6)
+            for own, right in zip(self.model.parameters(), self.other.parameters(), strict=True):
+                torch.testing.assert_close(own, right, rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(own.grad, right.grad, rtol=1e-4, atol=1e-6)
+        return values
+
+
+@pytest.mark.parametrize("options", [{}, SGD["nesterov"], SGD["dampening"]], ids=str)
+@pytest.mark.parametrize("loss", STEP_LOSSES.values(), ids=STEP_LOSSES)
+def test_a_step_trains_as_the_standard_loop_does(monkeypatch, loss, options):
+    twins = Twins(monkeypatch, loss, **options)
+    values = twins.train(*[64] * 8)
+    assert twins.captures == 1
+    assert len({value.item() for value in values}) == 8
+
+
+def test_a_step_has_a_graph_for_every_shape_of_batch(monkeypatch):
+    twins = Twins(monkeypatch, momentum=0.9)
+    twins.train(*[64, 64, 17] * 4)
+    assert twins.captures == 2
+
+
+def test_a_step_takes_a_learning_rate_that_changes_at_every_call(monkeypatch):
+    twins = Twins(monkeypatch, momentum=0.9)
+    for index in range(8):
+        for optimizer in (twins.optimizer, twins.other_optimizer):
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + index)
+        twins.train(64)
+    assert twins.captures == 1
+
+
+def test_a_step_finds_parameters_and_momenta_that_have_moved(monkeypatch):
+    twins = Twins(monkeypatch, momentum=0.9)
+    twins.train(*[64] * 4)
+    twins.model[0].weight.data = twins.model[0].weight.data.clone()
+    twins.train(*[64] * 4)
+    twins.optimizer.load_state_dict(copy.deepcopy(twins.optimizer.state_dict()))
+    twins.train(*[64] * 4)
+    assert twins.captures == 3
+
+
+def test_a_step_is_captured_while_a_graph_of_the_model_is_alive(monkeypatch):
+    twins = Twins(monkeypatch)
+    y = twins.model(torch.randn(3, 30, device="cuda"))
+    twins.train(*[64] * 4)
+    assert twins.captures == 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_step_may_be_captured_in_a_graph_of_the_users_own(monkeypatch):
+    twins = Twins(monkeypatch)
+    x, target = torch.randn(64, 30, device="cuda"), torch.randint(10, (64,), device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        twins.step(x, target)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = twins.step(x, target)
+    assert twins.captures == 1  # the user's
+    graph.replay()
+    first = value.clone()
+    graph.replay()
+    assert value < first
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_step_on_another_than_the_current_device_works(monkeypatch):
+    twins = Twins(monkeypatch, device="cuda:1", momentum=0.9)
+    twins.train(*[64] * 5)
+    assert twins.captures == 1
