@@ -20,7 +20,7 @@ enum class Dtype : int { float32, bfloat16, float16 };
 // next one's x; and of Backward every grad_x but the last's and every grad_y but the first's are.
 struct Forward {
   Dtype dtype;
-  bool reduced;  // float32 may be multiplied as bfloat16, where that is faster: its user has asked for it
+  bool reduced;  // float32 may be multiplied in less precision, where that is faster: its user asked for it
   Activation activation;
   int64_t M, N, K;
   const void* x;  // [M, K]

@@ -1,21 +1,37 @@
 // CUDA's part of the language and of the runtime for plain g++, so that the kernel sources run on the CPU.
 //
-// Every CUDA thread is a fiber (ucontext), one block runs at a time, and a fiber runs until its next barrier.
-// That shows what a GPU may hide: shared memory holds NaN before each block; the fibers of a block run
-// forward, reversed or shuffled, so that a missing barrier gives wrong values; and a barrier that the threads
-// of a block do not all reach makes the launch fail. Not thread-safe.
+// Every CUDA thread is a fiber; one block runs at a time, and a fiber runs until it waits for others: at a barrier of
+// its block, or at an instruction that a warp executes together. It shows what a GPU may hide:
+//
+//   - shared memory holds NaN before each block, and so does what an asynchronous copy is to fill until the thread
+//     that asked for the copy has waited for it;
+//   - two threads that touch the same shared memory, one of them writing, with nothing between that orders them fail
+//     the launch, whatever the values are. The compiler reports every access: the sources are compiled by
+//     -fsanitize=thread, and what it calls is defined here, in place of its library;
+//   - a barrier that the threads of a block do not all reach fails the launch, as does a misaligned row or copy;
+//   - the fibers run forward, reversed or shuffled.
+//
+// What went wrong is in emulator::complaint. Not thread-safe.
 #pragma once
 
 #include <link.h>
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <numeric>
 #include <random>
+#include <type_traits>
 #include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 #define __CUDACC_VER_MAJOR__ 0
 #define __CUDACC_VER_MINOR__ 0
@@ -27,15 +43,27 @@
 #define __launch_bounds__(...)
 // Thread-local only to lie in one segment that the emulator can find: all fibers share the host's one thread.
 #define __shared__ static thread_local
-#define __syncthreads() emulator::barrier(__LINE__)
+#define __syncthreads() emulator::synchronize_block(__LINE__)
+#define __syncwarp() emulator::synchronize_warp(__LINE__)
 
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = struct CUstream_st*;
 
 struct cudaLaunchConfig_t {
@@ -72,45 +100,243 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
   return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
+#ifdef FASTMLP_EMULATE
+
+// Below nothing is instrumented: it is what is called at an access.
+#define UNSEEN __attribute__((no_sanitize("thread")))
+
 namespace emulator {
 
 // The order of blocks, and of fibers between barriers: 0 forward, 1 reversed, else a seed to shuffle by.
 inline unsigned order = 0;
 
+inline char complaint[200];
+
+constexpr unsigned lanes = 32, most_threads = 1024;
 constexpr size_t stack_bytes = 64 << 10;
+constexpr size_t most_dynamic_bytes = 227 << 10;  // of a block on sm_90
 
-struct Fiber {
+// What goes wrong first is kept, and fails the launch.
+template <class... Values>
+void complain(const char* format, Values... values) {
+  if (!*complaint) std::snprintf(complaint, sizeof(complaint), format, values...);
+}
+
+// ---- fibers
+
+#ifdef __x86_64__
+// swapcontext() asks the system for the signal mask each time, which is most of its cost.
+asm(R"(
+.text
+.balign 16
+emulator_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+)");
+extern "C" void emulator_switch(void** from, void* to) asm("emulator_switch");
+
+struct Context {
+  void* top;
+  void start(void (*entry)(), char* stack) {
+    void** frame = reinterpret_cast<void**>(stack + stack_bytes) - 2;  // aligned as a call leaves it
+    *frame = reinterpret_cast<void*>(entry);
+    top = std::fill_n(frame - 6, 6, nullptr) - 6;
+  }
+  static void change(Context& from, Context& to) { emulator_switch(&from.top, to.top); }
+};
+#else
+struct Context {
   ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[stack_bytes]};
-  int barrier;  // the line of the barrier at which the fiber waits, 0 once it has ended
-
-  void start(void (*entry)(), ucontext_t* next) {
+  void start(void (*entry)(), char* stack) {
     getcontext(&context);
-    context.uc_stack.ss_sp = stack.get();
+    context.uc_stack.ss_sp = stack;
     context.uc_stack.ss_size = stack_bytes;
-    context.uc_link = next;
     makecontext(&context, entry, 0);
   }
+  static void change(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+};
+#endif
+
+enum class State { ready, at_block_barrier, at_warp_meeting, ended };
+
+struct Fiber {
+  Context context;
+  std::unique_ptr<char[]> stack;
+  State state;
+  int line;               // of the barrier at which it waits
+  const char* operation;  // in which it meets the other lanes, and what it brings
+  void* argument;
+};
+
+struct Warp {
+  unsigned arrived;
+  uint32_t epoch;  // counts its barriers
 };
 
 inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
+inline Warp warps[most_threads / lanes];
+inline Context scheduler;
 inline Fiber* running;
+inline unsigned thread;  // of the running fiber
+inline unsigned threads_of_block;
+inline uint32_t block_epoch;        // counts barriers, of all blocks of all launches
 inline void (*kernel_call)(void*);  // the kernel with its arguments bound
 inline void* kernel_arguments;
 inline thread_local char in_shared_memory;
+inline unsigned char* dynamic_shared_memory;
 
-inline void barrier(int line) {
-  running->barrier = line;
-  swapcontext(&running->context, &scheduler);
+// AddressSanitizer has to know which stack is in use.
+inline const void* host_stack;
+inline size_t host_stack_bytes;
+
+inline void change(Context& from, Context& to, [[maybe_unused]] const void* stack,
+                   [[maybe_unused]] size_t bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  void* fake;
+  __sanitizer_start_switch_fiber(&fake, stack, bytes);
+  Context::change(from, to);
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#else
+  Context::change(from, to);
+#endif
+}
+
+inline void suspend(State state) {
+  running->state = state;
+  change(running->context, scheduler, host_stack, host_stack_bytes);
+}
+
+inline void resume(unsigned t) {
+  thread = t;
+  running = &fibers[t];
+  threadIdx = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
+  change(scheduler, running->context, running->stack.get(), stack_bytes);
 }
 
 inline void fiber_main() {
-  kernel_call(kernel_arguments);
-  running->barrier = 0;
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(nullptr, &host_stack, &host_stack_bytes);
+#endif
+  for (;;) {  // a block a turn
+    kernel_call(kernel_arguments);
+    suspend(State::ended);
+  }
 }
 
-inline void poison_shared_memory() {
+inline void make_fibers(unsigned count) {
+  fibers = std::vector<Fiber>(count);
+  for (Fiber& fiber : fibers) {
+    fiber.stack.reset(new char[stack_bytes]);
+    fiber.context.start(fiber_main, fiber.stack.get());
+  }
+}
+
+inline void synchronize_block(int line) {
+  running->line = line;
+  suspend(State::at_block_barrier);
+}
+
+// The lanes of a warp meet in an operation; the last to arrive does it for all.
+template <class Argument, class Operation>
+void meet(const char* name, Argument& mine, Operation operation) {
+  Warp& warp = warps[thread / lanes];
+  const unsigned first = thread / lanes * lanes, width = std::min(lanes, threads_of_block - first);
+  running->operation = name;
+  running->argument = &mine;
+  if (++warp.arrived < width) return suspend(State::at_warp_meeting);
+  warp.arrived = 0;
+  Argument* arguments[lanes];
+  for (unsigned lane = 0; lane < width; ++lane) {
+    Fiber& fiber = fibers[first + lane];
+    if (std::strcmp(fiber.operation, name)) complain("a warp parts ways: %s and %s", fiber.operation, name);
+    arguments[lane] = static_cast<Argument*>(fiber.argument);
+    fiber.state = State::ready;
+  }
+  if (*complaint) suspend(State::ended);
+  operation(arguments);
+}
+
+inline void synchronize_warp(int line) {
+  meet("__syncwarp", line, [](int**) { ++warps[thread / lanes].epoch; });
+}
+
+// ---- who touched what in shared memory
+
+// Of four bytes, which no kernel lets two threads share. Epochs of the block tell what lies between two of its barriers.
+struct Cell {
+  uint32_t write_epoch, write_warp_epoch, read_epoch, read_warp_epoch;
+  uint16_t writer, reader;
+  bool several_lanes, several_warps;  // have read, since the last barrier of the warp, of the block
+  uint32_t filling;                   // the epoch in which a copy into it began
+};
+
+struct Region {
+  char *begin, *end;
+  Cell* cells;
+};
+inline Region regions[2];  // of the statically allocated memory, and the dynamic
+inline uint32_t first_epoch_of_block;
+
+UNSEEN inline Cell* cells_at(const void* address) {
+  const char* const at = static_cast<const char*>(address);
+  for (Region& region : regions)
+    if (region.begin <= at && at < region.end) return region.cells + (at - region.begin) / 4;
+  return nullptr;
+}
+
+UNSEEN inline void touch(unsigned who, const void* address, size_t bytes, bool writes) {
+  Cell* cell = cells_at(address);
+  if (!cell) return;
+  const unsigned warp = who / lanes;
+  const uint32_t warp_epoch = warps[warp].epoch;
+  for (Cell* const end = cell + (bytes + 3) / 4; cell != end; ++cell) {
+    if (cell->filling >= first_epoch_of_block)
+      complain("thread %u touches what an asynchronous copy still fills", who);
+    const bool after_write = cell->write_epoch != block_epoch || cell->writer == who ||
+                             (cell->writer / lanes == warp && cell->write_warp_epoch != warp_epoch);
+    if (!after_write) complain("a race: thread %u touches what thread %u writes", who, +cell->writer);
+    const bool first_read = cell->read_epoch != block_epoch;
+    if (writes) {
+      const bool after_reads =
+          first_read ||
+          (!cell->several_warps && cell->reader / lanes == warp &&
+           (cell->read_warp_epoch != warp_epoch || (!cell->several_lanes && cell->reader == who)));
+      if (!after_reads) complain("a race: thread %u writes what thread %u reads", who, +cell->reader);
+      cell->write_epoch = block_epoch;
+      cell->write_warp_epoch = warp_epoch;
+      cell->writer = uint16_t(who);
+    } else {
+      const bool other_warp = !first_read && cell->reader / lanes != warp;
+      const bool same_epoch = !first_read && !other_warp && cell->read_warp_epoch == warp_epoch;
+      cell->several_warps = !first_read && (cell->several_warps || other_warp);
+      cell->several_lanes = same_epoch && (cell->several_lanes || cell->reader != who);
+      cell->read_epoch = block_epoch;
+      cell->read_warp_epoch = warp_epoch;
+      cell->reader = uint16_t(who);
+    }
+  }
+}
+
+inline void set_region(Region& region, void* begin, size_t bytes) {
+  delete[] region.cells;
+  region = {};  // what follows is seen too, and its memory may be what was the region
+  region = {static_cast<char*>(begin), static_cast<char*>(begin) + bytes, new Cell[bytes / 4 + 1]()};
+}
+
+inline void find_shared_memory() {
   in_shared_memory = 0;  // allocates the segment if nothing has yet
   dl_iterate_phdr(
       [](dl_phdr_info* module, size_t, void*) {
@@ -118,34 +344,214 @@ inline void poison_shared_memory() {
         for (int i = 0; begin && i < module->dlpi_phnum; ++i) {
           const auto& segment = module->dlpi_phdr[i];
           const bool ours = begin <= &in_shared_memory && &in_shared_memory < begin + segment.p_memsz;
-          if (segment.p_type == PT_TLS && ours) std::memset(begin, 0xff, segment.p_memsz);
+          if (segment.p_type == PT_TLS && ours) set_region(regions[0], begin, segment.p_memsz);
         }
         return 0;
       },
       nullptr);
 }
 
-// Runs all threads of the block from barrier to barrier; false where they part ways.
+// ---- asynchronous copies
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, valid;  // the rest becomes 0
+  int group;         // of the thread's, as they are committed
+};
+inline std::vector<Copy> copies[most_threads];
+inline int groups[most_threads];
+
+inline void set_filling(const Copy& copy, uint32_t epoch) {
+  Cell* const cells = cells_at(copy.to);
+  for (int i = 0; cells && i < copy.bytes / 4; ++i) cells[i].filling = epoch;
+}
+
+template <int bytes>
+void copy_async(void* to, const void* from, int valid) {
+  const auto misaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes != 0; };
+  if (misaligned(to) || (valid && misaligned(from))) complain("a copy of %d bytes is misaligned", bytes);
+  const Copy copy{to, from, bytes, valid, groups[thread]};
+  touch(thread, to, bytes, true);
+  std::memset(to, 0xff, bytes);
+  set_filling(copy, block_epoch);
+  copies[thread].push_back(copy);
+}
+
+inline void commit_copies() { ++groups[thread]; }
+
+// Until all of the thread's groups but the last `left` have arrived.
+template <int left>
+void wait_for_copies() {
+  auto& own = copies[thread];
+  const auto arrived = [](const Copy& copy) { return copy.group < groups[thread] - left; };
+  for (const Copy& copy : own) {
+    if (!arrived(copy)) continue;
+    set_filling(copy, 0);
+    touch(thread, copy.to, copy.bytes, true);
+    std::memset(copy.to, 0, copy.bytes);
+    if (copy.valid) std::memcpy(copy.to, copy.from, copy.valid);
+  }
+  own.erase(std::remove_if(own.begin(), own.end(), arrived), own.end());
+}
+
+// ---- tensor cores: the layouts are those of the PTX manual, section "Matrix multiply-accumulate operation"
+
+inline uint64_t bank_conflicts;  // of the rows of a matrix, which a GPU would read one after the other
+
+// ldmatrix.x4: lane 8 i + j names the row j of matrix i, which has 8 elements of 16 bits.
+template <bool transposed>
+void load_matrices(uint32_t (&registers)[4], const void* row) {
+  struct Argument {
+    uint32_t* registers;
+    const void* row;
+  } mine{registers, row};
+  meet("ldmatrix", mine, [](Argument** arguments) {
+    for (unsigned matrix = 0; matrix < 4; ++matrix) {
+      uint16_t elements[8][8];
+      unsigned banks = 0;
+      for (unsigned j = 0; j < 8; ++j) {
+        const unsigned lane = matrix * 8 + j;
+        const void* const from = arguments[lane]->row;
+        if (reinterpret_cast<uintptr_t>(from) % 16) complain("a row of a matrix is misaligned");
+        touch(thread / lanes * lanes + lane, from, 16, false);
+        std::memcpy(elements[j], from, 16);
+        banks |= 1u << reinterpret_cast<uintptr_t>(from) / 16 % 8;
+      }
+      bank_conflicts += banks != 0xff;
+      for (unsigned lane = 0; lane < lanes; ++lane) {
+        const unsigned i = lane / 4, j = lane % 4 * 2;
+        const uint32_t low = transposed ? elements[j][i] : elements[i][j];
+        const uint32_t high = transposed ? elements[j + 1][i] : elements[i][j + 1];
+        arguments[lane]->registers[matrix] = low | high << 16;
+      }
+    }
+  });
+}
+
+template <class T>
+float element(uint32_t bits, unsigned half) {
+  if constexpr (std::is_same_v<T, float>) {
+    bits &= 0xffffe000;  // of tf32 the rest is not there
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  } else {
+    const uint16_t own = uint16_t(bits >> 16 * half);
+    T value;
+    std::memcpy(&value, &own, sizeof(value));
+    if constexpr (std::is_same_v<T, __half>) return __half2float(value);
+    else return __bfloat162float(value);
+  }
+}
+
+// cvt.rna.tf32: to 10 bits of mantissa, halves away from 0.
+inline uint32_t round_to_tf32(uint32_t bits) {
+  const bool finite = (bits & 0x7f800000) != 0x7f800000;
+  return (finite ? bits + 0x1000 : bits) & 0xffffe000;
+}
+
+// mma.sync.m16n8k16 of 16 bits, m16n8k8 of tf32: sums += a b.
+template <class T>
+void multiply_matrices(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Argument {
+    float* sums;
+    const uint32_t *a, *b;
+  } mine{sums, a, b};
+  meet("mma", mine, [](Argument** arguments) {
+    constexpr unsigned packed = 4 / sizeof(T), depth = 8 * packed;
+    float left[16][depth], right[depth][8];
+    for (unsigned lane = 0; lane < lanes; ++lane)
+      for (unsigned r = 0; r < 4; ++r)
+        for (unsigned half = 0; half < packed; ++half) {
+          const unsigned group = lane / 4, k = lane % 4 * packed + half;
+          left[group + r % 2 * 8][k + r / 2 * 4 * packed] = element<T>(arguments[lane]->a[r], half);
+          if (r < 2) right[k + r * 4 * packed][group] = element<T>(arguments[lane]->b[r], half);
+        }
+    for (unsigned lane = 0; lane < lanes; ++lane)
+      for (unsigned r = 0; r < 4; ++r)
+        for (unsigned k = 0; k < depth; ++k)
+          arguments[lane]->sums[r] += left[lane / 4 + r / 2 * 8][k] * right[k][lane % 4 * 2 + r % 2];
+  });
+}
+
+// ---- blocks
+
+// Runs all threads of the block to their end; false where something goes wrong.
 inline bool run_block(unsigned threads) {
-  for (unsigned t = 0; t < threads; ++t) fibers[t].start(fiber_main, &scheduler);
+  threads_of_block = threads;
+  first_epoch_of_block = ++block_epoch;
+  for (Region& region : regions) std::memset(region.begin, 0xff, region.end - region.begin);
+  for (unsigned t = 0; t < threads; ++t) {
+    fibers[t].state = State::ready;
+    copies[t].clear();
+    groups[t] = 0;
+  }
   std::mt19937 random(order);
   std::vector<unsigned> turn(threads);
   std::iota(turn.begin(), turn.end(), 0);
   if (order == 1) std::reverse(turn.begin(), turn.end());
-  do {
+  const auto all = [&](auto condition) { return std::all_of(turn.begin(), turn.end(), condition); };
+  for (;;) {
     if (order > 1) std::shuffle(turn.begin(), turn.end(), random);
-    for (unsigned t : turn) {
-      threadIdx = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
-      running = &fibers[t];
-      swapcontext(&scheduler, &running->context);
+    for (bool moves = true; moves;) {
+      moves = false;
+      for (unsigned t : turn) {
+        if (fibers[t].state != State::ready) continue;
+        moves = true;
+        resume(t);
+        if (*complaint) return false;
+      }
     }
-    for (unsigned t = 1; t < threads; ++t)
-      if (fibers[t].barrier != fibers[0].barrier) return false;
-  } while (fibers[0].barrier);
-  return true;
+    if (all([](unsigned t) { return fibers[t].state == State::ended; })) return true;
+    if (!all([](unsigned t) {
+          return fibers[t].state == State::at_block_barrier && fibers[t].line == fibers[0].line;
+        })) {
+      complain("the threads of a block part ways");
+      return false;
+    }
+    ++block_epoch;
+    for (unsigned t = 0; t < threads; ++t) fibers[t].state = State::ready;
+  }
 }
 
 }  // namespace emulator
+
+// What -fsanitize=thread calls at every access to memory.
+extern "C" {
+#define FASTMLP_ACCESS(bytes)                                                      \
+  __attribute__((weak, used)) UNSEEN void __tsan_read##bytes(void* p) {            \
+    emulator::touch(emulator::thread, p, bytes, false);                            \
+  }                                                                                \
+  __attribute__((weak, used)) UNSEEN void __tsan_write##bytes(void* p) {           \
+    emulator::touch(emulator::thread, p, bytes, true);                             \
+  }                                                                                \
+  __attribute__((weak, used)) UNSEEN void __tsan_unaligned_read##bytes(void* p) {  \
+    emulator::touch(emulator::thread, p, bytes, false);                            \
+  }                                                                                \
+  __attribute__((weak, used)) UNSEEN void __tsan_unaligned_write##bytes(void* p) { \
+    emulator::touch(emulator::thread, p, bytes, true);                             \
+  }
+FASTMLP_ACCESS(1)
+FASTMLP_ACCESS(2)
+FASTMLP_ACCESS(4)
+FASTMLP_ACCESS(8)
+FASTMLP_ACCESS(16)
+__attribute__((weak, used)) UNSEEN void __tsan_read_range(void* p, long bytes) {
+  emulator::touch(emulator::thread, p, bytes, false);
+}
+__attribute__((weak, used)) UNSEEN void __tsan_write_range(void* p, long bytes) {
+  emulator::touch(emulator::thread, p, bytes, true);
+}
+__attribute__((weak, used)) void __tsan_init() {}
+__attribute__((weak, used)) void __tsan_func_entry(void*) {}
+__attribute__((weak, used)) void __tsan_func_exit(void*) {}
+}
+
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
@@ -154,18 +560,29 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   blockDim = config->blockDim;
   const uint64_t threads = uint64_t{blockDim.x} * blockDim.y * blockDim.z;
   const uint64_t blocks = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
-  if (blocks == 0 || threads == 0 || threads > 1024 || gridDim.x > INT32_MAX || gridDim.y > 65535 ||
-      gridDim.z > 65535)
+  if (blocks == 0 || threads == 0 || threads > emulator::most_threads || gridDim.x > INT32_MAX ||
+      gridDim.y > 65535 || gridDim.z > 65535 || config->dynamicSmemBytes > emulator::most_dynamic_bytes)
     return cudaErrorInvalidConfiguration;
   auto call = [&] { kernel(arguments...); };
   emulator::kernel_call = [](void* bound) { (*static_cast<decltype(call)*>(bound))(); };
   emulator::kernel_arguments = &call;
-  if (emulator::fibers.size() < threads) emulator::fibers = std::vector<emulator::Fiber>(threads);
+  *emulator::complaint = 0;
+  if (emulator::fibers.size() < threads) emulator::make_fibers(unsigned(threads));
+  if (!emulator::regions[0].begin) emulator::find_shared_memory();
+  // Of the exact size, so that AddressSanitizer sees its end.
+  const std::align_val_t alignment{128};
+  operator delete(emulator::dynamic_shared_memory, alignment);
+  emulator::dynamic_shared_memory =
+      static_cast<unsigned char*>(operator new(config->dynamicSmemBytes, alignment));
+  emulator::set_region(emulator::regions[1], emulator::dynamic_shared_memory, config->dynamicSmemBytes);
   for (uint64_t i = 0; i < blocks; ++i) {
     const uint64_t block = emulator::order == 1 ? blocks - 1 - i : i;
     blockIdx = dim3(block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y);
-    emulator::poison_shared_memory();
-    if (!emulator::run_block(threads)) return cudaErrorLaunchFailure;
+    if (emulator::run_block(unsigned(threads))) continue;
+    emulator::fibers.clear();  // what they are in the middle of is abandoned
+    for (emulator::Warp& warp : emulator::warps) warp.arrived = 0;
+    return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
 }
+#endif

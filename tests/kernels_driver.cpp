@@ -21,6 +21,8 @@ using namespace fastmlp;
 extern "C" {
 #ifdef FASTMLP_EMULATE
 int use(const char*) { return true; }
+const char* complaint() { return emulator::complaint; }
+uint64_t bank_conflicts() { return emulator::bank_conflicts; }
 int forward(const Forward* layers, int64_t count, void* workspace, unsigned variant) {
   emulator::order = variant;
   return cuda::forward(layers, count, workspace, nullptr);
@@ -123,8 +125,8 @@ void check(Dtype dtype, int64_t M, int64_t N, int64_t K) {
                    grad_x.data(),
                    grad_weight.data(),
                    grad_bias.data()};
-  std::vector<char> workspace(backward_workspace(&b, 1, 1));
-  if (forward(&f, 1, nullptr, 1) || backward(&b, 1, workspace.data(), 1)) ++failures;
+  std::vector<char> workspace(std::max(forward_workspace(&f, 1, 1), backward_workspace(&b, 1, 1)));
+  if (forward(&f, 1, workspace.data(), 1) || backward(&b, 1, workspace.data(), 1)) ++failures;
 
   std::vector<double> dx(M * K), dw(N * K), db(N);
   for (int64_t m = 0; m < M; ++m)

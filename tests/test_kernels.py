@@ -37,19 +37,27 @@ STORAGE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
 ROUNDING = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}  # half a unit in the last place
 UNDERFLOW = {"float32": 2.0**-149, "bfloat16": 2.0**-133, "float16": 2.0**-24}
 
-# Edits of the CUDA kernels that a test must notice.
+# Edits of the CUDA kernels that a test must notice, and what the emulator says of them. It says nothing where
+# only the values are wrong.
 BARRIER = "__syncthreads();"
 BROKEN = {
-    "the tiles are used before they are written": ("tiled.cuh", f"{BARRIER}\n    fetch", "fetch"),
-    "the tiles are overwritten while in use": ("tiled.cuh", f"{BARRIER}\n  }}", "}"),
-    "the column sums are used before they are written": ("tiled.cuh", f"{BARRIER}\n  if (warp", "if (warp"),
-    "the values are overwritten while in use": ("softmax.cuh", f"{BARRIER}\n  values", "values"),
-    "a barrier that some threads skip": (
-        "tiled.cuh",
-        f"{BARRIER}\n  if (warp > 0 || column >= columns) return;",
-        f"if (warp > 0 || column >= columns) return;\n  {BARRIER}",
+    "the tiles are read before other threads have written them": (
+        "product.cuh", f"{BARRIER}  // the step's tiles", "// the step's tiles", "a race"
     ),
-}
+    "the tiles are read before the copies have arrived": (
+        "product.cuh", "wait_for_copies<stages - 2>", "wait_for_copies<stages - 1>", "an asynchronous copy"
+    ),
+    "a tail is taken for one element longer": (
+        "product.cuh", "left < Pack<T>::size ? left :", "left < Pack<T>::size ? left + 1 :", ""
+    ),
+    "the matrices of a fragment are swapped": (
+        "tensor_core.cuh", "rows_first ? matrix % 2 : matrix / 2", "rows_first ? matrix / 2 : matrix % 2", ""
+    ),
+    "a barrier that some threads skip": (
+        "product.cuh", f"{BARRIER}\n    float", f"if (threadIdx.x) return 0;\n{BARRIER}\nfloat", "part ways"
+    ),
+    "the values are overwritten while in use": ("softmax.cuh", f"{BARRIER}\n  values", "values", "a race"),
+}  # fmt: skip
 
 
 # ---- building
@@ -59,15 +67,28 @@ SOURCES = {
     "cpu": [*sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")),
             "tests/kernels_driver.cpp"],
 }  # fmt: skip
-FLAGS = {"cuda": ["-DFASTMLP_EMULATE"], "cpu": ["-DFASTMLP_LEAST_PARALLEL_WORK=0"]}
+FLAGS = {
+    # Few multiprocessors, so that small shapes need the large tiles. Elements are read as words, which a
+    # CPU's optimizer need not see as a reading of them. Each library has an emulator of its own.
+    "cuda": ["-DFASTMLP_EMULATE", "-DFASTMLP_MULTIPROCESSORS=8", "-fno-strict-aliasing", "-fno-gnu-unique"],
+    "cpu": ["-DFASTMLP_LEAST_PARALLEL_WORK=0"],
+}
 # The instruction sets that can be emulated, and the flag of a processor that has them.
 EMULATED = {"avx512bf16": "avx512_bf16", "avx512": "avx512vl"}
 
 
 def compile_backend(name: str, root: Path, output: Path, *flags: str) -> Path:
-    command = ["g++", "-std=c++17", "-fopenmp", f"-I{root / 'tests'}", *FLAGS[name], *flags, "-x", "c++"]
-    command += [root / source for source in SOURCES[name]]
-    subprocess.run([*map(str, command), "-o", str(output)], check=True, capture_output=True, text=True)
+    def gxx(*arguments: object) -> None:
+        command = ["g++", "-std=c++17", "-fopenmp", *flags, *map(str, arguments)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+
+    objects = []
+    for source in SOURCES[name]:
+        objects.append(output.with_suffix(f".{Path(source).stem}.o"))
+        # The emulator stands in for the library of -fsanitize=thread, which therefore is not linked.
+        own = ["-fsanitize=thread"] if source.endswith(".cu") and "-shared" in flags else []
+        gxx(*own, *FLAGS[name], f"-I{root / 'tests'}", "-c", "-x", "c++", root / source, "-o", objects[-1])
+    gxx(*objects, "-o", output)
     return output
 
 
@@ -75,7 +96,7 @@ def emulate(instruction_sets: Iterable[str]) -> list[str]:
     return [f"-DFASTMLP_EMULATE_{name.upper()}" for name in instruction_sets]
 
 
-def break_source(folder: Path, file: str, old: str, new: str) -> Path:
+def break_source(folder: Path, file: str, old: str, new: str, _: str) -> Path:
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     (folder / "tests").mkdir()
     for name in ("kernels_driver.cpp", "cuda_emulator.h"):
@@ -94,14 +115,16 @@ def builds(tmp_path_factory):
     processor = Path("/proc/cpuinfo").read_text().split()
     lacking = [name for name, flag in EMULATED.items() if flag not in processor]
     library = ["-shared", "-fPIC", *emulate(lacking)]
-    undefined = ["-O1", "-fsanitize=undefined", "-fno-sanitize-recover"]
+    undefined = ["-fsanitize=undefined", "-fno-sanitize-recover"]
+    # The emulator's checks take the time of others.
+    fast = {"cuda": ["-O2"], "cpu": ["-O1", *undefined]}
     # All that can be: AddressSanitizer does not see what a masked instruction reads and writes.
-    address = ["-g", "-fsanitize=address", *emulate(EMULATED)]
+    address = ["-g", "-fsanitize=address", *undefined, *emulate(EMULATED)]
     with ThreadPoolExecutor(2) as pool:
         futures = {}
         for name in SOURCES:
             output = folder / f"{name}.so"
-            futures[name] = pool.submit(compile_backend, name, ROOT, output, *library, *undefined)
+            futures[name] = pool.submit(compile_backend, name, ROOT, output, *library, *fast[name])
         for number, (name, edit) in enumerate(BROKEN.items()):
             source = break_source(folder / str(number), *edit)
             futures[name] = pool.submit(compile_backend, "cuda", source, folder / f"{number}.so", *library)
@@ -177,6 +200,14 @@ class Buffer:
         return values.astype(np.float64).reshape(self.shape)
 
 
+def complaint(backend: ctypes.CDLL) -> str:
+    """What the emulator found wrong in the last launch."""
+    if not hasattr(backend, "complaint"):
+        return ""
+    backend.complaint.restype = ctypes.c_char_p
+    return backend.complaint().decode()
+
+
 def run(backend: ctypes.CDLL, variant: int, *layers: Forward | Backward) -> None:
     """Calls the backend with the layers, in a workspace of the size that it asks for."""
     name = "forward" if isinstance(layers[0], Forward) else "backward"
@@ -185,7 +216,7 @@ def run(backend: ctypes.CDLL, variant: int, *layers: Forward | Backward) -> None
     size = getattr(backend, f"{name}_workspace")(array, count, variant)
     workspace = Buffer("float32", (size // 4,))
     error = getattr(backend, name)(array, count, ctypes.c_void_p(workspace.pointer), variant)
-    assert error == 0, f"error {error}"
+    assert error == 0, f"error {error}: {complaint(backend)}"
     workspace.float64()  # looks at its guard bands
 
 
@@ -369,6 +400,8 @@ def test_neither_the_number_of_threads_nor_their_order_changes_a_bit(backend, va
 @pytest.mark.parametrize(("batch", "sizes"), NETWORKS, ids=str)
 @every_kernel
 def test_a_network_gives_the_bits_of_its_layers(backend, dtype, batch, sizes, activation):
+    if backend.name == "cuda" and batch > 100:
+        pytest.skip("its kernels know no other way for tall batches")
     shapes = [(batch, n, k) for k, n in itertools.pairwise(sizes)]
     activations = [activation] * (len(shapes) - 1) + ["identity"]
     layers = [Layer(dtype, g, shape, seed=shape[1]) for g, shape in zip(activations, shapes, strict=True)]
@@ -399,19 +432,15 @@ def test_a_network_gives_the_bits_of_its_layers(backend, dtype, batch, sizes, ac
         assert (together[index][name].float64() == alone[index][name].float64()).all()
 
 
-def test_float32_is_multiplied_as_bfloat16_where_that_is_allowed_and_the_processor_does(backend):
+def test_float32_is_multiplied_in_less_precision_where_that_is_allowed_and_faster(backend):
     layer = Layer("float32", "relu", (40, 50, 61))
     exact = {"y": layer.forward(backend), **layer.backward(backend)}
     layer.reduced = True
     reduced = {"y": layer.forward(backend), **layer.backward(backend)}
+    rounding = {"avx512bf16": ROUNDING["bfloat16"], "cuda": 2.0**-11}.get(backend.name)
     for name in ("y", "grad_x", "grad_weight"):
         difference = np.abs(reduced[name] - exact[name]).max() / np.abs(exact[name]).max()
-        is_native = backend.name == "avx512bf16"
-        assert (
-            (2 * ROUNDING["float32"] < difference < 2 * ROUNDING["bfloat16"])
-            if is_native
-            else difference == 0
-        )
+        assert (2 * ROUNDING["float32"] < difference < 2 * rounding) if rounding else difference == 0
     assert (reduced["grad_bias"] == exact["grad_bias"]).all()
 
 
@@ -677,24 +706,32 @@ def test_address_sanitizer_finds_nothing(builds, name):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("name", list(BROKEN)[:3])
-def test_a_missing_barrier_gives_wrong_values(builds, name):
+def assert_noticed(builds, name, check):
     broken = ctypes.CDLL(str(builds[name].result()))
-    layer = Layer("float32", "relu", (70, 70, 40))
-    with pytest.raises(AssertionError):
-        layer.check(broken)
-
-
-def test_a_missing_barrier_gives_a_wrong_cross_entropy(builds):
-    broken = ctypes.CDLL(str(builds["the values are overwritten while in use"].result()))
     broken.cross_entropy_workspace.restype = broken.cross_entropy.restype = ctypes.c_int64
     with pytest.raises(AssertionError):
-        Loss("float32", "mean", 20, 40, smoothing=0.1).check(broken)  # two sums follow one another
+        check(broken)
+    *_, said = BROKEN[name]
+    assert said in complaint(broken)
+    assert bool(said) == bool(complaint(broken))
 
 
-def test_a_barrier_that_some_threads_skip_fails_the_launch(builds):
-    broken = ctypes.CDLL(str(builds["a barrier that some threads skip"].result()))
-    layer = Layer("float32", "relu", (70, 70, 40))
-    layer.assert_forward(layer.forward(broken))
-    with pytest.raises(AssertionError, match=str(LAUNCH_FAILURE)):
-        layer.backward(broken)
+@pytest.mark.parametrize("name", list(BROKEN)[:-1])
+def test_a_broken_product_is_noticed(builds, name):
+    assert_noticed(builds, name, Layer("bfloat16", "relu", (70, 70, 140)).check)
+
+
+def test_a_broken_cross_entropy_is_noticed(builds):
+    loss = Loss("float32", "mean", 20, 40, smoothing=0.1)  # two sums follow one another
+    assert_noticed(builds, list(BROKEN)[-1], loss.check)
+
+
+def test_no_matrix_meets_a_bank_conflict_on_its_way_to_tensor_cores(builds):
+    library = ctypes.CDLL(str(builds["cuda"].result()))
+    for dtype in DTYPES:
+        layer = Layer(dtype, "relu", (130, 140, 150))
+        layer.reduced = True
+        layer.forward(library)
+        layer.backward(library)
+    library.bank_conflicts.restype = ctypes.c_uint64
+    assert library.bank_conflicts() == 0

@@ -23,17 +23,37 @@ __device__ __forceinline__ void store(float* p, float value) { *p = value; }
 __device__ __forceinline__ void store(__nv_bfloat16* p, float value) { *p = __float2bfloat16_rn(value); }
 __device__ __forceinline__ void store(__half* p, float value) { *p = __float2half_rn(value); }
 
+// Elements that are loaded and stored at once: 16 bytes.
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int size = 16 / sizeof(T);
+  T elements[size];
+};
+
 // Enqueues kernel(args...), or nothing for a grid of no blocks, which CUDA itself refuses. The error is this
 // launch's own: one that somebody left behind earlier is neither returned nor cleared.
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, unsigned threads, cudaStream_t stream,
-                   Arguments... arguments) {
+cudaError_t launch_with(size_t shared_bytes, void (*kernel)(Parameters...), int64_t blocks, unsigned threads,
+                        cudaStream_t stream, Arguments... arguments) {
+  constexpr size_t granted = 48 << 10;  // of dynamic shared memory; more has to be asked for
   if (blocks == 0) return cudaSuccess;
+  if (shared_bytes > granted) {
+    const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, most, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, unsigned threads, cudaStream_t stream,
+                   Arguments... arguments) {
+  return launch_with(0, kernel, blocks, threads, stream, arguments...);
 }
 
 }  // namespace fastmlp::cuda

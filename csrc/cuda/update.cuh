@@ -11,13 +11,6 @@ constexpr int threads = 256;
 constexpr int packs = 2;               // of a thread's, one after the other
 constexpr int tensors_of_launch = 64;  // arguments end at 4096 bytes
 
-// Elements that are loaded and stored at once: 16 bytes.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int size = 16 / sizeof(T);
-  T elements[size];
-};
-
 template <class T>
 constexpr int64_t elements_of_block = int64_t{threads} * packs * Pack<T>::size;
 

@@ -101,11 +101,15 @@ inline Dtype dtype_of(const at::Tensor& t) {
   }
 }
 
-// Whether float32 may be multiplied as bfloat16: torch's own setting for its library's products on the CPU.
+// Whether float32 may be multiplied in less precision: torch's own settings for its library's products, which are
+// bfloat16 on the CPU and TF32 on a GPU.
 inline bool is_reduced(const at::Tensor& t) {
   using at::Float32Backend, at::Float32Op, at::Float32Precision;
-  return t.is_cpu() && at::globalContext().float32Precision(Float32Backend::MKLDNN, Float32Op::MATMUL) ==
-                           Float32Precision::BF16;
+  const auto is_set = [](Float32Backend backend, Float32Precision precision) {
+    return at::globalContext().float32Precision(backend, Float32Op::MATMUL) == precision;
+  };
+  return t.is_cuda() ? is_set(Float32Backend::CUDA, Float32Precision::TF32)
+                     : t.is_cpu() && is_set(Float32Backend::MKLDNN, Float32Precision::BF16);
 }
 
 // The tensor as a matrix [rows, columns] with adjacent columns: itself where its strides allow, else a copy.
