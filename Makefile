@@ -4,6 +4,7 @@
 #   make test     the tests
 #   make lint     what CI checks besides; make format mends what can be mended
 #   make bench    measure again: benchmarks/results/ and the README's figures
+#   make bench-peers   the same against JAX, in an environment of its own
 #   make wheel    a wheel in dist/, for the torch release of the environment
 #   make cuda     build the CUDA side against a CUDA torch, in an environment of its own; needs nvcc, no GPU
 #
@@ -19,15 +20,18 @@ export PYTHONPATH := $(CURDIR)
 
 ifdef ENV
 python := $(ENV)
+peers_python := $(ENV)
 else
 python := .venv/bin/python
 environment := .venv/installed
+peers_python := .venv-peers/bin/python
+peers_environment := .venv-peers/installed
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 endif
 
 cpp = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench extension wheel cuda clean
+.PHONY: demo test lint format bench bench-peers extension wheel cuda clean
 
 demo: extension
 	$(python) benchmarks/train.py
@@ -53,6 +57,10 @@ bench: extension
 	$(python) benchmarks/habits.py
 	$(python) benchmarks/readme.py
 
+bench-peers: extension $(peers_environment)
+	$(peers_python) benchmarks/peers.py
+	$(python) benchmarks/readme.py
+
 extension: $(environment)
 	$(python) setup.py --quiet build_ext --inplace
 
@@ -64,12 +72,13 @@ cuda: .venv-cuda/installed
 	cd build/cuda/lib && PYTHONPATH= $(CURDIR)/.venv-cuda/bin/python -m fastmlp
 
 .venv/installed: packages := '$(TORCH)' --group build --group test --group lint
+.venv-peers/installed: packages := '$(TORCH)' --group peers
 .venv-cuda/installed: packages := '$(TORCH_CUDA)' --group build --group test
-.venv/installed .venv-cuda/installed: pyproject.toml
+.venv/installed .venv-peers/installed .venv-cuda/installed: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'  # the first to know dependency groups
 	$(@D)/bin/python -m pip install $(packages)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info .venv .venv-cuda fastmlp/*.so
+	rm -rf build dist *.egg-info .venv .venv-peers .venv-cuda fastmlp/*.so

@@ -87,7 +87,34 @@ def kernels() -> str:
     return f"{table(['M x K x N', 'y = relu(x Wᵀ + b)', 'dW, db', 'dx'], body)}\n\nMeasured on {machine}."
 
 
-FIGURES: dict[str, Callable[[], str]] = {"train": train, "steps": steps, "kernels": kernels}
+def peers() -> str:
+    """How many times faster than JAX's a step is, a cell a row; nothing where it is not measured."""
+    if not (RESULTS / "peers.csv").exists():
+        return ""
+    results = rows("peers")
+    body = [
+        [
+            row["network"],
+            row["sizes"],
+            row["batch"],
+            f"{float(row['jax_ms_p50']):.3f}",
+            f"{float(row['ms_p50']):.3f}",
+            f"{float(row['speedup_p50']):.2f}",
+        ]
+        for row in results
+    ]
+    mean = geometric_mean([float(row["speedup_p50"]) for row in results])
+    body.append(["geometric mean", "", "", "", "", f"{mean:.2f}"])
+    header = ["", "network", "batch", "JAX ms", "fastmlp.TrainStep ms", "times as fast"]
+    return (
+        "A training step beside JAX's, jitted and with donated parameters, in turns, each in a process of\n"
+        "its own on the same processors (`make bench-peers`):\n\n"
+        f"{table(header, body)}\n\n"
+        f"Measured on {where(results[0])}, JAX {results[0]['jax']}."
+    )
+
+
+FIGURES: dict[str, Callable[[], str]] = {"train": train, "steps": steps, "kernels": kernels, "peers": peers}
 
 
 def filled(text: str) -> str:

@@ -77,6 +77,12 @@ class Cell(NamedTuple):
         torch.manual_seed(0)
         return [parameter.detach() for parameter in stock_mlp(*self.network.sizes).parameters()]
 
+    def columns(self) -> dict[str, object]:
+        """The columns of a CSV file that name it."""
+        network = self.network
+        sizes = "-".join(map(str, network.sizes))
+        return {"network": network.name, "sizes": sizes, "batch": self.batch, "loss": network.loss}
+
 
 # ---- the sides: each makes, for a cell, the call that is timed
 
@@ -118,7 +124,7 @@ def standard_loop(
     return step
 
 
-def one_call(cell: Cell) -> Call:
+def one_call(cell: Cell) -> Callable[[], Tensor]:
     """The training step by fastmlp.TrainStep."""
     (x, target), model = cell.data(), made(cell, fastmlp.MLP)
     optimizer = fastmlp.SGD(model.parameters(), lr=LEARNING_RATE)
@@ -288,10 +294,7 @@ def table(results: Sequence[Result], whole_grid: bool) -> Table:
 def row(result: Result, job: Mapping[str, str | int]) -> dict[str, object]:
     """One line of the CSV file; the columns of variants that were not measured are empty."""
     columns: dict[str, object] = {
-        "network": result.cell.network.name,
-        "sizes": "-".join(map(str, result.cell.network.sizes)),
-        "batch": result.cell.batch,
-        "loss": result.cell.network.loss,
+        **result.cell.columns(),
         "column": result.column,
         **result.seconds.times(1e3).columns("ms", 6),
         **result.speedup.columns("speedup", 4),

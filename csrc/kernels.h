@@ -94,8 +94,16 @@ struct CrossEntropy {
 };
 
 // The losses that a step knows: cross_entropy as above; the mean or the sum over all elements of (y - t)², or of the
-// binary cross-entropy of logits.
+// binary cross-entropy of logits, w (p t log(1 + e^-y) + (1 - t) log(1 + e^y)).
 enum class Loss : int { cross_entropy, mse, bce_with_logits };
+
+// A loss of one element at a time, for an output of shape [M, N].
+struct Pointwise {
+  int64_t N;
+  const float* target;               // t [M, N]
+  const float *weight, *pos_weight;  // w, p [N], or null for ones; of the binary cross-entropy
+  bool mean;                         // or the sum
+};
 
 // A parameter of a step, which changes it as `sgd` says; where that is null it stays as it is.
 struct Trained {
@@ -111,8 +119,7 @@ struct Step {
   const Trained *weights, *biases;  // of each layer; a weight is [N, K] without gaps
   Loss loss;
   CrossEntropy cross_entropy;  // where that is the loss; input, loss and grad are not read
-  const float* target;         // of the other losses, t [M, N of the last layer]
-  bool mean;                   // of them, or the sum
+  Pointwise pointwise;         // where it is another
   float* value;                // where the loss goes, of the parameters before the update
 };
 

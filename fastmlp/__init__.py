@@ -29,11 +29,24 @@ from fastmlp import (
     flops,  # noqa: F401  importing it registers the formulas
     functional,
 )
+from fastmlp.fuse import fuse, unfuse, why_not_fused
 from fastmlp.nn import MLP, CrossEntropyLoss, Linear, LinearReLU
 from fastmlp.optim import SGD
 from fastmlp.step import TrainStep
 
-__all__ = ["MLP", "SGD", "CrossEntropyLoss", "Linear", "LinearReLU", "TrainStep", "build_info", "functional"]
+__all__ = [
+    "MLP",
+    "SGD",
+    "CrossEntropyLoss",
+    "Linear",
+    "LinearReLU",
+    "TrainStep",
+    "build_info",
+    "functional",
+    "fuse",
+    "unfuse",
+    "why_not_fused",
+]
 
 
 def build_info() -> dict[str, str | None]:

@@ -100,7 +100,7 @@ def mlp(
     """
     check_activation(activation)
     biases = [] if biases is None else list(biases)
-    if all(type(tensor) in _PLAIN for tensor in (input, *weights, *biases)):
+    if _PLAIN.issuperset(map(type, (input, *weights, *biases))):
         y: Tensor = _mlp(input, weights, biases, activation)
         return y
     last = len(weights) - 1

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook, register_module_module_registration_hook
 
-from fastmlp import functional
+from fastmlp import chain, functional
 
 __all__ = ["MLP", "CrossEntropyLoss", "Linear", "LinearReLU"]
 
@@ -102,7 +102,8 @@ class MLP(torch.nn.Sequential):
     """A multilayer perceptron: an activation between layers, logits out.
 
     A ``torch.nn.Sequential`` of :class:`Linear`: its parts can be indexed, initialised, hooked and swapped.
-    As long as they are not, the network is one op (:func:`fastmlp.functional.mlp`); else they run one by one.
+    As long as they are not, the network is one op (:func:`fastmlp.functional.mlp`); else those that were run
+    by themselves.
     ``state_dict`` keys are "0.weight", "0.bias", "1.weight", ... by layer.
 
     Args:
@@ -144,36 +145,12 @@ class MLP(torch.nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """The network's output: [..., in_features] to [..., out_features]."""
-        layers: list[Any] = list(self._modules.values())
-        activation = _common_activation(layers)
-        if activation is None:
+        if _has_any_global_hook():  # type: ignore[no-untyped-call]
             return super().forward(input)  # type: ignore[no-any-return, no-untyped-call]
-        # Past Module.__getattr__, which costs more than a small layer.
-        parameters = [layer._parameters for layer in layers]
-        weights = [p["weight"] for p in parameters]
-        biases = [] if parameters[0]["bias"] is None else [p["bias"] for p in parameters]
-        return functional.mlp(input, weights, biases, activation)
+        return chain.run(self._modules.values(), input)
 
 
-def _common_activation(layers: list[Any]) -> functional.Activation | None:
-    """The activation between the layers; None where they cannot be one op (hooks, other modules)."""
-    if not layers or _has_any_global_hook():  # type: ignore[no-untyped-call]
-        return None
-    for layer in layers:
-        hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-        replaced = type(layer) not in _LAYERS or layer._backward_pre_hooks or "forward" in layer.__dict__
-        if hooked or replaced:
-            return None
-    *hidden, last = layers
-    activation: functional.Activation | None = hidden[0].activation if hidden else "relu"
-    has_bias = last._parameters["bias"] is not None
-    for layer in hidden:
-        if layer.activation != activation or (layer._parameters["bias"] is not None) != has_bias:
-            return None
-    return activation if last.activation is None else None
-
-
-_LAYERS = (Linear, LinearReLU)
+chain.ROLES |= {Linear: "layer", LinearReLU: "layer", MLP: "sequential"}
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

@@ -1,26 +1,22 @@
 """The whole training step, forward, loss, backward and SGD, in one call."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from . import functional
-from .nn import MLP, CrossEntropyLoss, Linear, LinearReLU
+from .chain import ROLES, is_called_plainly
+from .nn import CrossEntropyLoss
 from .optim import SGD
+from .trace import Refused, Trace, is_sequential, trace
 
 __all__ = ["TrainStep"]
 
 _train_step = torch.ops.fastmlp.train_step_
 
-_ACTIVATIONS: dict[type[nn.Module], functional.Activation] = {
-    nn.ReLU: "relu",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-}
-_LINEAR = (nn.Linear, Linear, LinearReLU)
 _LOSSES: dict[type[nn.Module], str] = {
     nn.CrossEntropyLoss: "cross_entropy",
     CrossEntropyLoss: "cross_entropy",
@@ -56,8 +52,10 @@ class TrainStep:
 
     Args:
         model: an nn.Sequential of Linear layers and ReLU, Sigmoid or Tanh (fastmlp.MLP is one), float32;
-            nested ones, nn.Identity, and nn.Flatten() at the beginning are understood.
-        loss: nn.CrossEntropyLoss, with classes as targets, nn.MSELoss or nn.BCEWithLogitsLoss, mean or sum.
+            nested ones, nn.Identity, and nn.Flatten() at the beginning are understood. So is a module whose
+            forward calls such a chain, after operations without parameters that reshape its input, say.
+        loss: nn.CrossEntropyLoss, with classes as targets, nn.MSELoss, or nn.BCEWithLogitsLoss, whose weight
+            and pos_weight are the same for the whole batch; mean or sum.
         optimizer: torch.optim.SGD or fastmlp.SGD. Parameters that it does not know stay as they are.
         max_grad_norm: where given, gradients are clipped as by torch.nn.utils.clip_grad_norm_.
         accumulate: parameters change once in so many calls, by the mean of their gradients.
@@ -102,14 +100,16 @@ class TrainStep:
             raise TypeError(f"loss: expected {names}, got {type(loss).__name__}")
         if loss.reduction == "none":
             raise ValueError("loss: expected reduction='mean' or 'sum', got 'none'")
-        if isinstance(loss, nn.BCEWithLogitsLoss) and not (loss.weight is None and loss.pos_weight is None):
-            raise ValueError("loss: expected BCEWithLogitsLoss without weight and pos_weight")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
         if accumulate < 1:
             raise ValueError(f"accumulate: expected a number of calls from 1 on, got {accumulate}")
-        self._flattens, self._layers = _chain(model)
-        device = self._layers[0].linear.weight.device
+        self._chain = _Chain(model)
+        if isinstance(loss, nn.BCEWithLogitsLoss):
+            outputs = self._chain.layers[-1].linear.weight.shape[0]
+            _check_over_outputs("weight", loss.weight, outputs)
+            _check_over_outputs("pos_weight", loss.pos_weight, outputs)
+        device = self._chain.layers[0].linear.weight.device
         self._in_one_kernel = (
             device.type == "cpu" and max_grad_norm is None and accumulate == 1 and process_group is None
         )
@@ -135,23 +135,24 @@ class TrainStep:
             RuntimeError: for a shape, dtype or device that does not fit; nothing has been changed then.
             IndexError: for a target that is no class; nothing has been changed then.
         """
-        if self._flattens:
-            x = x.flatten(1)
-        if not self._in_one_kernel:
-            return self._standard_step(x, target)
-        step = self._untraced_step if torch.compiler.is_dynamo_compiling() else self._fused_step
-        return step(x, target)
+        if torch.compiler.is_dynamo_compiling():
+            return self._untraced(x, target)
+        if not self._chain.holds():
+            self._chain = _Chain(self.model)
+        for function in self._chain.first:
+            x = function(x)
+        return self._fused_step(x, target) if self._in_one_kernel else self._standard_step(x, target)
+
+    @_disable_dynamo
+    def _untraced(self, x: Tensor, target: Tensor) -> Tensor:
+        # torch.compile has nothing to gain here, and cannot follow all that a step does to an optimizer.
+        return self(x, target)
 
     def _parameters(self) -> Iterator[Tensor]:
-        for linear, _ in self._layers:
+        for linear, _ in self._chain.layers:
             yield linear.weight
             if linear.bias is not None:
                 yield linear.bias
-
-    @_disable_dynamo
-    def _untraced_step(self, x: Tensor, target: Tensor) -> Tensor:
-        # torch.compile has nothing to gain here, and cannot follow all that a step does to an optimizer.
-        return self._fused_step(x, target)
 
     def _fused_step(self, x: Tensor, target: Tensor) -> Tensor:
         optimizer, loss = self.optimizer, self.loss
@@ -165,7 +166,7 @@ class TrainStep:
         options: list[float] = []
         flags: list[int] = []
         made = []
-        for linear, activation in self._layers:
+        for linear, activation in self._chain.layers:
             own = linear._parameters
             has_bias.append(own["bias"] is not None)
             activations.append(activation or "identity")
@@ -192,9 +193,11 @@ class TrainStep:
                 options += float(group["lr"]), momentum, group["dampening"], group["weight_decay"]
                 flags.append(flag)
         kind = _LOSSES[type(loss)]
-        classes: tuple[Any, ...] = (None, -100, 0.0)
+        of_loss: tuple[Any, ...] = (None, None, -100, 0.0)
         if kind == "cross_entropy":
-            classes = (loss.weight, loss.ignore_index, loss.label_smoothing)
+            of_loss = (loss.weight, None, loss.ignore_index, loss.label_smoothing)
+        elif kind == "bce_with_logits":
+            of_loss = (loss.weight, loss.pos_weight, -100, 0.0)
         value: Tensor = _train_step(
             x,
             target,
@@ -205,7 +208,7 @@ class TrainStep:
             activations,
             kind,
             loss.reduction == "mean",
-            *classes,
+            *of_loss,
             options,
             flags,
         )
@@ -217,7 +220,7 @@ class TrainStep:
     def _standard_step(self, x: Tensor, target: Tensor) -> Tensor:
         begins = self._calls % self.accumulate == 0
         y = x
-        for linear, activation in self._layers:
+        for linear, activation in self._chain.layers:
             y = functional.linear(y, linear.weight, linear.bias, activation)
         value: Tensor = self.loss(y, target)
         if begins:
@@ -242,53 +245,85 @@ class TrainStep:
 _NOTHING = torch.empty(0)
 
 
-def _chain(model: nn.Module) -> tuple[bool, list[_Layer]]:
-    """Whether the model flattens its input, and its layers; TypeError or ValueError where it is no chain."""
-    flattens, layers = False, list[_Layer]()
-    for name, module in _leaves(model, ""):
-        where = f"model, module {name or '(itself)'}"
-        hooks = (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
+def _check_over_outputs(name: str, values: Tensor | None, outputs: int) -> None:
+    """ValueError where a loss's weights are not one number for each output, or for all, whatever the row."""
+    if values is None or values.numel() == 1:
+        return
+    if values.numel() != outputs or list(values.shape[-1:]) != [outputs]:
+        raise ValueError(
+            f"loss: expected {name} of shape [{outputs}], one for each output, or of one element, "
+            f"got {list(values.shape)}"
         )
-        if any(hooks):
-            raise ValueError(f"{where}: expected no hooks, which no step would call")
-        kind = type(module)
-        if kind in (nn.Identity, nn.Sequential, MLP):
-            continue
-        if isinstance(module, nn.Flatten) and not layers and (module.start_dim, module.end_dim) == (1, -1):
-            flattens = True
-        elif kind in _LINEAR:
+
+
+class _Chain:
+    """What a model is to a step: what it does to its input first, and its layers.
+
+    Raises:
+        TypeError or ValueError: where the model is no such chain.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """See the class."""
+        self.first: list[Callable[[Tensor], Tensor]] = []
+        self.layers: list[_Layer] = []
+        self.traced: list[tuple[nn.Module, Trace]] = []
+        self._names = {module: name for name, module in model.named_modules()}
+        self._add(model)
+        if not self.layers:
+            raise TypeError("model: expected an nn.Linear or more, got none")
+        parameters = [p for layer in self.layers for p in layer.linear.parameters()]
+        if len({id(p) for p in parameters}) < len(parameters):
+            raise ValueError("model: expected layers that share no parameters")
+        for p in parameters:
+            if p.dtype != torch.float32 or p.device != parameters[0].device or not p.is_contiguous():
+                raise ValueError(
+                    "model: expected contiguous float32 parameters on one device, got "
+                    f"{p.dtype} of shape {list(p.shape)} and strides {p.stride()} on {p.device}"
+                )
+
+    def holds(self) -> bool:
+        """Whether the forwards that were traced are still what they were."""
+        return all(trace.modules(module) is not None for module, trace in self.traced)
+
+    def _add(self, module: nn.Module) -> None:
+        where = f"model, module {self._names.get(module) or '(itself)'}"
+        if not is_called_plainly(module):
+            raise ValueError(f"{where}: expected no hooks and no forward set on it, which no step would call")
+        role, layers = ROLES.get(type(module)), self.layers
+        if role == "linear" or role == "layer":
             assert isinstance(module, nn.Linear)
-            layers.append(_Layer(module, getattr(module, "activation", None)))
-        elif kind in _ACTIVATIONS and layers and layers[-1].activation is None:
-            layers[-1] = _Layer(layers[-1].linear, _ACTIVATIONS[kind])
-        else:
-            raise TypeError(
-                f"{where}: expected nn.Linear, or nn.ReLU, nn.Sigmoid or nn.Tanh after it, "
-                f"got {kind.__name__}; "
-                "other models train in the standard loop, with fastmlp's layers"
-            )
-    if not layers:
-        raise TypeError("model: expected an nn.Linear or more, got none")
-    parameters = [p for layer in layers for p in layer.linear.parameters()]
-    if len({id(p) for p in parameters}) < len(parameters):
-        raise ValueError("model: expected layers that share no parameters")
-    for p in parameters:
-        if p.dtype != torch.float32 or p.device != parameters[0].device or not p.is_contiguous():
-            raise ValueError(
-                "model: expected contiguous float32 parameters on one device, got "
-                f"{p.dtype} of shape {list(p.shape)} and strides {p.stride()} on {p.device}"
-            )
-    return flattens, layers
+            layers.append(_Layer(module, module.__dict__["activation"] if role == "layer" else None))
+        elif role in functional.COMPOSITES and layers and layers[-1].activation is None:
+            layers[-1] = _Layer(layers[-1].linear, cast(functional.Activation, role))
+        elif is_sequential(module):
+            for child in module._modules.values():
+                assert child is not None
+                self._add(child)
+        elif isinstance(module, nn.Flatten) and not layers and (module.start_dim, module.end_dim) == (1, -1):
+            self.first.append(module)
+        elif role is None and module._modules:
+            self._add_traced(module, where)
+        elif role != "identity":
+            raise TypeError(f"{where}: {_EXPECTED}, got {type(module).__name__}; {_OTHERS}")
+
+    def _add_traced(self, module: nn.Module, where: str) -> None:
+        """A module with a forward of its own."""
+        name = type(module).__name__
+        try:
+            traced = trace(module)
+        except Refused as refusal:
+            raise TypeError(f"{where}: {_EXPECTED}, got {name}, whose forward {refusal}; {_OTHERS}") from None
+        found = traced.chain(module)
+        if found is None or (self.layers and found[0] is not None):
+            raise TypeError(f"{where}: {_EXPECTED}, got {name}, whose forward does more; {_OTHERS}")
+        first, parts = found
+        if first is not None:
+            self.first.append(first)
+        for part in parts:
+            self._add(part)
+        self.traced.append((module, traced))
 
 
-def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules in the order in which nested Sequentials call them."""
-    if type(module) in (nn.Sequential, MLP):
-        for child, part in module._modules.items():
-            assert part is not None
-            yield from _leaves(part, f"{name}.{child}" if name else child)
-    yield name, module  # a Sequential too, for its hooks
+_EXPECTED = "expected nn.Linear, or nn.ReLU, nn.Sigmoid or nn.Tanh after it"
+_OTHERS = "other models train in the standard loop, with fastmlp's layers"

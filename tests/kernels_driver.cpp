@@ -226,7 +226,8 @@ void check_sgd(Dtype dtype) {
 
 #ifndef FASTMLP_EMULATE
 // A step against its parts: the same forward, loss, backward and update one after the other.
-void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, bool has_momentum, int threads) {
+void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, bool has_momentum, int threads,
+                bool weighted = false) {
   const int64_t L = int64_t(sizes.size()) - 1, C = sizes.back();
   const Sgd sgd{Dtype::float32, 0.5f, 0.75f, 0.25f, 0.125f, has_momentum, false, false};
   const auto x = wave<float>(M * sizes[0], 1), target = wave<float>(M * C, 2);
@@ -262,7 +263,10 @@ void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, bool has_momen
     biases.push_back({&sgd, p.bias.data(), has_momentum ? p.bias_momentum.data() : nullptr});
   }
   float value = 0;
-  const Step step{L, open.data(), weights.data(), biases.data(), loss, entropy, target.data(), true, &value};
+  const auto weight = wave<float>(C, 7), pos_weight = wave<float>(C, 8);
+  const Pointwise pointwise{C, target.data(), weighted ? weight.data() : nullptr,
+                            weighted ? pos_weight.data() : nullptr, true};
+  const Step step{L, open.data(), weights.data(), biases.data(), loss, entropy, pointwise, &value};
   omp_set_num_threads(threads);
   std::vector<char> workspace(cpu::train_workspace(step, threads));
   if (cpu::train(step, workspace.data(), threads) != -1) ++failures;
@@ -272,10 +276,11 @@ void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, bool has_momen
   const auto& z = y.back();
   double sum = 0;
   for (int64_t i = 0; i < M * C; ++i) {
-    const double d = double{z[i]} - target[i], n = double(M * C);
+    const double t = target[i], d = z[i] - t, n = double(M * C), e = std::exp(-double{z[i]});
+    const double w = weighted ? weight[i % C] : 1, p = weighted ? pos_weight[i % C] : 1;
     const bool squared = loss == Loss::mse;
-    sum += (squared ? d * d : (1 - target[i]) * z[i] + std::log1p(std::exp(-double{z[i]}))) / n;
-    grad[i] = float((squared ? 2 * d : 1 / (1 + std::exp(-double{z[i]})) - target[i]) / n);
+    sum += (squared ? d * d : w * (p * t * std::log1p(e) + (1 - t) * std::log1p(1 / e))) / n;
+    grad[i] = float((squared ? 2 * d : w * ((1 - t) - p * t * e) / (1 + e)) / n);
   }
   expected[0] = float(sum);
   if (loss == Loss::cross_entropy) {
@@ -356,6 +361,8 @@ int main(int, char** arguments) {
       for (const int64_t M : {1, 20, 300, 1030})
         for (const int threads : {1, 3}) check_step(M, {9, 33, 20, 5}, loss, has_momentum, threads);
   check_step(300, {300, 450, 5}, Loss::cross_entropy, true, 2);
+  for (const int64_t C : {1, 5, 16, 37})  // beside registers of 4 to 16
+    for (const int64_t M : {1, 20, 1030}) check_step(M, {9, C}, Loss::bce_with_logits, false, 3, true);
 #endif
   std::printf("%d failures\n", failures);
   return failures != 0;

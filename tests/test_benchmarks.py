@@ -3,6 +3,8 @@
 import csv
 import shutil
 from functools import partial
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ def tiny_grid(script, monkeypatch):
         network("numbers", (5, 3), (4,), "mse"),
         network("yes or no", (5, 1), (4,), "bce"),
     )
-    for name in ("kernels", "steps"):
+    for name in ("kernels", "steps", "peers"):
         monkeypatch.setattr(script(name), "GRID", grid)
     monkeypatch.setattr(script("kernels"), "ODD", network("odd", (5, 3), (4,)))
     monkeypatch.setattr(script("habits"), "CELLS", [script("steps").Cell(grid[0], 4)])
@@ -129,6 +131,55 @@ def test_every_habit_is_measured_with_stocks_layers_and_with_ours(measured, monk
         assert all(row[key] for key in MACHINE)
         assert is_printed(row["stock_ms_p50"], 3, printed)
     assert table[0]["speedup_p50"] == table[0]["over_eager_p50"]
+
+
+def wrong_steps(cell):
+    """Ours, with a loss that is not the network's."""
+    steps = import_module("peers").fastmlp_steps(cell)
+    return lambda count: 1.001 * steps(count)
+
+
+class TestPeers:
+    @pytest.fixture
+    def without_jax(self, script, monkeypatch):
+        """Ours takes the place of JAX, which the tests can do without."""
+        peers = script("peers")
+        monkeypatch.setattr(peers, "version", lambda _: "of nothing")
+        monkeypatch.setitem(peers.SIDES, "jax", peers.fastmlp_steps)
+
+    def test_both_sides_are_measured_in_every_cell(self, without_jax, measured):
+        table, printed = measured("peers")
+        cells = [("classes", "1"), ("classes", "4"), ("numbers", "4"), ("yes or no", "4")]
+        assert [(row["network"], row["batch"]) for row in table] == cells
+        for row in table:
+            for figure in ("ms", "jax_ms", "speedup"):
+                assert quantiles(row, figure) == sorted(quantiles(row, figure))
+            assert all(row[key] for key in MACHINE | {"jax", "target"})
+            assert is_printed(row["ms_p50"], 3, printed)
+        assert printed.count("geometric mean") == 1
+
+    def test_nothing_is_measured_where_the_losses_differ(self, script, without_jax, measured, monkeypatch):
+        monkeypatch.setitem(script("peers").SIDES, "jax", wrong_steps)
+        with pytest.raises(SystemExit, match="classes @ 1: the losses differ"):
+            measured("peers")
+
+    @pytest.mark.parametrize("index", range(3), ids=["cross_entropy", "mse", "bce"])
+    def test_jax_computes_the_losses_that_ours_does(self, script, tiny_grid, index):
+        pytest.importorskip("jax")
+        peers = script("peers")
+        cell = peers.Cell(peers.GRID[index], 4)
+        ours, jaxs = (peers.first_losses(side, cell) for side in (peers.fastmlp_steps, peers.jax_steps))
+        assert ours == pytest.approx(jaxs, rel=1e-5)
+        assert ours[0] != ours[-1]
+
+    def test_without_jax_one_sentence_says_what_has_it(self, script, tiny_grid, monkeypatch, capfd):
+        def fail(name):
+            raise PackageNotFoundError(name)
+
+        monkeypatch.setattr(script("peers"), "version", fail)
+        with pytest.raises(SystemExit):
+            script("peers").main([])
+        assert "JAX is not installed here; make bench-peers" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,30 @@ def test_autocast_casts_as_for_stock(instruction_set, dtype, cast):
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
+@pytest.fixture
+def matmul_precision():
+    """Torch's own setting for its library's products of float32 on the CPU."""
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    yield setting
+    setting.fp32_precision = before
+
+
+def test_float32_is_multiplied_as_bfloat16_only_where_torch_is_told_so_and_the_processor_can(
+    instruction_set, matmul_precision
+):
+    arguments = *layer(64, 96, out_features=80, bias=False), None
+    exact = gradients(linear, *arguments)
+    matmul_precision.fp32_precision = "bf16"
+    for got, expected in zip(gradients(linear, *arguments), exact, strict=True):
+        assert got.dtype == torch.float32
+        if instruction_set == "avx512bf16":
+            error = (got - expected).abs().max() / expected.abs().max()
+            assert 1e-5 < error < 2e-2
+        else:
+            assert torch.equal(got, expected)
+
+
 def test_bfloat16_takes_the_librarys_path_where_the_processor_has_tiles_for_it():
     # A process of its own: choosing an instruction set asks for the kernels, and other tests have.
     import subprocess

@@ -1,13 +1,14 @@
 """TrainStep leaves behind what the standard loop leaves behind, in parameters, optimizer and habits."""
 
 import copy
-import os
+import subprocess
+import sys
 import warnings
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -28,6 +29,9 @@ LOSSES = {
     "mse": nn.MSELoss(),
     "mse summed": nn.MSELoss(reduction="sum"),
     "bce": nn.BCEWithLogitsLoss(),
+    "bce weighted": nn.BCEWithLogitsLoss(
+        torch.tensor([1.0, 0.5, 2.0]), pos_weight=torch.tensor([3.0, 0.0, 1.0])
+    ),
 }
 
 
@@ -79,6 +83,29 @@ def test_every_way_through_the_threads_trains_as_in_the_standard_loop(instructio
     torch.manual_seed(0)
     loss = nn.CrossEntropyLoss()
     assert_same_training(stock(*sizes), loss, lambda _: batch_for(loss, batch, sizes[0], 3), momentum=0.9)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (1, 3), (1, 1)], ids=str)
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+def test_weights_of_bce_that_expand_to_the_outputs_train_as_in_the_standard_loop(name, shape):
+    torch.manual_seed(0)
+    loss = nn.BCEWithLogitsLoss(**{name: 3 * torch.rand(shape)})
+    assert_same_training(stock(9, 20, 3), loss, lambda _: batch_for(loss, 12, 9, 3))
+
+
+def test_weights_of_bce_are_read_at_each_call():
+    loss = nn.BCEWithLogitsLoss(pos_weight=torch.ones(3))
+
+    def batches(index):
+        loss.pos_weight.fill_(index)
+        return batch_for(loss, 12, 9, 3)
+
+    assert_same_training(stock(9, 20, 3), loss, batches)
+
+
+def test_bce_of_outputs_with_leading_dimensions_trains_as_in_the_standard_loop():
+    loss = nn.BCEWithLogitsLoss(torch.tensor([1.0, 2.0, 3.0]))
+    assert_same_training(stock(9, 20, 3), loss, lambda _: (torch.randn(4, 5, 9), torch.rand(4, 5, 3)))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -218,13 +245,30 @@ def test_losses_and_optimizers_that_do_not_fit_are_refused():
         fastmlp.TrainStep(model, nn.L1Loss(), sgd)
     with pytest.raises(ValueError, match="reduction"):
         fastmlp.TrainStep(model, nn.MSELoss(reduction="none"), sgd)
-    with pytest.raises(ValueError, match="pos_weight"):
-        fastmlp.TrainStep(model, nn.BCEWithLogitsLoss(pos_weight=torch.ones(2)), sgd)
     with pytest.raises(TypeError, match=r"optimizer: .*Adam"):
         fastmlp.TrainStep(model, nn.MSELoss(), torch.optim.Adam(model.parameters()))
 
 
+@pytest.mark.parametrize("shape", [(2,), (4, 3), (3, 1), (0,)], ids=str)
+@pytest.mark.parametrize("name", ["weight", "pos_weight"])
+def test_weights_of_bce_that_differ_within_a_batch_are_refused(name, shape):
+    model, loss = stock(5, 3), nn.BCEWithLogitsLoss(**{name: torch.ones(shape)})
+    with pytest.raises(ValueError, match=rf"loss: expected {name} of shape \[3\]"):
+        fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
 # ---- bad input changes nothing
+
+
+@pytest.mark.parametrize("pos_weight", [torch.ones(4), torch.ones(3, dtype=torch.double)], ids=str)
+def test_weights_of_bce_that_no_longer_fit_raise_before_anything_is_changed(pos_weight):
+    model, loss = stock(5, 3), nn.BCEWithLogitsLoss(pos_weight=torch.ones(3))
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    before = copy.deepcopy(model.state_dict())
+    loss.pos_weight = pos_weight
+    with pytest.raises(RuntimeError, match=r"pos_weight: expected float32 on the CPU of shape \[3\]"):
+        step(*batch_for(loss, 4, 5, 3))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -352,28 +396,26 @@ def test_accumulating_over_calls_is_one_step_of_their_mean():
 # ---- several processes
 
 
-def train_in_a_group(rank, size, folder):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size
-    )
-    torch.manual_seed(rank)  # each process begins with weights of its own
-    loss, model = nn.CrossEntropyLoss(), fastmlp.MLP(5, 9, 3)
-    ours = copy.deepcopy(model)
-    parallel = nn.parallel.DistributedDataParallel(model)
-    optimizer = fastmlp.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    own_optimizer = fastmlp.SGD(ours.parameters(), lr=0.1, momentum=0.9)
-    step = fastmlp.TrainStep(ours, loss, own_optimizer, process_group=torch.distributed.group.WORLD)
-    for _ in range(3):
-        data = batch_for(loss, 8, 5, 3)
-        standard_step(parallel, loss, optimizer, *data)
-        step(*data)
-    torch.testing.assert_close(ours.state_dict(), model.state_dict(), rtol=1e-5, atol=1e-6)
-    torch.save(model.state_dict(), os.path.join(folder, f"{rank}.pt"))
-    torch.distributed.destroy_process_group()
+@pytest.fixture(scope="module")
+def left_by_two_processes(tmp_path_factory):
+    """What distributed_driver.py saves: for each process, the parameters that each way to train leaves."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch is built without distributed")
+    folder = tmp_path_factory.mktemp("processes")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    driver = Path(__file__).with_name("distributed_driver.py")
+    result = subprocess.run([*torchrun, driver, folder], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without distributed")
-def test_a_process_group_trains_as_distributed_data_parallel_does(tmp_path):
-    mp.spawn(train_in_a_group, (2, str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+@pytest.mark.parametrize("way", ["fused", "step"])
+def test_processes_train_as_torchs_own_layers_do_under_distributed_data_parallel(left_by_two_processes, way):
+    for process in left_by_two_processes:
+        torch.testing.assert_close(process[way], process["stock"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["fused", "step"])
+def test_every_process_has_the_same_parameters(left_by_two_processes, way):
+    first, second = left_by_two_processes
+    assert all(map(torch.equal, first[way], second[way]))

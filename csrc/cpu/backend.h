@@ -70,8 +70,8 @@ struct Kernels {
   // The losses and gradients of some rows, whose targets are classes or ignored, times `scale`; the losses are
   // stored where they are not reduced, and without the scale. Returns the sum of the losses.
   double (*cross_entropy)(const CrossEntropy&, float scale, Range rows);
-  // The sum of a range's losses; their gradients, times `scale`.
-  double (*pointwise_loss)(Loss, const float* y, const float* target, float scale, float* grad, Range range);
+  // The sum of a range's losses, y and grad [M, N] as the target is; their gradients, times `scale`.
+  double (*pointwise_loss)(Loss, const Pointwise&, const float* y, float scale, float* grad, Range range);
 };
 
 inline constexpr int64_t whole_sum = 256;

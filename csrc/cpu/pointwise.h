@@ -1,8 +1,8 @@
 // Losses that are a mean or a sum over elements, for one instruction set: the loss and its gradient in one pass.
 //
-//   mean squared error          (y - t)²                                          2 (y - t)
-//   binary cross-entropy of     (1 - t) y + log(1 + e^-|y|) + max(-y, 0)          1 / (1 + e^-y) - t
-//   logits
+//   mean squared error        (y - t)²                                           2 (y - t)
+//   binary cross-entropy of   w ((1 - t) y + q (log(1 + e^-|y|) + max(-y, 0)))   w (q / (1 + e^-y) - p t)
+//   logits                    with q = 1 + (p - 1) t
 
 // log(1 + e) for 0 <= e <= 1, as 2 artanh(e / (2 + e)): the series to the 15th power is off by 1e-9 at most.
 FASTMLP_INLINE V log_of_1_and(V e) {
@@ -16,26 +16,39 @@ FASTMLP_INLINE V log_of_1_and(V e) {
   return (s + s) * (p * t + 1.0f);
 }
 
-template <Loss kind>
-FASTMLP_INLINE V loss_and_slope(V y, V t, V& slope) {
-  if constexpr (kind == Loss::mse) {
-    const V difference = y - t;
-    slope = difference + difference;
-    return difference * difference;
-  } else {
-    const V zero{}, e = exponential(y < 0.0f ? y : -y), larger = 1.0f / (1.0f + e);
-    slope = (y < 0.0f ? e * larger : larger) - t;
-    return (1.0f - t) * y + (log_of_1_and(e) + (y < 0.0f ? -y : zero));
+// The lanes of values [N] that belong to the n elements from i on of rows of N; ones where there are no values.
+FASTMLP_INLINE V over_outputs(const float* values, int64_t N, int64_t i, int64_t n) {
+  V lanes{};
+  if (!values) return lanes + 1.0f;
+  int64_t column = i % N;
+  n = smaller(n, width);
+  if (column + n <= N) return load(values + column, n);
+  for (int lane = 0; lane < n; ++lane) {
+    lanes[lane] = values[column];
+    column = column + 1 < N ? column + 1 : 0;
   }
+  return lanes;
 }
 
 template <Loss kind>
-double pointwise_loss(const float* y, const float* target, float scale, float* grad, Range range) {
+double pointwise_loss(const Pointwise& p, const float* y, float scale, float* grad, Range range) {
   double sum = 0;
   V sums{};
   for (int64_t i = range.begin; i < range.end; i += width) {
     const int64_t n = range.end - i;
-    V slope, loss = loss_and_slope<kind>(load(y + i, n), load(target + i, n), slope);
+    const V z = load(y + i, n), t = load(p.target + i, n);
+    V loss, slope;
+    if constexpr (kind == Loss::mse) {
+      const V difference = z - t;
+      loss = difference * difference;
+      slope = difference + difference;
+    } else {
+      const V weight = over_outputs(p.weight, p.N, i, n), positive = over_outputs(p.pos_weight, p.N, i, n);
+      const V zero{}, e = exponential(z < 0.0f ? z : -z), larger = 1.0f / (1.0f + e);
+      const V q = (positive - 1.0f) * t + 1.0f;
+      loss = weight * ((1.0f - t) * z + q * (log_of_1_and(e) + (z < 0.0f ? -z : zero)));
+      slope = weight * (q * (z < 0.0f ? e * larger : larger) - positive * t);
+    }
     store(grad + i, scale * slope, n);
     if (n >= width) sums += loss;
     else
@@ -45,7 +58,7 @@ double pointwise_loss(const float* y, const float* target, float scale, float* g
   return sum;
 }
 
-double pointwise_loss(Loss loss, const float* y, const float* target, float scale, float* grad, Range range) {
-  return loss == Loss::mse ? pointwise_loss<Loss::mse>(y, target, scale, grad, range)
-                           : pointwise_loss<Loss::bce_with_logits>(y, target, scale, grad, range);
+double pointwise_loss(Loss loss, const Pointwise& p, const float* y, float scale, float* grad, Range range) {
+  return loss == Loss::mse ? pointwise_loss<Loss::mse>(p, y, scale, grad, range)
+                           : pointwise_loss<Loss::bce_with_logits>(p, y, scale, grad, range);
 }

@@ -113,7 +113,6 @@ Forward layer_of(const Step& s, int64_t index, Range rows, const Passing& passin
 // The sum of the losses of rows, and their gradients. `from` is the row of the batch that the passing ones begin at.
 double loss_of(const Kernels& k, const Step& s, double scale, Range rows, int64_t from,
                const Passing& passing) {
-  const int64_t C = s.layers[s.count - 1].N;
   float* const gradient = passing.gradient(s.count - 1);
   const Range own = {rows.begin - from, rows.end - from};
   if (s.loss == Loss::cross_entropy) {
@@ -121,8 +120,10 @@ double loss_of(const Kernels& k, const Step& s, double scale, Range rows, int64_
     p.input = passing.outputs[s.count - 1], p.grad = gradient, p.target += from;
     return k.cross_entropy(p, float(scale), own);
   }
-  return k.pointwise_loss(s.loss, passing.outputs[s.count - 1], s.target + from * C, float(scale), gradient,
-                          {own.begin * C, own.end * C});
+  Pointwise p = s.pointwise;
+  p.target += from * p.N;
+  return k.pointwise_loss(s.loss, p, passing.outputs[s.count - 1], float(scale), gradient,
+                          {own.begin * p.N, own.end * p.N});
 }
 
 // One layer's backward pass for the part of it that belongs to `rank` of `size`. `sums.weight` null: the weights
@@ -218,7 +219,7 @@ void by_rows(const Kernels& k, const Step& s, double scale, const Memory& memory
 // What the loss and its gradient are divided by; or, as `wrong`, the first row whose target is no class.
 double divisor(const Step& s, int64_t& wrong) {
   const int64_t M = s.layers->M;
-  if (s.loss != Loss::cross_entropy) return s.mean ? double(M * s.layers[s.count - 1].N) : 1;
+  if (s.loss != Loss::cross_entropy) return s.pointwise.mean ? double(M * s.pointwise.N) : 1;
   const Losses targets = weigh(s.cross_entropy, {0, M});
   wrong = targets.wrong;
   return s.cross_entropy.reduction == Reduction::mean ? targets.weight : 1;

@@ -33,3 +33,12 @@ void update(const Sgd& s, const Update& u, Range range) {
   if (s.dtype == Dtype::float32) update<float>(s, u, range);
   else update<bfloat16>(s, u, range);
 }
+
+// A parameter and its momentum, changed by m rows and n columns of its gradient.
+void descend(const Sgd& s, const float* grad, int64_t ld, float* param, float* momentum, int64_t ldw,
+             int64_t m, int64_t n) {
+  for (int64_t i = 0; i < m; ++i, param += ldw, grad += ld) {
+    if (momentum) update<true>(s, param, grad, momentum + i * ldw, {0, n});
+    else update<false>(s, param, grad, momentum, {0, n});
+  }
+}

@@ -46,11 +46,24 @@ void check_parameter(size_t index, const Tensor& t, const Tensor& momentum) {
               "momenta[", index, "]: expected a contiguous float32 tensor on the CPU of shape ", t.sizes());
 }
 
+// The weights of a loss as a vector over the outputs, which one that is the same for all of a batch expands to.
+Tensor over_outputs(const char* name, const std::optional<Tensor>& values, int64_t outputs, bool expands) {
+  if (!values) return {};
+  const bool is_vector = values->dim() > 0 && values->size(-1) == outputs && values->numel() == outputs;
+  TORCH_CHECK(values->is_cpu() && values->scalar_type() == at::kFloat &&
+                  ((is_vector && (expands || values->dim() == 1)) || (expands && values->numel() == 1)),
+              name, ": expected float32 on the CPU of shape [", outputs, "], one for each output, got ",
+              values->scalar_type(), " on ", values->device(), " of shape ", values->sizes());
+  return values->reshape({-1}).expand({outputs}).contiguous();
+}
+
+const float* floats_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+
 Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params, TensorList momenta,
                    const Tensor& workspace, at::IntArrayRef has_bias, c10::List<std::string> activations,
-                   std::string_view loss_name, bool mean, const std::optional<Tensor>& class_weight,
-                   int64_t ignore_index, double label_smoothing, at::ArrayRef<double> options,
-                   at::IntArrayRef flags) {
+                   std::string_view loss_name, bool mean, const std::optional<Tensor>& weight,
+                   const std::optional<Tensor>& pos_weight, int64_t ignore_index, double label_smoothing,
+                   at::ArrayRef<double> options, at::IntArrayRef flags) {
   const Loss loss = parse_loss(loss_name);
   const size_t L = has_bias.size(), P = params.size();
   size_t expected = L;
@@ -121,10 +134,8 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
               target.scalar_type(), " on ", target.device());
   TORCH_CHECK(target.sizes() == at::IntArrayRef(sizes), "target: expected shape ", at::IntArrayRef(sizes),
               ", got ", target.sizes());
-  TORCH_CHECK(!class_weight || (class_weight->is_cpu() && class_weight->scalar_type() == at::kFloat &&
-                                class_weight->dim() == 1 && class_weight->size(0) == width),
-              "weight: expected float32 on the CPU of shape [", width, "], as many as classes");
-  const Tensor targets = target.contiguous(), scales = class_weight ? class_weight->contiguous() : Tensor();
+  const Tensor targets = target.contiguous(), weighs = over_outputs("weight", weight, width, !classes),
+               pos_weighs = over_outputs("pos_weight", pos_weight, width, !classes);
   Tensor value = at::empty({}, input.options());
   const Step step{.count = int64_t(L),
                   .layers = layers.data(),
@@ -137,13 +148,16 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
                                     .C = width,
                                     .input = nullptr,
                                     .target = classes ? targets.const_data_ptr<int64_t>() : nullptr,
-                                    .weight = scales.defined() ? scales.const_data_ptr<float>() : nullptr,
+                                    .weight = floats_of(weighs),
                                     .ignore_index = ignore_index,
                                     .label_smoothing = float(label_smoothing),
                                     .loss = nullptr,
                                     .grad = nullptr},
-                  .target = classes ? nullptr : targets.const_data_ptr<float>(),
-                  .mean = mean,
+                  .pointwise = {.N = width,
+                                .target = classes ? nullptr : targets.const_data_ptr<float>(),
+                                .weight = floats_of(weighs),
+                                .pos_weight = floats_of(pos_weighs),
+                                .mean = mean},
                   .value = value.mutable_data_ptr<float>()};
   // Kept by the caller from step to step: a block as large would come from the system as new pages each time.
   const int threads = at::get_num_threads();
@@ -163,7 +177,7 @@ TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
   m.def(
       "train_step_(Tensor input, Tensor target, Tensor(a!)[] params, Tensor(b!)[] momenta, "
       "Tensor(c!) workspace, int[] has_bias, str[] activations, str loss, bool mean, Tensor? weight, "
-      "int ignore_index, float label_smoothing, float[] options, int[] flags) -> Tensor");
+      "Tensor? pos_weight, int ignore_index, float label_smoothing, float[] options, int[] flags) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fastmlp, CPU, m) { m.impl("train_step_", train_step_); }
 TORCH_LIBRARY_IMPL(fastmlp, Autograd, m) { m.impl("train_step_", torch::CppFunction::makeFallthrough()); }
