@@ -91,7 +91,7 @@ def _refuse_adapter(parent: torch.nn.Module, name: str, layer: torch.nn.Module |
         raise TypeError(
             f"base_layer: expected a linear layer, got a {type(layer).__name__} with "
             f"activation={layer.activation!r}, after which {type(parent).__name__} would add what belongs "
-            "before it; adapt a torch.nn.Linear that is followed by a module for the activation"
+            "before it; adapt a model of torch's own modules, which fastmlp.fuse takes as well"
         )
 
 

@@ -142,13 +142,14 @@ class TrainStep:
             RuntimeError: for a shape, dtype or device that does not fit; nothing has been changed then.
             IndexError: for a target that is no class; nothing has been changed then.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return self._untraced(x, target)
         if not self._chain.holds():
             self._chain = _Chain(self.model)
         for function in self._chain.first:
             x = function(x)
         if self._in_one_kernel:
-            step = self._untraced_step if torch.compiler.is_dynamo_compiling() else self._fused_step
-            return step(x, target)
+            return self._fused_step(x, target)
         if self._graphs is not None and is_called_plainly(self.loss):
             value = self._graphs.step(x, target, list(self._parameters()))
             if value is not None:
@@ -156,16 +157,16 @@ class TrainStep:
                 return value
         return self._standard_step(x, target)
 
+    @_disable_dynamo
+    def _untraced(self, x: Tensor, target: Tensor) -> Tensor:
+        # torch.compile has nothing to gain here, and cannot follow all that a step does to an optimizer.
+        return self(x, target)
+
     def _parameters(self) -> Iterator[Tensor]:
         for linear, _ in self._chain.layers:
             yield linear.weight
             if linear.bias is not None:
                 yield linear.bias
-
-    @_disable_dynamo
-    def _untraced_step(self, x: Tensor, target: Tensor) -> Tensor:
-        # torch.compile has nothing to gain here, and cannot follow all that a step does to an optimizer.
-        return self._fused_step(x, target)
 
     def _make_graphs(self, device: torch.device) -> Graphs:
         def constants() -> Hashable:

@@ -23,7 +23,8 @@ compares the results with those of PyTorch's own modules and records the ops tha
 
 One thing to know: a layer with an activation is still an `nn.Linear`. Code that looks for `nn.Linear` and
 goes on with the weight alone leaves the activation out: `torch.utils.mkldnn.to_mkldnn` does, and
-`fuse_linear_bn_eval` with a batch norm behind such a layer. Give it stock modules.
+`fuse_linear_bn_eval` with a batch norm behind such a layer. A model of stock modules from `fastmlp.fuse` has
+no such layers.
 """
 
 # The ops that compute layers, ours and torch's, as the profiler names them.

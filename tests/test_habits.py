@@ -675,7 +675,7 @@ class TestLibraries:
     @habit_is(
         "PEFT's adapters (LoRA and others) on a layer with an activation",
         "refused",
-        "They would add after the activation. Layers without one can be adapted.",
+        "They would add after it. Layers without one can be adapted, and what `fastmlp.fuse` gives.",
     )
     def test_an_adapter_is_refused_where_an_activation_stands_between(self, habit):
         class Adapter(nn.Module):
@@ -690,15 +690,23 @@ class TestLibraries:
             Adapter(fastmlp.LinearReLU(7, 5))
 
 
-def test_lora_adapts_layers_without_an_activation_and_no_others():
+def test_lora_adapts_layers_without_an_activation_and_fused_models_and_nothing_else():
     peft = pytest.importorskip("peft")
+
+    def adapted(model, *names):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=list(names)))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # which is zero at first
+                nn.init.normal_(parameter)
+        return model
+
+    ours = fastmlp.MLP(7, 5, 3)
+    stock = stock_of(ours)
+    for model, names in ((fastmlp.fuse(copy.deepcopy(stock)), "02"), (copy.deepcopy(ours), "1")):
+        lora = adapted(model, *names)
+        expected = adapted(copy.deepcopy(stock), *("02" if names == "02" else "2"))(X)
+        assert_close(lora(X), expected)
+        assert_close(lora.merge_and_unload()(X), expected)
     with pytest.raises(TypeError, match="base_layer: expected a linear layer"):
-        peft.get_peft_model(fastmlp.MLP(7, 5, 3), peft.LoraConfig(target_modules=["0"]))
-    model = peft.get_peft_model(fastmlp.MLP(7, 5, 3), peft.LoraConfig(target_modules=["1"]))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # which is zero at first
-            nn.init.normal_(parameter)
-    y = model(X)
-    merged = model.merge_and_unload()
-    assert type(merged) is fastmlp.MLP
-    assert_close(merged(X), y)
+        adapted(ours, "0")

@@ -374,7 +374,7 @@ CALLS = {
     "sgd_": lambda grad: ([x(4, 3)], [x(4, 3)], [], 0.1, 0.0, 0.0, 0.0, False, False, False),
     "train_step_": lambda grad: (
         *(x(4, 3), TARGET, [x(5, 3), x(5), x(2, 5)], [torch.empty(0)] * 3, torch.empty(0, dtype=torch.uint8)),
-        *([1, 0], ["tanh", "identity"], "cross_entropy", True, None, -100, 0.0),
+        *([1, 0], ["tanh", "identity"], "cross_entropy", True, None, None, -100, 0.0),
         *([0.1, 0.0, 0.0, 0.0] * 3, [1] * 3),
     ),
 }
