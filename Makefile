@@ -5,6 +5,8 @@
 #   make lint     what CI checks besides; make format mends what can be mended
 #   make bench    measure again: benchmarks/results/ and the README's figures
 #   make bench-peers   the same against JAX, in an environment of its own
+#   make test-integrations, bench-integrations
+#                 the same with models and trainers of other libraries, in an environment of its own
 #   make wheel    a wheel in dist/, for the torch release of the environment
 #   make cuda     build the CUDA side against a CUDA torch, in an environment of its own; needs nvcc, no GPU
 #
@@ -31,13 +33,16 @@ endif
 
 cpp = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench bench-peers extension wheel cuda clean
+.PHONY: demo test test-integrations lint format bench bench-peers bench-integrations extension wheel cuda clean
 
 demo: extension
 	$(python) benchmarks/train.py
 
 test: extension
 	$(python) -m pytest
+
+test-integrations: extension .venv-integrations/installed
+	.venv-integrations/bin/python -m pytest tests/integrations
 
 lint: $(environment)
 	$(python) -m ruff check
@@ -61,6 +66,9 @@ bench-peers: extension $(peers_environment)
 	$(peers_python) benchmarks/peers.py
 	$(python) benchmarks/readme.py
 
+bench-integrations: extension .venv-integrations/installed
+	.venv-integrations/bin/python benchmarks/integrations.py
+
 extension: $(environment)
 	$(python) setup.py --quiet build_ext --inplace
 
@@ -74,11 +82,12 @@ cuda: .venv-cuda/installed
 .venv/installed: packages := '$(TORCH)' --group build --group test --group lint
 .venv-peers/installed: packages := '$(TORCH)' --group peers
 .venv-cuda/installed: packages := '$(TORCH_CUDA)' --group build --group test
-.venv/installed .venv-peers/installed .venv-cuda/installed: pyproject.toml
+.venv-integrations/installed: packages := '$(TORCH)' --group integrations
+.venv/installed .venv-peers/installed .venv-cuda/installed .venv-integrations/installed: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'  # the first to know dependency groups
 	$(@D)/bin/python -m pip install $(packages)
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info .venv .venv-peers .venv-cuda fastmlp/*.so
+	rm -rf build dist *.egg-info .venv .venv-* fastmlp/*.so

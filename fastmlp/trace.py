@@ -45,8 +45,8 @@ _FORBIDDEN = {
     "MATCH_CLASS": "matches a class",
 }
 _BUILTINS: frozenset[Any] = frozenset(
-    {abs, bool, enumerate, float, getattr, hasattr, int, len, list, max, min, range, reversed, round, slice}
-    | {str, sum, super, tuple, zip}
+    {abs, bool, enumerate, float, getattr, int, len, list, max, min, range, reversed, round, slice, str}
+    | {sum, super, tuple, zip}
 )
 #: Called by Python itself, past __getattribute__.
 _IMPLICIT = ("__bool__", "__contains__", "__getitem__", "__iter__", "__len__")
@@ -90,6 +90,8 @@ class _Value(fx.Proxy):
     """A proxy that records `x += y` as what it is; fx would make it x + y, and x would stay as it was."""
 
     def __getattr__(self, name: str) -> "_Attribute":
+        if not hasattr(Tensor, name):  # getattr(x, name, None) would find what is not there
+            raise Refused(f"reads {name} of a value that may have none")
         return _Attribute(self, name)
 
 
@@ -106,7 +108,10 @@ def _records(operation: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     return lambda x, y: x.tracer.create_proxy("call_function", in_place, (operation, x, y), {})
 
 
-for _operation in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"):
+for _operation in (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+):
     setattr(_Value, f"__{_operation}__", _records(_operation))
 
 
@@ -136,16 +141,16 @@ def _shadow_class(cls: type[nn.Module]) -> type[_Shadow]:
 
 
 class _Tracer(fx.proxy.GraphAppendingTracer):
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, forward: Any) -> None:
         super().__init__(fx.Graph())
-        self.module = module
+        self.forward = forward
         self.modules: dict[str, nn.Module] = {"": module}
         self.shadows: dict[str, _Shadow] = {}
         self.tensors: dict[str, fx.Proxy] = {}
         self.attributes: dict[tuple[str, str], object] = {}
         self.methods: dict[tuple[str, str], object] = {}
-        self.variables: list[tuple[dict[str, Any] | CellType, str, object]] = []
-        self.scanned: set[FunctionType] = set()
+        self.variables: dict[tuple[int, str], tuple[dict[str, Any] | CellType, str, object]] = {}
+        self.scanned: set[tuple[FunctionType, Any]] = set()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
@@ -230,16 +235,16 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
         """Refuses a function for what it may do, or what the functions may do that it can reach."""
         if not isinstance(function, FunctionType):
             raise Refused(f"calls {getattr(function, '__name__', function)}, which is not a Python function")
-        if function in self.scanned or function.__module__ == nn.modules.container.__name__:
+        if (function, cls) in self.scanned or function.__module__ == nn.modules.container.__name__:
             return
-        self.scanned.add(function)
+        self.scanned.add((function, cls))
         if function.__module__ == nn.Module.__module__:
             raise Refused(f"calls nn.Module.{function.__name__}")
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
         if not all(map(_is_constant, defaults)):
             raise Refused(f"takes defaults in {function.__name__} that may change")
         closure = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-        self._scan_code(function.__code__, function.__globals__, closure, cls)
+        self._scan_code(function.__code__, function.__globals__, closure, cls, cls is not None)
 
     def _scan_code(
         self,
@@ -247,9 +252,9 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
         variables: dict[str, Any],
         closure: dict[str, CellType],
         cls: type[nn.Module] | None,
+        is_method: bool,
     ) -> None:
         instructions = list(dis.get_instructions(code))
-        stored = {i.argval for i in instructions if i.opname == "STORE_FAST"}
         for instruction in instructions:
             if instruction.opname in _FORBIDDEN:
                 raise Refused(_FORBIDDEN[instruction.opname])
@@ -258,21 +263,21 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
             if name == "STORE_DEREF" and argument in code.co_freevars:
                 raise Refused(f"assigns to {argument}, a variable of another function")
             if name == "IS_OP" or name.endswith(("IF_NONE", "IF_NOT_NONE")):
-                self._scan_identity(code, instructions, index, stored)
+                self._scan_identity(code, instructions, index, is_method)
             elif name in ("LOAD_GLOBAL", "LOAD_NAME"):
                 holder = variables if argument in variables else vars(builtins)
                 following = [i for i in instructions[index + 1 : index + 5] if i.opname != "PUSH_NULL"]
                 self._scan_name(holder, argument, following, variables, cls)
                 if argument == "super":
                     self._scan_parents(code, cls)
-            elif (
-                name in ("LOAD_DEREF", "LOAD_CLASSDEREF") and argument in closure and argument != "__class__"
-            ):
+            elif name == "LOAD_DEREF" and argument in closure:
+                if argument == "__class__" and instructions[index - 1].argval == "super":
+                    continue
                 cell = closure[argument]
                 self._admit(cell.cell_contents, argument)
-                self.variables.append((cell, argument, cell.cell_contents))
+                self.variables[id(cell), argument] = cell, argument, cell.cell_contents
             elif isinstance(argument, CodeType):
-                self._scan_code(argument, variables, closure, cls)
+                self._scan_code(argument, variables, closure, cls, False)
 
     def _scan_name(
         self,
@@ -297,8 +302,8 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
                 raise Refused(f"reads an attribute of {words}")
             return  # as in super(Net, self)
         self._admit(value, words)
-        if name in holder and (_is_constant(value) or isinstance(value, FunctionType)):
-            self.variables.append((holder, name, value))
+        if name in holder and (_is_constant(value) or (value, None) in self.scanned):
+            self.variables[id(holder), name] = holder, name, value
 
     def _admit(self, value: Any, words: str) -> None:
         if isinstance(value, type):
@@ -314,7 +319,9 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
 
     def _scan_parents(self, code: CodeType, cls: type[nn.Module] | None) -> None:
         """What super() may find: its look-up is not seen by the shadow."""
-        for parent in () if cls is None else cls.__mro__:
+        if cls is None:
+            raise Refused("calls super() in a function that is no method")
+        for parent in cls.__mro__:
             for name in code.co_names:
                 found = vars(parent).get(name)
                 if isinstance(found, FunctionType) and parent is not nn.Module:
@@ -323,21 +330,22 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
                     raise Refused(f"may reach {parent.__name__}.{name} by super()")
 
     def _scan_identity(
-        self, code: CodeType, instructions: Sequence[dis.Instruction], index: int, stored: set[str]
+        self, code: CodeType, instructions: Sequence[dis.Instruction], index: int, is_method: bool
     ) -> None:
         """`x is None` says nothing of a proxy: x is to be an argument of forward, or an attribute of self."""
         before = [i for i in instructions[max(index - 4, 0) : index] if i.opname != "CACHE"]
         if instructions[index].opname == "IS_OP" and (not before or before.pop().argval is not None):
             raise Refused("compares identities")
-        names = [i.opname for i in before[-2:]]
-        if names[-1:] == ["LOAD_FAST"]:
-            is_argument = (
-                before[-1].argval in code.co_varnames[: code.co_argcount] and code.co_name == "forward"
-            )
-            if is_argument and before[-1].argval not in stored:
+        arguments = code.co_varnames[1 : code.co_argcount] if code is self.forward.__code__ else ()
+        if before and before[-1].opname == "LOAD_ATTR":
+            before.pop()
+            arguments = code.co_varnames[:1] if is_method else ()
+        if before and before[-1].opname == "LOAD_FAST" and before[-1].argval in arguments:
+            for instruction in instructions:
+                if instruction.opname.startswith("STORE_FAST") and before[-1].argval in instruction.argrepr:
+                    break
+            else:
                 return
-        elif names == ["LOAD_FAST", "LOAD_ATTR"] and before[-2].argval == code.co_varnames[0]:
-            return
         raise Refused("asks of a value whether it is None")
 
 
@@ -451,7 +459,7 @@ class Trace:
         self._tensors = [placed(str(node.target)) for node in self._getters]
         self._attributes = [(indices[path], name, value) for (path, name), value in tracer.attributes.items()]
         self._methods = [(indices[path], name, value) for (path, name), value in tracer.methods.items()]
-        self._variables = tracer.variables
+        self._variables = list(tracer.variables.values())
         self.function = self._compiled(self._segments)
 
     def modules(self, module: nn.Module) -> list[nn.Module] | None:
@@ -568,7 +576,7 @@ def trace(module: nn.Module) -> Trace:
     """
     cls = original_class(module)
     forward = inspect.getattr_static(cls, "forward")
-    tracer = _Tracer(module)
+    tracer = _Tracer(module, forward)
     try:
         tracer.scan(forward, cls)
         tracer.methods["", "forward"] = forward

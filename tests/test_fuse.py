@@ -302,6 +302,17 @@ def test_an_input_is_added_to_in_place_where_forward_does_that():
     assert torch.equal(x, torch.ones(5, 12))
 
 
+def test_a_mask_is_written_to_in_place_where_forward_does_that():
+    class Masks(Net):
+        def forward(self, x, mask):
+            mask &= x > 0
+            return self.fc2(torch.relu(self.fc1(x * mask)))
+
+    mask = torch.ones(5, 12, dtype=torch.bool)
+    fastmlp.fuse(Masks())(-torch.ones(5, 12), mask)
+    assert not mask.any()
+
+
 def test_a_module_that_registers_its_subclasses_registers_none():
     registry = []
 
@@ -864,9 +875,29 @@ def has_a_mutable_default(self, y, x, seen=SEEN):
     return y
 
 
+@refused("calls hasattr")
+def asks_for_an_attribute(self, y, x):
+    return y if hasattr(x, "shape") else y * 2
+
+
 @refused("looks for missing")
 def looks_for_an_attribute(self, y, x):
-    return y if hasattr(self, "missing") else y * 2
+    return y * getattr(self, "missing", 2)
+
+
+@refused("reads tag of a value that may have none")
+def looks_for_an_attribute_of_a_value(self, y, x):
+    return y * getattr(x, "tag", 2)
+
+
+@refused("asks of a value whether it is None")
+def asks_in_a_nested_function(self, y, x):
+    return (lambda t: y if t.grad is None else y * 2)(x)
+
+
+@refused("calls super() in a function that is no method")
+def calls_super_where_its_class_is_not_known(self, y, x):
+    return y + super(Changes, self).forward(x).sum()
 
 
 @refused("calls nn.Module.parameters")
@@ -925,11 +956,19 @@ class OldSuper(Net):
     factor = 2
 
 
+class ReadsItsClass(Net):
+    factor = 2
+
+    def forward(self, x):
+        return self.fc2(torch.relu(self.fc1(x))) * __class__.factor
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (Arguments, "needs x by keyword"),
         (Attributes, "reads Attributes, whose class defines __getattr__"),
+        (ReadsItsClass, "calls __class__"),
         (OldSuper, "may reach OldSuper.factor by super()"),
     ],
 )
