@@ -3,9 +3,9 @@
     forward  y = relu(x Wᵀ + b)     dW  dzᵀ x, and db = Σ dz     dx  dz W     x [M, K]   W [N, K]   dz [M, N]
 
 2 M N K floating-point operations each. The peak is measured in every round: of a CPU that of multiply-adds in
-registers on all threads, of a GPU the library's product of two large square matrices. Beside it stand torch.mm,
-which computes the bare product into memory that is there already, and torch's own operations for the whole of
-what the kernel does.
+registers on all threads, of a GPU the library's product of two large square matrices. Beside it stand
+torch.mm, which computes the bare product into memory that is there already, and torch's operations for the
+whole of what the kernel does.
 """
 
 import argparse
