@@ -19,6 +19,8 @@ RESULTS = Path(__file__).parent / "results"
 PART = Path("demo")  # a part of the grid must not replace the results of the whole
 WIDTH = 100  # characters
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 Cell = TypeVar("Cell")
 
 
@@ -57,17 +59,28 @@ def benchmark_parser(description: str) -> Parser:
     parser = Parser(description=description, allow_abbrev=False)
     add = parser.add_argument
     add("--rounds", type=whole(1, 1000), default=timing.ROUNDS, help="turns of each side (%(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="on a GPU: of everything (%(default)s)")
     add("--threads", type=whole(1, os.cpu_count() or 1), help="of the CPU (as many as torch takes)")
     add("--output", type=Path, metavar="DIR", help=f"where results go (results/; with --only, {PART})")
     return parser
 
 
-def start(options: argparse.Namespace) -> dict[str, str | int]:
+def start(parser: Parser, options: argparse.Namespace) -> dict[str, str | int]:
     """Puts the options of `benchmark_parser` into effect; returns what the figures will be measured on."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: torch sees no GPU")
+    if options.device == "cpu" and options.dtype != "float32":
+        parser.error("argument --dtype: on the CPU float32 is measured")
     options.output = options.output or (PART if options.only else RESULTS)
     if options.threads:
         torch.set_num_threads(options.threads)
-    return timing.machine(torch.device("cpu"))
+    return timing.machine(torch.device(options.device))
+
+
+def result_name(name: str, options: argparse.Namespace) -> str:
+    """The name of a results file; a GPU's stand beside the CPU's."""
+    return name if options.device == "cpu" else f"{name}_{options.device}_{options.dtype}"
 
 
 def table_output() -> Output:

@@ -2,9 +2,10 @@
 
     forward  y = relu(x Wᵀ + b)     dW  dzᵀ x, and db = Σ dz     dx  dz W     x [M, K]   W [N, K]   dz [M, N]
 
-float32, 2 M N K floating-point operations each. The peak is that of multiply-adds in registers on all
-threads, measured in every round. Beside it stand torch.mm, which computes the bare product into memory that
-is there already, and torch's own operations for the whole of what the kernel does.
+2 M N K floating-point operations each. The peak is measured in every round: of a CPU that of multiply-adds in
+registers on all threads, of a GPU the library's product of two large square matrices. Beside it stand
+torch.mm, which computes the bare product into memory that is there already, and torch's operations for the
+whole of what the kernel does.
 """
 
 import argparse
@@ -26,18 +27,27 @@ from rich.console import Console
 from rich.table import Table
 
 import timing
-from command import Parser, benchmark_parser, execute, measured, start, table_output
+from command import (
+    DTYPES,
+    Parser,
+    benchmark_parser,
+    execute,
+    measured,
+    result_name,
+    start,
+    table_output,
+)
 from fastmlp import _C
 from shapes import GRID, ODD
 
 NAME = "kernels"
-CPU = torch.device("cpu")
 PEAK_STEPS = 1 << 20  # 2 to 4 ms: long against the start of the threads
+PEAK_SIZE = 4096  # of the square matrices: 137 GFLOP, of which a GPU of 2020 does 20 a millisecond
+FLUSHED_OPERATIONS = 1e9  # the products of a GPU from which on the L2 cache is emptied before each
 
 PRODUCTS = ("forward", "dW", "dx")
 
 Call = Callable[[], object]
-Peak = Callable[[int, int], float]
 
 
 class Shape(NamedTuple):
@@ -57,11 +67,19 @@ class Shape(NamedTuple):
         return 2 * self.M * self.N * self.K
 
 
-def products(shape: Shape) -> dict[str, dict[str, Call]]:
+class Peak(NamedTuple):
+    """What the machine can do at best."""
+
+    call: Call
+    operations: float
+
+
+def products(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, Call]]:
     """What is timed of each product: ours, the bare library product, and torch's operations for the whole."""
     M, K, N = shape
-    x, weight, bias, dz = torch.randn(M, K), torch.randn(N, K), torch.randn(N), torch.randn(M, N)
-    y, grad_weight, grad_x = torch.empty(M, N), torch.empty(N, K), torch.empty(M, K)
+    like = torch.empty(0, device=device, dtype=dtype)
+    x, weight, bias, dz = (torch.randn_like(like.new_empty(size)) for size in ((M, K), (N, K), (N,), (M, N)))
+    y, grad_weight, grad_x = like.new_empty(M, N), like.new_empty(N, K), like.new_empty(M, K)
     linear, backward = torch.ops.fastmlp.linear, torch.ops.fastmlp.linear_backward
     return {
         "forward": {
@@ -100,6 +118,12 @@ def layers() -> list[Shape]:
     return [Shape(*layer) for layer in dict.fromkeys(grid)]
 
 
+def library_peak(dtype: torch.dtype) -> Peak:
+    """The GPU library's product of large matrices."""
+    a, b, c = (torch.randn(PEAK_SIZE, PEAK_SIZE, device="cuda").to(dtype) for _ in range(3))
+    return Peak(lambda: torch.mm(a, b, out=c), 2.0 * PEAK_SIZE**3)
+
+
 def compiled_peak() -> Peak:
     """multiply_add(threads, steps) of peak.cpp, compiled for this machine."""
     source = Path(__file__).with_name("peak.cpp")
@@ -111,14 +135,17 @@ def compiled_peak() -> Peak:
         library = ctypes.CDLL(str(path))
     multiply_add = library.multiply_add
     multiply_add.argtypes, multiply_add.restype = [ctypes.c_int, ctypes.c_long], ctypes.c_double
-    return multiply_add
-
-
-def measure(product: str, shape: Shape, sides: dict[str, Call], peak: Peak, rounds: int) -> Result:
-    """Times the sides of one product and the peak in turns."""
     threads = torch.get_num_threads()
-    sides = {**sides, "peak": lambda: peak(threads, PEAK_STEPS)}
-    samples = timing.sample(sides, CPU, rounds)
+    return Peak(lambda: multiply_add(threads, PEAK_STEPS), multiply_add(threads, 1) * PEAK_STEPS)
+
+
+def measure(
+    product: str, shape: Shape, device: torch.device, dtype: torch.dtype, peak: Peak, rounds: int
+) -> Result:
+    """Times the sides of one product and the peak in turns."""
+    sides = {**products(shape, device, dtype)[product], "peak": peak.call}
+    flushed = device.type == "cuda" and shape.operations >= FLUSHED_OPERATIONS
+    samples = timing.sample(sides, device, rounds, flushed)
 
     def over(other: str) -> timing.Quantiles:
         return timing.summarise({name: samples[name] for name in (other, "fastmlp")})["fastmlp"].speedup
@@ -126,13 +153,12 @@ def measure(product: str, shape: Shape, sides: dict[str, Call], peak: Peak, roun
     def gflops(side: str, operations: float) -> timing.Quantiles:
         return timing.Quantiles.of([operations / seconds / 1e9 for (seconds,) in samples[side]])
 
-    peak_operations = peak(threads, 1) * PEAK_STEPS
     return Result(
         product,
         shape,
         gflops("fastmlp", shape.operations),
-        gflops("peak", peak_operations),
-        over("peak").times(shape.operations / peak_operations),
+        gflops("peak", peak.operations),
+        over("peak").times(shape.operations / peak.operations),
         over("library"),
         over("stock"),
     )
@@ -191,25 +217,27 @@ def parser() -> Parser:
 @torch.inference_mode()
 def run(parser: Parser, options: argparse.Namespace) -> None:
     """All products at all shapes, from the peak's compilation to table and file."""
-    job = {**start(options), "instruction_set": _C.instruction_set()}
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    job = {**start(parser, options), "dtype": options.dtype, "instruction_set": _C.instruction_set()}
+    name = result_name(NAME, options)
     cells = [(product, shape) for shape in layers() for product in PRODUCTS]
     if options.only:
         cells = [cell for cell in cells if options.only.search("{} {}".format(*cell))]
         if not cells:
             parser.error(f"argument --only: no product and shape match '{options.only.pattern}'")
-    if shutil.which("g++") is None:
+    if device.type == "cpu" and shutil.which("g++") is None:
         parser.error("the peak is measured by a program that g++ compiles, and there is no g++")
-    peak = compiled_peak()
+    peak = compiled_peak() if device.type == "cpu" else library_peak(dtype)
     output = table_output()
     with timing.all_or_none(options.output) as folder:
-        output.print(f"{timing.in_words(job)}, {job['instruction_set']}")
+        output.print(f"{timing.in_words(job)}, {job['dtype' if job['gpu'] else 'instruction_set']}")
         results = [
-            measure(product, shape, products(shape)[product], peak, options.rounds)
+            measure(product, shape, device, dtype, peak, options.rounds)
             for product, shape in measured(cells, Console(stderr=True))
         ]
-        timing.write_rows(folder / f"{NAME}.csv", [row(result, job) for result in results])
+        timing.write_rows(folder / f"{name}.csv", [row(result, job) for result in results])
     output.print(table(results))
-    output.print(f"{options.output / NAME}.csv is written")
+    output.print(f"{options.output / name}.csv is written")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,13 +20,25 @@ from torch._inductor import config as inductor_config
 
 import fastmlp
 import timing
-from command import Parser, benchmark_parser, execute, measured, start, table_output
+from command import (
+    DTYPES,
+    Parser,
+    benchmark_parser,
+    execute,
+    measured,
+    result_name,
+    start,
+    table_output,
+)
 from shapes import GRID, Network
 from train import stock_mlp
 
 NAME = "steps"
 CPU = torch.device("cpu")
 LEARNING_RATE = 0.01
+FLUSHED_ELEMENTS = (
+    1 << 20
+)  # the activations of a layer from which on a GPU's L2 cache is emptied before each call
 
 Call = Callable[[], object]
 
@@ -49,6 +61,7 @@ TARGETS = {
     ("wide", 2048): {"swap": 1.15, "all": 1.15, "step": 1.2, "infer": 1.15},
 }
 LEAST = {"swap": 1.0, "all": 1.05, "step": 1.12, "infer": 1.05}  # of every other cell
+ON_A_GPU = 1.0  # of every cell and column
 MEAN = {"swap": 1.3, "all": 1.6, "step": 2.0, "infer": 1.5}  # geometric, of the grid
 
 
@@ -57,6 +70,8 @@ class Cell(NamedTuple):
 
     network: Network
     batch: int
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         """As network @ batch."""
@@ -66,11 +81,16 @@ class Cell(NamedTuple):
         """Inputs [batch, in_features] and what the loss compares the outputs with."""
         torch.manual_seed(0)
         features, outputs = self.network.sizes[0], self.network.sizes[-1]
-        x = torch.randn(self.batch, features)
+        x = torch.randn(self.batch, features).to(self.device, self.dtype)
         if self.network.loss == "cross_entropy":
-            return x, torch.randint(outputs, (self.batch,))
+            return x, torch.randint(outputs, (self.batch,)).to(self.device)
         target = torch.randn(self.batch, outputs)
-        return x, (target > 0).float() if self.network.loss == "bce" else target
+        return x, ((target > 0) if self.network.loss == "bce" else target).to(x)
+
+    @property
+    def flushed(self) -> bool:
+        """Whether it is so large on a GPU that each call is to find its cache empty."""
+        return self.device.type == "cuda" and self.batch * max(self.network.sizes) >= FLUSHED_ELEMENTS
 
     def weights(self) -> list[Tensor]:
         """The parameters that every side starts from."""
@@ -89,7 +109,7 @@ class Cell(NamedTuple):
 
 def made(cell: Cell, make_model: Callable[..., nn.Module]) -> nn.Module:
     """A model with the cell's sizes and weights."""
-    model = make_model(*cell.network.sizes)
+    model = make_model(*cell.network.sizes).to(cell.device, cell.dtype)
     with torch.no_grad():
         for own, weights in zip(model.parameters(), cell.weights(), strict=True):
             own.copy_(weights)
@@ -132,6 +152,20 @@ def one_call(cell: Cell) -> Callable[[], Tensor]:
     return lambda: step(x, target)
 
 
+def captured(step: Call) -> Call:
+    """The step as one CUDA graph."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # as torch asks for, before it captures
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def inference(cell: Cell, make_model: Callable[..., nn.Module] = stock_mlp) -> Call:
     """The forward pass alone."""
     (x, _), model = cell.data(), made(cell, make_model).eval()
@@ -154,11 +188,17 @@ class Side(NamedTuple):
 
     make: Callable[[Cell], Call]
     compiles: bool = False
+    needs_gpu: bool = False
+
+    def is_measured(self, cell: Cell, compiles: bool) -> bool:
+        """Whether it can be had on the cell's device, and without compiling where that is not wanted."""
+        return (compiles or not self.compiles) and (cell.device.type == "cuda" or not self.needs_gpu)
 
 
 STOCK_STEPS = {
     "eager": Side(standard_loop),
     "fused_sgd": Side(lambda cell: standard_loop(cell, fused=True)),
+    "graph": Side(lambda cell: captured(standard_loop(cell, fused=True)), needs_gpu=True),
     "compile": Side(lambda cell: standard_loop(cell, compiled=True, fused=True), compiles=True),
 }
 STOCK_INFERENCES = {
@@ -188,6 +228,10 @@ GROUPS = (
             "swap": Side(lambda cell: standard_loop(cell, fastmlp.MLP)),
             "all": Side(lambda cell: standard_loop(cell, fastmlp.MLP, fastmlp.SGD, FASTMLP_LOSSES)),
             "step": Side(one_call),
+            "graph of all": Side(
+                lambda cell: captured(standard_loop(cell, fastmlp.MLP, fastmlp.SGD, FASTMLP_LOSSES)),
+                needs_gpu=True,
+            ),
         },
     ),
     Group(
@@ -217,6 +261,8 @@ class Result(NamedTuple):
     @property
     def target(self) -> float:
         """What the speedup is to reach."""
+        if self.cell.device.type == "cuda":
+            return ON_A_GPU
         key = (self.cell.network.name, self.cell.batch)
         return TARGETS.get(key, LEAST)[self.column]
 
@@ -225,7 +271,7 @@ def prepare(cell: Cell, group: Group, compiles: bool) -> tuple[dict[str, Call], 
     """The calls of all sides, compiled; and, of those that cannot be, the kind of error."""
     calls, failed = {}, {}
     for name, side in (*group.stock.items(), *group.columns.items()):
-        if side.compiles and not compiles:
+        if not side.is_measured(cell, compiles):
             continue
         try:
             call = side.make(cell)
@@ -245,14 +291,15 @@ def measure(cell: Cell, group: Group, compiles: bool, rounds: int) -> list[Resul
     torch.compiler.reset()  # or the shapes of the last cell would count as reasons to compile for any shape
     calls, failed = prepare(cell, group, compiles)
     with group.mode():
-        samples = timing.sample(calls, CPU, rounds)
+        samples = timing.sample(calls, cell.device, rounds, cell.flushed)
     seconds = {name: timed.seconds for name, timed in timing.summarise(samples).items()}
     stock = {name: seconds[name] for name in group.stock if name in seconds}
     best = min(stock, key=lambda name: stock[name].p50)
-    over_best = timing.summarise({name: samples[name] for name in (best, *group.columns)})
+    columns = [name for name in group.columns if name in seconds]
+    over_best = timing.summarise({name: samples[name] for name in (best, *columns)})
     return [
         Result(cell, column, seconds[column], over_best[column].speedup, stock, best, failed)
-        for column in group.columns
+        for column in columns
     ]
 
 
@@ -285,8 +332,9 @@ def table(results: Sequence[Result], whole_grid: bool) -> Table:
             f"{result.target:.2f}",
         )
     table.add_section()
+    on_a_cpu = results[0].cell.device.type == "cpu"
     for column, mean in geometric_means(results).items():
-        target = f"{MEAN[column]:.2f}" if whole_grid else ""
+        target = f"{MEAN[column]:.2f}" if whole_grid and on_a_cpu else ""
         table.add_row("geometric mean", column, "", "", "", f"{mean:.2f}", "", target)
     return table
 
@@ -322,10 +370,15 @@ def parser() -> Parser:
 
 def run(parser: Parser, options: argparse.Namespace) -> None:
     """The whole grid, to table and file."""
-    job = start(options)
+    job = {**start(parser, options), "dtype": options.dtype}
+    name = result_name(NAME, options)
+    place = torch.device(options.device), DTYPES[options.dtype]
     networks = [network for network in GRID if not options.only or network.name in options.only]
     cells = [
-        (Cell(network, batch), group) for network in networks for batch in network.batches for group in GROUPS
+        (Cell(network, batch, *place), group)
+        for network in networks
+        for batch in network.batches
+        for group in GROUPS
     ]
     output = table_output()
     results: list[Result] = []
@@ -333,12 +386,12 @@ def run(parser: Parser, options: argparse.Namespace) -> None:
         output.print(timing.in_words(job))
         for cell, group in measured(cells, Console(stderr=True)):
             results += measure(cell, group, not options.no_compile, options.rounds)
-        timing.write_rows(folder / f"{NAME}.csv", [row(result, job) for result in results])
+        timing.write_rows(folder / f"{name}.csv", [row(result, job) for result in results])
     output.print(table(results, whole_grid=not options.only))
     for result in results:
-        for name, error in result.failed.items():
-            output.print(f"{result.cell}, {result.column}: {name} failed ({error})")
-    output.print(f"{options.output / NAME}.csv is written")
+        for variant, error in result.failed.items():
+            output.print(f"{result.cell}, {result.column}: {variant} failed ({error})")
+    output.print(f"{options.output / name}.csv is written")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ WARM_UP = 20  # calls
 WARM_UP_SECONDS = 0.1  # enough for calls so long that 20 would take longer
 ROUNDS = 9
 ROUND_SECONDS = 0.02  # long against the resolution of the clock, short against the swings of a shared machine
+FLUSHED_BYTES = 256 << 20  # more than the L2 cache of any GPU
 
 Side = TypeVar("Side")
 
@@ -58,17 +59,21 @@ class Timing(NamedTuple):
 
 
 def sample(
-    sides: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS
+    sides: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int = ROUNDS,
+    flushed: bool = False,
 ) -> dict[str, list[list[float]]]:
     """Times the calls in turns: their seconds as samples[side][round][call], for `summarise`.
 
-    Every round starts with another side.
+    Every round starts with another side. `flushed`: each call finds nothing in a GPU's L2 cache.
     """
+    measure = flushed_seconds_of if flushed else seconds_of
     calls = {name: max(1, round(ROUND_SECONDS / warm_up(call, device))) for name, call in sides.items()}
     samples: dict[str, list[list[float]]] = {name: [] for name in sides}
     for index in range(rounds):
         for name in in_turn(list(sides), index):
-            samples[name].append([seconds_of(sides[name], device, calls[name])])
+            samples[name].append([measure(sides[name], device, calls[name])])
     return samples
 
 
@@ -88,6 +93,21 @@ def seconds_of(call: Callable[[], object], device: torch.device, calls: int = 1)
         call()
     synchronize(device)
     return (perf_counter() - start) / calls
+
+
+def flushed_seconds_of(call: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Seconds per call on a GPU whose L2 cache holds nothing of use, by the GPU's own clock."""
+    other = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
+    seconds = 0.0
+    for _ in range(calls):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        other.zero_()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        seconds += begin.elapsed_time(end) / 1e3
+    return seconds / calls
 
 
 def synchronize(device: torch.device) -> None:
@@ -121,6 +141,8 @@ def machine(device: torch.device) -> dict[str, str | int]:
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+        "driver": _driver() if device.type == "cuda" else "",
+        "cuda": torch.version.cuda if device.type == "cuda" and torch.version.cuda else "",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "fastmlp": fastmlp.__version__,
@@ -150,6 +172,16 @@ def _cpu() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _driver() -> str:
+    """The GPU driver's version; empty where nvidia-smi does not tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return result.stdout.partition("\n")[0].strip()
 
 
 def _commit() -> str:

@@ -64,6 +64,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 using cudaStream_t = struct CUstream_st*;
 
 struct cudaLaunchConfig_t {
@@ -111,6 +112,7 @@ namespace emulator {
 inline unsigned order = 0;
 
 inline char complaint[200];
+inline uint64_t launches;
 
 constexpr unsigned lanes = 32, most_threads = 1024;
 constexpr size_t stack_bytes = 64 << 10;
@@ -548,6 +550,14 @@ __attribute__((weak, used)) void __tsan_func_entry(void*) {}
 __attribute__((weak, used)) void __tsan_func_exit(void*) {}
 }
 
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = int(emulator::most_dynamic_bytes);
+  return cudaSuccess;
+}
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaSuccess;
@@ -567,6 +577,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulator::kernel_call = [](void* bound) { (*static_cast<decltype(call)*>(bound))(); };
   emulator::kernel_arguments = &call;
   *emulator::complaint = 0;
+  ++emulator::launches;
   if (emulator::fibers.size() < threads) emulator::make_fibers(unsigned(threads));
   if (!emulator::regions[0].begin) emulator::find_shared_memory();
   // Of the exact size, so that AddressSanitizer sees its end.

@@ -23,6 +23,7 @@ extern "C" {
 int use(const char*) { return true; }
 const char* complaint() { return emulator::complaint; }
 uint64_t bank_conflicts() { return emulator::bank_conflicts; }
+uint64_t launches() { return emulator::launches; }
 int forward(const Forward* layers, int64_t count, void* workspace, unsigned variant) {
   emulator::order = variant;
   return cuda::forward(layers, count, workspace, nullptr);

@@ -18,6 +18,7 @@ pytestmark = [
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of the largest element
 SHAPES = [(1, 1, 1), (3, 5, 7), (64, 500, 784), (64, 10, 500), (65, 67, 33), (1000, 30, 17)]
+SHAPES += [(2048, 1024, 1024), (4096, 512, 2048), (1000, 1001, 1003), (65536, 64, 64)]  # large tiles, splits
 ACTIVATIONS = {
     "identity": (lambda z: z, lambda y: torch.ones_like(y)),
     "relu": (torch.relu, lambda y: (y > 0).double()),
@@ -58,6 +59,17 @@ def assert_right(actual, parameters, grad_y, activation):
 def test_output_and_gradients_are_right(dtype, activation, shape):
     parameters, grad_y = inputs(shape, dtype)
     assert_right(results(parameters, grad_y, activation), parameters, grad_y, activation)
+
+
+@pytest.mark.parametrize("shape", [(64, 500, 784), (2048, 1024, 1024), (1000, 1001, 1003)], ids=str)
+def test_float32_is_multiplied_as_tf32_where_torchs_setting_asks_for_it(shape, monkeypatch):
+    parameters, grad_y = inputs(shape)
+    exact = results(parameters, grad_y, "relu")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    monkeypatch.setitem(TOLERANCE, torch.float32, 1e-3)
+    actual = results(parameters, grad_y, "relu")
+    assert_right(actual, parameters, grad_y, "relu")
+    assert not torch.equal(actual[0], exact[0])
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3), (4, 0, 3), (4, 3, 0)], ids=str)

@@ -3,25 +3,37 @@
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-REPORT = re.compile(
-    r"Compiling entry function '(\w+)' for '\w+'.*?(\d+) bytes spill stores.*?Used (\d+) reg", re.S
+ARCHITECTURES = ["sm_80", "sm_90a"]
+SPILLS = re.compile(
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads", re.S
 )
 
 
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """What ptxas tells of the kernels, compiled for all architectures at once: future by architecture."""
+
+    def compiled(architecture: str) -> subprocess.CompletedProcess[str]:
+        output = tmp_path_factory.mktemp(architecture) / "backend.o"
+        command = ["nvcc", "-O3", "-std=c++17", f"-arch={architecture}", "-Xptxas", "-v"]
+        command += ["-c", str(ROOT / "csrc/cuda/backend.cu"), "-o", str(output)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    with ThreadPoolExecutor() as pool:
+        yield {architecture: pool.submit(compiled, architecture) for architecture in ARCHITECTURES}
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-def test_no_kernel_spills_a_register(architecture, tmp_path):
-    command = ["nvcc", "-O3", "-std=c++17", f"-arch={architecture}", "-Xptxas", "-v"]
-    command += ["-c", str(ROOT / "csrc/cuda/backend.cu"), "-o", str(tmp_path / "backend.o")]
-    result = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_spills_a_register(reports, architecture):
+    result = reports[architecture].result()
     assert result.returncode == 0, result.stderr
-    kernels = {
-        name: (int(spilled), int(registers)) for name, spilled, registers in REPORT.findall(result.stderr)
-    }
-    assert len(kernels) == result.stderr.count("Compiling entry function") > 30
-    assert [name for name, (spilled, _) in kernels.items() if spilled] == []
+    kernels = SPILLS.findall(result.stderr)
+    assert len(kernels) == result.stderr.count("Compiling entry function") > 40
+    assert [name for name, stored, loaded in kernels if int(stored) or int(loaded)] == []

@@ -4,6 +4,7 @@
 
 #include "../activation.h"
 #include "../kernels.h"
+#include "chain.cuh"
 #include "launch.cuh"
 #include "product.cuh"
 #include "simt.cuh"
@@ -120,6 +121,72 @@ cudaError_t multiply(const A& a, const B& b, Result<typename A::T> result, int64
                    : multiply<TensorCore, Small>(a, b, result, K, stream);
 }
 
+// ---- narrow networks
+//
+//   all widths up to 64, or 128    the layers as one chain, where two weights or all fit in shared memory
+//
+// Tiles of 64 rows and all columns.
+
+using Narrow = Tiling<64, 64, 32, 32, 1, 1>;
+using LessNarrow = Tiling<64, 128, 32, 32, 1, 1>;
+
+int64_t shared_memory_of_block() {
+  int device = 0, bytes = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+  return known ? bytes : 0;
+}
+
+// How many of `count` links' weights there is room for.
+template <class T, class Tiling>
+int slots(int64_t count) {
+  using S = Shared<T, true, Tiling>;  // not smaller than where it is not transposed
+  static_assert(S::bytes(1) >= 0);
+  const int64_t one = std::max(S::bytes(1), Shared<T, false, Tiling>::bytes(1)) - S::bytes(0);
+  return static_cast<int>(std::clamp<int64_t>((shared_memory_of_block() - S::bytes(0)) / one, 0, count));
+}
+
+template <class Layer>
+int64_t widest(const Layer* layers, int64_t count) {
+  int64_t width = 0;
+  for (int64_t i = 0; i < count; ++i) width = std::max({width, layers[i].N, layers[i].K});
+  return width;
+}
+
+template <class Layer>
+bool is_chain(const Layer* layers, int64_t count) {
+  const int64_t width = widest(layers, count);
+  if (count < 2 || count > most_links || width > LessNarrow::n) return false;
+  return with_dtype(layers->dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return (width <= Narrow::n ? slots<T, Narrow>(count) : slots<T, LessNarrow>(count)) >= 2;
+  });
+}
+
+template <template <class, class, class, class> class Math, class Tiling, class First, bool transposed>
+cudaError_t run_chain(const First& first, Links<typename First::T, transposed> links, int64_t M,
+                      cudaStream_t stream) {
+  using T = typename First::T;
+  links.slots = slots<T, Tiling>(links.count);
+  const int64_t blocks = std::min((M + Tiling::m - 1) / Tiling::m, 2 * multiprocessors);
+  return launch_with(Shared<T, transposed, Tiling>::bytes(links.slots),
+                     chain<Math, Tiling, First, transposed>, blocks, Tiling::threads, stream, first, links,
+                     M);
+}
+
+template <class First, bool transposed>
+cudaError_t run_chain(const First& first, const Links<typename First::T, transposed>& links, int64_t width,
+                      int64_t M, bool reduced, cudaStream_t stream) {
+  const bool narrow = width <= Narrow::n;
+  if constexpr (sizeof(typename First::T) == 4)
+    if (!reduced)
+      return narrow ? run_chain<Simt, Narrow>(first, links, M, stream)
+                    : run_chain<Simt, LessNarrow>(first, links, M, stream);
+  return narrow ? run_chain<TensorCore, Narrow>(first, links, M, stream)
+                : run_chain<TensorCore, LessNarrow>(first, links, M, stream);
+}
+
 // ---- the products of a layer
 
 template <bool transposed, class T>
@@ -128,46 +195,107 @@ Plain<T, transposed> plain(const void* data, int64_t stride, int64_t rows) {
 }
 
 template <class T>
+Plain<T, false> x_of(const Forward& f) {
+  return plain<false, T>(f.x, f.ldx, f.M);
+}
+template <class T>
+Plain<T, false> weight_of(const Forward& f) {
+  return plain<false, T>(f.weight, f.ldw, f.N);
+}
+template <class T>
+Plain<T, true> weight_of(const Backward& b) {
+  return plain<true, T>(b.weight, b.ldw, b.K);
+}
+
+template <bool transposed, class T>
+Dz<T, transposed> dz_of(const Backward& b) {
+  const void* const y = b.activation == Activation::identity ? b.grad_y : b.y;
+  const int64_t bytes = b.N * int64_t{sizeof(T)};
+  return {.grad_y = static_cast<const T*>(b.grad_y),
+          .y = static_cast<const T*>(y),
+          .stride = b.N,
+          .rows = transposed ? b.N : b.M,
+          .width = std::min(width(b.grad_y, bytes), width(y, bytes)),
+          .activation = b.activation};
+}
+
+template <class T>
+Result<T> y_of(const Forward& f) {
+  return {.c = static_cast<T*>(f.y),
+          .bias = static_cast<const T*>(f.bias),
+          .activation = f.activation,
+          .rows = f.M,
+          .columns = f.N};
+}
+template <class T>
+Result<T> grad_x_of(const Backward& b) {
+  return {.c = static_cast<T*>(b.grad_x), .rows = b.M, .columns = b.K};
+}
+
+template <class T>
 cudaError_t forward(const Forward& f, float* partials, cudaStream_t stream) {
-  const Result<T> result{.c = static_cast<T*>(f.y),
-                         .bias = static_cast<const T*>(f.bias),
-                         .activation = f.activation,
-                         .rows = f.M,
-                         .columns = f.N,
+  Result<T> result = y_of<T>(f);
+  result.partials = partials;
+  return multiply(x_of<T>(f), weight_of<T>(f), result, f.K, cut(f.dtype, f.M, f.N, f.K), f.reduced, stream);
+}
+
+// dW and db.
+template <class T>
+cudaError_t backward_of_parameters(const Backward& b, float* partials, cudaStream_t stream) {
+  if (!b.grad_weight && !b.grad_bias) return cudaSuccess;
+  const Result<T> result{.c = static_cast<T*>(b.grad_weight),
+                         .row_sums = static_cast<T*>(b.grad_bias),
+                         .rows = b.N,
+                         .columns = b.K,
                          .partials = partials};
-  return multiply(plain<false, T>(f.x, f.ldx, f.M), plain<false, T>(f.weight, f.ldw, f.N), result, f.K,
-                  cut(f.dtype, f.M, f.N, f.K), f.reduced, stream);
+  const auto x = b.grad_weight ? plain<true, T>(b.x, b.ldx, b.K) : plain<true, T>(b.grad_y, 0, 0);
+  return multiply(dz_of<true, T>(b), x, result, b.M, cut(b.dtype, b.N, b.K, b.M), b.reduced, stream);
 }
 
 template <class T>
 cudaError_t backward(const Backward& b, float* partials, cudaStream_t stream) {
-  const auto dz = [&](auto transposed, int64_t rows) {
-    const void* const y = b.activation == Activation::identity ? b.grad_y : b.y;
-    const int64_t bytes = b.N * int64_t{sizeof(T)};
-    return Dz<T, decltype(transposed)::value>{static_cast<const T*>(b.grad_y),
-                                              static_cast<const T*>(y),
-                                              b.N,
-                                              rows,
-                                              std::min(width(b.grad_y, bytes), width(y, bytes)),
-                                              b.activation};
-  };
-  cudaError_t error = cudaSuccess;
-  if (b.grad_weight || b.grad_bias) {
-    const Result<T> result{.c = static_cast<T*>(b.grad_weight),
-                           .row_sums = static_cast<T*>(b.grad_bias),
-                           .rows = b.N,
-                           .columns = b.K,
-                           .partials = partials};
-    const auto x = b.grad_weight ? plain<true, T>(b.x, b.ldx, b.K) : plain<true, T>(b.grad_y, 0, 0);
-    error =
-        multiply(dz(std::true_type{}, b.N), x, result, b.M, cut(b.dtype, b.N, b.K, b.M), b.reduced, stream);
+  const cudaError_t error = backward_of_parameters<T>(b, partials, stream);
+  if (error != cudaSuccess || !b.grad_x) return error;
+  Result<T> result = grad_x_of<T>(b);
+  result.partials = partials;
+  return multiply(dz_of<false, T>(b), weight_of<T>(b), result, b.N, cut(b.dtype, b.M, b.K, b.N), b.reduced,
+                  stream);
+}
+
+// ---- the layers of a narrow network
+
+template <class T>
+cudaError_t forward_chain(const Forward* layers, int64_t count, cudaStream_t stream) {
+  Links<T, false> links{};
+  for (const Forward* f = layers; f != layers + count; ++f)
+    links.links[links.count++] = {.weight = weight_of<T>(*f), .K = f->K, .result = y_of<T>(*f)};
+  return run_chain(x_of<T>(*layers), links, widest(layers, count), layers->M, layers->reduced, stream);
+}
+
+// Every dx; the gradients of the parameters are computed from them.
+template <class T>
+cudaError_t backward_chain(const Backward* layers, int64_t count, cudaStream_t stream) {
+  Links<T, true> links{};
+  for (int64_t i = 0; i < count && layers[i].grad_x; ++i) {
+    Link<T, true> link{
+        .weight = weight_of<T>(layers[i]), .K = layers[i].N, .result = grad_x_of<T>(layers[i])};
+    if (i + 1 < count && layers[i + 1].activation != Activation::identity) {
+      link.y = static_cast<const T*>(layers[i + 1].y);
+      link.activation_of_y = layers[i + 1].activation;
+    }
+    links.links[links.count++] = link;
   }
-  if (error == cudaSuccess && b.grad_x) {
-    const Result<T> result{.c = static_cast<T*>(b.grad_x), .rows = b.M, .columns = b.K, .partials = partials};
-    error = multiply(dz(std::false_type{}, b.M), plain<true, T>(b.weight, b.ldw, b.K), result, b.N,
-                     cut(b.dtype, b.M, b.K, b.N), b.reduced, stream);
-  }
-  return error;
+  return run_chain(dz_of<false, T>(*layers), links, widest(layers, count), layers->M, layers->reduced,
+                   stream);
+}
+
+// Where in the workspace the grad_x of layer i is that only the backend reads; for i = count − 1, where they end. Of
+// a chain all are needed at once.
+int64_t grad_x_offset(const Backward* layers, int64_t count, int64_t i) {
+  if (!is_chain(layers, count)) return (i + 1 < count ? i % 2 : 2) * between_bytes(layers, count);
+  int64_t bytes = 0;
+  for (int64_t j = 0; j < i; ++j) bytes += matrix_bytes(layers->dtype, layers->M, layers[j].K);
+  return bytes;
 }
 
 }  // namespace
@@ -177,43 +305,56 @@ const char* toolkit() { return FASTMLP_TEXT(__CUDACC_VER_MAJOR__) "." FASTMLP_TE
 const char* architectures() { return FASTMLP_TEXT(__CUDA_ARCH_LIST__); }
 
 int64_t forward_workspace(const Forward* layers, int64_t count) {
-  return 2 * between_bytes(layers, count) + largest_split(layers, count);
+  return is_chain(layers, count) ? 0 : 2 * between_bytes(layers, count) + largest_split(layers, count);
 }
 
-int forward(const Forward* layers, int64_t count, void* workspace, void* stream) {
-  char* const between = static_cast<char*>(workspace);
-  const int64_t bytes = between_bytes(layers, count);
-  float* const partials = reinterpret_cast<float*>(between + 2 * bytes);
-  cudaError_t error = cudaSuccess;
-  for (int64_t i = 0; i < count && error == cudaSuccess; ++i) {
-    Forward f = layers[i];
-    if (!f.x) f.x = between + (i + 1) % 2 * bytes;
-    if (!f.y) f.y = between + i % 2 * bytes;
-    error = with_dtype(f.dtype, [&](auto type) {
-      return forward<typename decltype(type)::type>(f, partials, static_cast<cudaStream_t>(stream));
-    });
-  }
-  return error;
+int forward(const Forward* layers, int64_t count, void* workspace, void* stream_) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  return with_dtype(layers->dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (is_chain(layers, count)) return forward_chain<T>(layers, count, stream);
+    char* const between = static_cast<char*>(workspace);
+    const int64_t bytes = between_bytes(layers, count);
+    float* const partials = reinterpret_cast<float*>(between + 2 * bytes);
+    cudaError_t error = cudaSuccess;
+    for (int64_t i = 0; i < count && error == cudaSuccess; ++i) {
+      Forward f = layers[i];
+      if (!f.x) f.x = between + (i + 1) % 2 * bytes;
+      if (!f.y) f.y = between + i % 2 * bytes;
+      error = forward<T>(f, partials, stream);
+    }
+    return error;
+  });
 }
 
 int64_t backward_workspace(const Backward* layers, int64_t count) {
-  return 2 * between_bytes(layers, count) + largest_split(layers, count);
+  return grad_x_offset(layers, count, count - 1) + largest_split(layers, count);
 }
 
-int backward(const Backward* layers, int64_t count, void* workspace, void* stream) {
+int backward(const Backward* layers, int64_t count, void* workspace, void* stream_) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   char* const between = static_cast<char*>(workspace);
-  const int64_t bytes = between_bytes(layers, count);
-  float* const partials = reinterpret_cast<float*>(between + 2 * bytes);
-  cudaError_t error = cudaSuccess;
-  for (int64_t i = 0; i < count && error == cudaSuccess; ++i) {
+  float* const partials = reinterpret_cast<float*>(between + grad_x_offset(layers, count, count - 1));
+  const bool chained = is_chain(layers, count);
+  const auto with_buffers = [&](int64_t i) {
     Backward b = layers[i];
-    if (i > 0) b.grad_y = between + (i + 1) % 2 * bytes;
-    if (i + 1 < count) b.grad_x = between + i % 2 * bytes;
-    error = with_dtype(b.dtype, [&](auto type) {
-      return backward<typename decltype(type)::type>(b, partials, static_cast<cudaStream_t>(stream));
-    });
-  }
-  return error;
+    if (i > 0) b.grad_y = between + grad_x_offset(layers, count, i - 1);
+    if (i + 1 < count) b.grad_x = between + grad_x_offset(layers, count, i);
+    return b;
+  };
+  return with_dtype(layers->dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    cudaError_t error = cudaSuccess;
+    if (chained) {
+      Backward all[most_links];
+      for (int64_t i = 0; i < count; ++i) all[i] = with_buffers(i);
+      error = backward_chain<T>(all, count, stream);
+    }
+    for (int64_t i = 0; i < count && error == cudaSuccess; ++i)
+      error = chained ? backward_of_parameters<T>(with_buffers(i), partials, stream)
+                      : backward<T>(with_buffers(i), partials, stream);
+    return error;
+  });
 }
 
 int64_t cross_entropy_workspace(const CrossEntropy& p) { return softmax::workspace(p); }
