@@ -123,7 +123,7 @@ def row(result: Result, job: Mapping[str, str | int]) -> dict[str, object]:
 def parser() -> Parser:
     """The command line."""
     parser = benchmark_parser((__doc__ or "").split("\n")[0])
-    names = [network.name for network, _ in CELLS]
+    names = [cell.network.name for cell in CELLS]
     parser.add_argument(
         "--only", nargs="+", choices=names, metavar="NAME", help=f"{' or '.join(names)} (all)"
     )
@@ -132,7 +132,7 @@ def parser() -> Parser:
 
 def run(parser: Parser, options: argparse.Namespace) -> None:
     """All cells, to table and file."""
-    job = start(options)
+    job = start(parser, options)
     cells = [cell for cell in CELLS if not options.only or cell.network.name in options.only]
     output = table_output()
     results: list[Result] = []

@@ -325,7 +325,7 @@ def parser() -> Parser:
 
 def run(parser: Parser, options: argparse.Namespace) -> None:
     """All jobs, to table and file."""
-    job = start(options)
+    job = start(parser, options)
     output = table_output()
     results: list[Result] = []
     with timing.all_or_none(options.output) as folder:

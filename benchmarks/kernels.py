@@ -207,7 +207,7 @@ def pattern(text: str) -> re.Pattern[str]:
 
 def parser() -> Parser:
     """The command line."""
-    parser = benchmark_parser((__doc__ or "").split("\n")[0])
+    parser = benchmark_parser((__doc__ or "").split("\n")[0], gpu=True)
     parser.add_argument(
         "--only", type=pattern, metavar="REGEX", help="products and shapes, as in 'dW 64x784' (all)"
     )

@@ -244,7 +244,7 @@ def run(parser: Parser, options: argparse.Namespace) -> None:
         jax_version = version("jax")
     except PackageNotFoundError:
         parser.error("JAX is not installed here; make bench-peers has an environment with it")
-    job = start(options) | {"jax": jax_version}
+    job = start(parser, options) | {"jax": jax_version}
     networks = [network for network in GRID if not options.only or network.name in options.only]
     cells = [Cell(network, batch) for network in networks for batch in network.batches]
     output = table_output()

@@ -360,7 +360,7 @@ def row(result: Result, job: Mapping[str, str | int]) -> dict[str, object]:
 
 def parser() -> Parser:
     """The command line."""
-    parser = benchmark_parser((__doc__ or "").split("\n")[0])
+    parser = benchmark_parser((__doc__ or "").split("\n")[0], gpu=True)
     add = parser.add_argument
     names = [network.name for network in GRID]
     add("--only", nargs="+", choices=names, metavar="NAME", help=f"networks: {', '.join(names)} (all)")

@@ -726,7 +726,7 @@ def test_a_broken_product_is_noticed(builds, name):
 
 
 def network(dtype, batch, sizes):
-    """The arguments of a forward pass whose hidden layers are the backend's own, and the buffers they are in."""
+    """A forward pass whose hidden layers are the backend's own: its arguments and their buffers."""
     layers = [Layer(dtype, "relu", (batch, n, k), seed=n) for k, n in itertools.pairwise(sizes)]
     y = Buffer(dtype, (batch, sizes[-1]))
     ends = [(layers[0].x_memory, None), *[(None, None)] * (len(layers) - 2), (None, y)]
