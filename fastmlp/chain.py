@@ -67,7 +67,7 @@ def _walk(
             or "forward" in own
         ):
             pass
-        elif role == "linear" or role == "layer":
+        elif role == "layer" or role == "linear":
             parameters = own["_parameters"]
             try:
                 weight, bias = parameters["weight"], parameters["bias"]

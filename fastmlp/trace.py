@@ -42,7 +42,9 @@ _FORBIDDEN = {
     "PUSH_EXC_INFO": "has a try block",
     "IMPORT_NAME": "imports a module",
     "LOAD_BUILD_CLASS": "defines a class",
-    "MATCH_CLASS": "matches a class",
+    "MATCH_CLASS": "matches a pattern",
+    "MATCH_MAPPING": "matches a pattern",
+    "MATCH_SEQUENCE": "matches a pattern",
 }
 _BUILTINS: frozenset[Any] = frozenset(
     {abs, bool, enumerate, float, getattr, int, len, list, max, min, range, reversed, round, slice, str}

@@ -445,6 +445,14 @@ def test_to_another_dtype_gives_stocks_results(make, dtype):
 
 
 @pytest.mark.parametrize("make", [sequential, Net])
+def test_autocast_casts_as_for_stock(make):
+    stock, x = make(), inputs()
+    ours = fastmlp.fuse(copy.deepcopy(stock))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(ours(x), stock(x), rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("make", [sequential, Net])
 @pytest.mark.parametrize("assign", [False, True])
 def test_load_state_dict_is_seen(make, assign):
     stock, x = make(), inputs()
@@ -861,6 +869,14 @@ def asks_whether_a_result_is_none(self, y, x):
 @refused("compares identities")
 def compares_identities(self, y, x):
     return y if x is y else y * 2
+
+
+@refused("matches a pattern")
+def matches_a_pattern(self, y, x):
+    match x:
+        case [first, *_]:
+            return y + first
+    return y
 
 
 @refused("imports a module")
