@@ -83,7 +83,7 @@ if builds_cuda():
         "fastmlp._C",
         [str(p) for p in sorted([*sources, *Path("csrc/cuda").glob("*.cu")])],
         define_macros=[("FASTMLP_WITH_CUDA", None)],
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3"]},
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--threads=2"]},
         **arguments,
     )
 else:

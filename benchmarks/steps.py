@@ -268,7 +268,7 @@ class Result(NamedTuple):
 
 
 def prepare(cell: Cell, group: Group, compiles: bool) -> tuple[dict[str, Call], dict[str, str]]:
-    """The calls of all sides, compiled; and, of those that cannot be, the kind of error."""
+    """The calls of all sides, compiled or captured; and, of those that cannot be, the kind of error."""
     calls, failed = {}, {}
     for name, side in (*group.stock.items(), *group.columns.items()):
         if not side.is_measured(cell, compiles):
@@ -278,7 +278,7 @@ def prepare(cell: Cell, group: Group, compiles: bool) -> tuple[dict[str, Call], 
             with group.mode():
                 call()
         except Exception as error:
-            if not side.compiles:
+            if not (side.compiles or side.needs_gpu):  # a capture can fail too
                 raise
             failed[name] = type(error).__name__
         else:

@@ -60,6 +60,30 @@ def largest_error(device: str, dtype: torch.dtype) -> float:
     return worst
 
 
+def network_error(device: str, dtype: torch.dtype) -> float:
+    """The largest relative error of a network, forward and backward, against its layers one by one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        values: Tensor = torch.randn(size, generator=generator) / size[-1] ** 0.5
+        return values.to(device, dtype)
+
+    weights, biases = [draw(n, k) for n, k in ((40, 30), (20, 40), (5, 20))], [draw(40), draw(20), draw(5)]
+    x, grad = draw(70, 30), draw(70, 5)
+    y, *hidden = torch.ops.fastmlp.mlp_forward(x, weights, biases, "tanh")
+    grads = torch.ops.fastmlp.mlp_backward(grad, x, weights, biases, hidden, "tanh", [0, 1, 2, 3, 4, 5, 6])
+    inputs, activations = [x, *hidden], ["tanh", "tanh", "identity"]
+    pairs = []
+    for i in reversed(range(3)):
+        output = torch.ops.fastmlp.linear(inputs[i], weights[i], biases[i], activations[i])
+        pairs.append(([*hidden, y][i], output))
+        grad, grad_weight, grad_bias = torch.ops.fastmlp.linear_backward(
+            grad, inputs[i], weights[i], output, activations[i], [True] * 3
+        )
+        pairs += [(grads[1 + i], grad_weight), (grads[4 + i], grad_bias)]
+    return max(relative_error(ours, layers.double()) for ours, layers in [*pairs, (grads[0], grad)])
+
+
 def step_error(device: str, dtype: torch.dtype) -> float:
     """The relative error of a step of gradient descent with weight decay, dampening and Nesterov momentum."""
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +124,7 @@ def main() -> int:
     for name, device, dtype, instruction_set in cpu + cuda:
         if instruction_set is not None:
             _C.use_instruction_set(instruction_set)
-        error = max(largest_error(device, dtype), step_error(device, dtype))
+        error = max(check(device, dtype) for check in (largest_error, network_error, step_error))
         right = error < TOLERANCE[dtype]
         wrong += not right
         kernel = f"{name} {str(dtype).removeprefix('torch.')}"

@@ -151,10 +151,12 @@ def test_tensors_on_another_than_the_current_device_work():
     assert_right(actual, parameters, grad_y, "relu")
 
 
+@pytest.mark.parametrize("sizes", [(784, 500, 300, 10), (64, 64, 64, 64, 16), (7, 128, 9, 100, 5)], ids=str)
+@pytest.mark.parametrize("batch", [1, 65, 65536])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_a_whole_network_gives_what_its_layers_give_one_by_one(dtype):
-    model = fastmlp.MLP(784, 500, 300, 10, activation="tanh", device="cuda", dtype=dtype)
-    x = torch.randn(65, 784, device="cuda", dtype=dtype, requires_grad=True)
+def test_a_whole_network_gives_what_its_layers_give_one_by_one(dtype, batch, sizes):
+    model = fastmlp.MLP(*sizes, activation="tanh", device="cuda", dtype=dtype)
+    x = torch.randn(batch, sizes[0], device="cuda", dtype=dtype, requires_grad=True)
     expected = x
     for layer in model:
         expected = layer(expected)

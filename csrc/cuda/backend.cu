@@ -1,6 +1,5 @@
 // The CUDA backend: picks the kernels for a call and enqueues them.
 #include <algorithm>
-#include <type_traits>
 
 #include "../activation.h"
 #include "../kernels.h"
@@ -73,6 +72,12 @@ using Small = Tiling<64, 64, 32, 32, 4, 3>;
 #endif
 constexpr int64_t multiprocessors = FASTMLP_MULTIPROCESSORS;
 
+// How a product is cut: into large or small tiles, and splits of its sum.
+struct Cut {
+  bool large;
+  int64_t splits;
+};
+
 Cut cut(Dtype dtype, int64_t rows, int64_t columns, int64_t K) {
   const int64_t steps = K * (dtype == Dtype::float32 ? 4 : 2) / 64;
   const auto tiles = [&](int64_t size) { return ((rows + size - 1) / size) * ((columns + size - 1) / size); };
@@ -141,10 +146,10 @@ int64_t shared_memory_of_block() {
 // How many of `count` links' weights there is room for.
 template <class T, class Tiling>
 int slots(int64_t count) {
-  using S = Shared<T, true, Tiling>;  // not smaller than where it is not transposed
-  static_assert(S::bytes(1) >= 0);
-  const int64_t one = std::max(S::bytes(1), Shared<T, false, Tiling>::bytes(1)) - S::bytes(0);
-  return static_cast<int>(std::clamp<int64_t>((shared_memory_of_block() - S::bytes(0)) / one, 0, count));
+  const int64_t rows = Shared<T, false, Tiling>::bytes(0);
+  const int64_t weight =
+      std::max(Shared<T, false, Tiling>::bytes(1), Shared<T, true, Tiling>::bytes(1)) - rows;
+  return static_cast<int>(std::clamp<int64_t>((shared_memory_of_block() - rows) / weight, 0, count));
 }
 
 template <class Layer>

@@ -377,12 +377,6 @@ __global__ void __launch_bounds__(256) reduce(const Result<T> result) {
   else store(result.row_sums + (i - result.size()), sum);
 }
 
-// How a product is cut: into large or small tiles, and splits of its sum.
-struct Cut {
-  bool large;
-  int64_t splits;
-};
-
 template <template <class, class, class, class> class Math, class Tiling, class A, class B>
 cudaError_t multiply(const A& a, const B& b, const Result<typename A::T>& result, int64_t K,
                      cudaStream_t stream) {
