@@ -185,13 +185,18 @@ def _driver() -> str:
 
 
 def _commit() -> str:
-    """The commit checked out, marked where files differ from it; empty outside a git repository."""
-    command = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """The commit checked out, marked where files other than results differ from it; empty outside git."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["git", "--no-optional-locks", *arguments]
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+
     try:
-        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = git("describe", "--always", "--abbrev=12", "--exclude=*").stdout.strip()
+        differs = git("diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results").returncode == 1
     except OSError:  # no git here
         return ""
-    return result.stdout.strip()
+    return f"{commit}-dirty" if differs else commit
 
 
 @contextmanager
