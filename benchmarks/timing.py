@@ -193,7 +193,9 @@ def _commit() -> str:
 
     try:
         commit = git("describe", "--always", "--abbrev=12", "--exclude=*").stdout.strip()
-        differs = git("diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results").returncode == 1
+        differs = (
+            git("diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)benchmarks/results").returncode == 1
+        )
     except OSError:  # no git here
         return ""
     return f"{commit}-dirty" if differs else commit
