@@ -88,9 +88,7 @@ def kernels() -> str:
 
 
 def peers() -> str:
-    """How many times faster than JAX's a step is, a cell a row; nothing where it is not measured."""
-    if not (RESULTS / "peers.csv").exists():
-        return ""
+    """How many times faster than JAX's a step is, a cell a row."""
     results = rows("peers")
     body = [
         [
@@ -114,7 +112,36 @@ def peers() -> str:
     )
 
 
-FIGURES: dict[str, Callable[[], str]] = {"train": train, "steps": steps, "kernels": kernels, "peers": peers}
+def habits() -> str:
+    """What torch.compile and autocast make of a training step, a cell and habit a row."""
+    names = {"eager": "", "compile": "torch.compile", "autocast": "autocast", "both": "both"}
+    results = rows("habits")
+    body = [
+        [
+            f"{row['network']} @ {row['batch']}",
+            names[row["habit"]],
+            *(f"{float(row[column]):.2f}" for column in ("stock_ms_p50", "ms_p50", "speedup_p50")),
+        ]
+        for row in results
+    ]
+    header = ["", "with", "stock ms", "fastmlp ms", "times as fast"]
+    return f"{table(header, body)}\n\nMeasured on {where(results[0])}."
+
+
+def integrations() -> str:
+    """How many times faster models of other libraries are, a model a row."""
+    results = rows("integrations")
+    models: dict[str, list[str]] = {}
+    for row in results:
+        models.setdefault(row["name"], []).append(f"{float(row['speedup_p50']):.2f}")
+    columns = list(dict.fromkeys(row["column"] for row in results))
+    body = [[name, *speedups] for name, speedups in models.items()]
+    return f"{table(['', *columns], body)}\n\nMeasured on {where(results[0])}."
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    figure.__name__: figure for figure in (train, steps, kernels, peers, habits, integrations)
+}
 
 
 def filled(text: str) -> str:
@@ -132,5 +159,5 @@ if __name__ == "__main__":
     before = README.read_text()
     after = filled(before)
     if "--check" in sys.argv[1:]:
-        sys.exit("README.md is not what the results say: run make readme" if after != before else 0)
+        sys.exit("README.md is stale: run python benchmarks/readme.py" if after != before else 0)
     README.write_text(after)
