@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn.modules.module import _has_any_global_hook, register_module_module_registration_hook
 
 from fastmlp import chain, functional
@@ -81,6 +82,7 @@ class LinearReLU(Linear):
         super().__init__(in_features, out_features, bias, device, dtype, activation="relu")
 
 
+@_disable_dynamo  # torch.compile registers modules while it works, and cannot trace this
 def _refuse_adapter(parent: torch.nn.Module, name: str, layer: torch.nn.Module | None) -> None:
     """TypeError where an adapter takes a layer with an activation as the linear layer that it adapts.
 
