@@ -54,14 +54,16 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
-def benchmark_parser(description: str, gpu: bool = False) -> Parser:
-    """The options of a benchmark over the grid, which may run on a GPU too; it adds its own --only."""
+def benchmark_parser(description: str, names: Sequence[str] = (), gpu: bool = False) -> Parser:
+    """The options of a benchmark, of which parts may be left out by name, and which may run on a GPU."""
     parser = Parser(description=description, allow_abbrev=False)
     add = parser.add_argument
     add("--rounds", type=whole(1, 1000), default=timing.ROUNDS, help="turns of each side (%(default)s)")
     if gpu:
         add("--device", choices=("cpu", "cuda"), help="(%(default)s)")
         add("--dtype", choices=DTYPES, help="on a GPU: of everything (%(default)s)")
+    if names:
+        add("--only", nargs="+", choices=names, metavar="NAME", help=f"{', '.join(names)} (all)")
     parser.set_defaults(device="cpu", dtype="float32")
     add("--threads", type=whole(1, os.cpu_count() or 1), help="of the CPU (as many as torch takes)")
     add("--output", type=Path, metavar="DIR", help=f"where results go (results/; with --only, {PART})")

@@ -122,12 +122,7 @@ def row(result: Result, job: Mapping[str, str | int]) -> dict[str, object]:
 
 def parser() -> Parser:
     """The command line."""
-    parser = benchmark_parser((__doc__ or "").split("\n")[0])
-    names = [cell.network.name for cell in CELLS]
-    parser.add_argument(
-        "--only", nargs="+", choices=names, metavar="NAME", help=f"{' or '.join(names)} (all)"
-    )
-    return parser
+    return benchmark_parser((__doc__ or "").split("\n")[0], [cell.network.name for cell in CELLS])
 
 
 def run(parser: Parser, options: argparse.Namespace) -> None:

@@ -316,11 +316,7 @@ def row(result: Result, job: dict[str, str | int]) -> dict[str, object]:
 
 def parser() -> Parser:
     """The command line."""
-    parser = benchmark_parser((__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--only", nargs="+", choices=list(JOBS), metavar="NAME", help=f"of {', '.join(JOBS)} (all)"
-    )
-    return parser
+    return benchmark_parser((__doc__ or "").split("\n")[0], list(JOBS))
 
 
 def run(parser: Parser, options: argparse.Namespace) -> None:

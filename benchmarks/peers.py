@@ -230,12 +230,7 @@ def row(result: Result, job: Mapping[str, str | int]) -> dict[str, object]:
 
 def parser() -> Parser:
     """The command line."""
-    parser = benchmark_parser((__doc__ or "").split("\n")[0])
-    names = [network.name for network in GRID]
-    parser.add_argument(
-        "--only", nargs="+", choices=names, metavar="NAME", help=f"networks: {', '.join(names)} (all)"
-    )
-    return parser
+    return benchmark_parser((__doc__ or "").split("\n")[0], [network.name for network in GRID])
 
 
 def run(parser: Parser, options: argparse.Namespace) -> None:

@@ -360,11 +360,10 @@ def row(result: Result, job: Mapping[str, str | int]) -> dict[str, object]:
 
 def parser() -> Parser:
     """The command line."""
-    parser = benchmark_parser((__doc__ or "").split("\n")[0], gpu=True)
-    add = parser.add_argument
-    names = [network.name for network in GRID]
-    add("--only", nargs="+", choices=names, metavar="NAME", help=f"networks: {', '.join(names)} (all)")
-    add("--no-compile", action="store_true", help="leave out torch.compile, which takes minutes")
+    parser = benchmark_parser((__doc__ or "").split("\n")[0], [network.name for network in GRID], gpu=True)
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out torch.compile, which takes minutes"
+    )
     return parser
 
 

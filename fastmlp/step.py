@@ -11,7 +11,7 @@ from . import functional
 from .chain import ROLES, is_called_plainly
 from .graph import Graphs
 from .nn import CrossEntropyLoss
-from .optim import SGD
+from .optim import SGD, has_step_hooks
 from .trace import Refused, Trace, is_sequential, trace
 
 __all__ = ["TrainStep"]
@@ -187,8 +187,10 @@ class TrainStep:
 
     def _fused_step(self, x: Tensor, target: Tensor) -> Tensor:
         optimizer, loss = self.optimizer, self.loss
-        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        if has_step_hooks(optimizer):
             raise ValueError("optimizer: expected no step hooks, which no step would call")
+        if not is_called_plainly(loss):
+            raise ValueError("loss: expected no hooks and no forward set on it, which no step would call")
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         params: list[Tensor] = []
         momenta: list[Tensor] = []
@@ -204,6 +206,8 @@ class TrainStep:
             for parameter in own.values():
                 if parameter is None:
                     continue
+                if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                    raise ValueError("model: expected parameters without hooks, which no step would call")
                 params.append(parameter)
                 group = groups.get(id(parameter))
                 if group is None or not parameter.requires_grad:

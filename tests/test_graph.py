@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_step import SGD_OPTIONS
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,13 +19,6 @@ import fastmlp
 from fastmlp import graph as graph_module
 
 SIZES = (5, 9, 3)
-SGD_OPTIONS = [
-    {},
-    {"weight_decay": 0.1},
-    {"momentum": 0.9},
-    {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
-    {"momentum": 0.5, "dampening": 0.3, "maximize": True},
-]
 LOSSES = {
     "cross_entropy": nn.CrossEntropyLoss(torch.tensor([1.0, 0.5, 2.0]), label_smoothing=0.1),
     "fastmlp's": fastmlp.CrossEntropyLoss(),

@@ -249,6 +249,30 @@ def test_losses_and_optimizers_that_do_not_fit_are_refused():
         fastmlp.TrainStep(model, nn.MSELoss(), torch.optim.Adam(model.parameters()))
 
 
+@pytest.mark.parametrize(
+    ("hook", "words"),
+    [
+        (lambda model, loss, sgd: sgd.register_step_pre_hook(lambda *_: None), "optimizer: .* step hooks"),
+        (lambda model, loss, sgd: loss.register_forward_hook(lambda *_: None), "loss: .* no hooks"),
+        (lambda model, loss, sgd: model[0].bias.register_hook(lambda _: None), "parameters without hooks"),
+        (
+            lambda model, loss, sgd: model[0].weight.register_post_accumulate_grad_hook(lambda _: None),
+            "parameters without hooks",
+        ),
+    ],
+    ids=["optimizer", "loss", "gradient", "accumulated"],
+)
+def test_hooks_that_no_step_would_call_are_refused_with_nothing_changed(hook, words):
+    model, loss = stock(5, 3), nn.CrossEntropyLoss()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = fastmlp.TrainStep(model, loss, sgd)
+    hook(model, loss, sgd)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=words):
+        step(torch.randn(4, 5), torch.randint(3, (4,)))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(2,), (4, 3), (3, 1), (0,)], ids=str)
 @pytest.mark.parametrize("name", ["weight", "pos_weight"])
 def test_weights_of_bce_that_differ_within_a_batch_are_refused(name, shape):

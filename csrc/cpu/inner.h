@@ -4,8 +4,8 @@
 #include "packing.h"
 
 // y = g(sums + b) for m rows and n columns; y may be where the sums are.
-template <Activation g, class T, class C>
-void finish(const float* sums, int64_t ld, const T* bias, C* y, int64_t ldy, int64_t m, int64_t n) {
+template <Activation g, class T>
+void finish(const float* sums, int64_t ld, const T* bias, T* y, int64_t ldy, int64_t m, int64_t n) {
   for (int64_t j = 0; j < n; j += width) {
     const V b = bias ? load(bias + j, n - j) : V{};
     for (int64_t i = 0; i < m; ++i)

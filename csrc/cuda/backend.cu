@@ -296,8 +296,8 @@ cudaError_t backward_chain(const Backward* layers, int64_t count, cudaStream_t s
 
 // Where in the workspace the grad_x of layer i is that only the backend reads; for i = count − 1, where they end. Of
 // a chain all are needed at once.
-int64_t grad_x_offset(const Backward* layers, int64_t count, int64_t i) {
-  if (!is_chain(layers, count)) return (i + 1 < count ? i % 2 : 2) * between_bytes(layers, count);
+int64_t grad_x_offset(const Backward* layers, int64_t count, bool chained, int64_t i) {
+  if (!chained) return (i + 1 < count ? i % 2 : 2) * between_bytes(layers, count);
   int64_t bytes = 0;
   for (int64_t j = 0; j < i; ++j) bytes += matrix_bytes(layers->dtype, layers->M, layers[j].K);
   return bytes;
@@ -333,18 +333,20 @@ int forward(const Forward* layers, int64_t count, void* workspace, void* stream_
 }
 
 int64_t backward_workspace(const Backward* layers, int64_t count) {
-  return grad_x_offset(layers, count, count - 1) + largest_split(layers, count);
+  const bool chained = is_chain(layers, count);
+  return grad_x_offset(layers, count, chained, count - 1) + largest_split(layers, count);
 }
 
 int backward(const Backward* layers, int64_t count, void* workspace, void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   char* const between = static_cast<char*>(workspace);
-  float* const partials = reinterpret_cast<float*>(between + grad_x_offset(layers, count, count - 1));
-  const bool chained = is_chain(layers, count);
+  const bool chained = is_chain(layers, count);  // asks the driver, so once
+  float* const partials =
+      reinterpret_cast<float*>(between + grad_x_offset(layers, count, chained, count - 1));
   const auto with_buffers = [&](int64_t i) {
     Backward b = layers[i];
-    if (i > 0) b.grad_y = between + grad_x_offset(layers, count, i - 1);
-    if (i + 1 < count) b.grad_x = between + grad_x_offset(layers, count, i);
+    if (i > 0) b.grad_y = between + grad_x_offset(layers, count, chained, i - 1);
+    if (i + 1 < count) b.grad_x = between + grad_x_offset(layers, count, chained, i);
     return b;
   };
   return with_dtype(layers->dtype, [&](auto type) {
