@@ -71,7 +71,7 @@ def network_error(device: str, dtype: torch.dtype) -> float:
     weights, biases = [draw(n, k) for n, k in ((40, 30), (20, 40), (5, 20))], [draw(40), draw(20), draw(5)]
     x, grad = draw(70, 30), draw(70, 5)
     y, *hidden = torch.ops.fastmlp.mlp_forward(x, weights, biases, "tanh")
-    grads = torch.ops.fastmlp.mlp_backward(grad, x, weights, biases, hidden, "tanh", [0, 1, 2, 3, 4, 5, 6])
+    grads = torch.ops.fastmlp.mlp_backward(grad, x, weights, hidden, "tanh", [0, 1, 2, 3, 4, 5, 6])
     inputs, activations = [x, *hidden], ["tanh", "tanh", "identity"]
     pairs = []
     for i in reversed(range(3)):

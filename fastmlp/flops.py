@@ -22,12 +22,11 @@ def _products(input: Shape, weights: Sequence[Shape]) -> list[int]:
     return [2 * prod(input[:-1]) * prod(weight) for weight in weights]
 
 
-def _backward(products: Sequence[int], has_grad_x: bool, has_grad_weight: Sequence[bool], lowest: int) -> int:
-    """Of a chain of layers whose gradients go down to layer `lowest`, and with `has_grad_x` to the input."""
-    return sum(
-        product * (has_grad_weight[i] + (i > lowest or (i == 0 and has_grad_x)))
-        for i, product in enumerate(products)
-    )
+def _backward(grad_y: Shape, x: Shape | None, weight: Shape | None, mask: Sequence[bool]) -> int:
+    """The operations of dx, where mask[0] asks for it, and of dW, where mask[1] does."""
+    of_dx = 2 * prod(grad_y) * weight[1] if mask[0] and weight is not None else 0
+    of_dw = 2 * prod(grad_y) * x[-1] if mask[1] and x is not None else 0
+    return of_dx + of_dw
 
 
 @register_flop_formula(_ops.linear)
@@ -38,14 +37,14 @@ def _linear(input: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
 @register_flop_formula(_ops.linear_backward)
 def _linear_backward(
     grad_y: Shape,
-    input: Shape,
-    weight: Shape,
+    input: Shape | None,
+    weight: Shape | None,
     y: Shape | None,
     activation: str,
     output_mask: Sequence[bool],
     **kwargs: Any,
 ) -> int:
-    return _backward(_products(input, [weight]), output_mask[0], output_mask[1:2], 0)
+    return _backward(grad_y, input, weight, output_mask)
 
 
 @register_flop_formula([_ops.mlp, _ops.mlp_forward])
@@ -56,18 +55,21 @@ def _mlp(input: Shape, weights: Sequence[Shape], *args: Any, **kwargs: Any) -> i
 @register_flop_formula(_ops.mlp_backward)
 def _mlp_backward(
     grad_y: Shape,
-    input: Shape,
-    weights: Sequence[Shape],
-    biases: Sequence[Shape],
-    hidden: Sequence[Shape],
+    input: Shape | None,
+    weights: Sequence[Shape | None],
+    hidden: Sequence[Shape | None],
     activation: str,
     wanted: Sequence[int],
     **kwargs: Any,
 ) -> int:
     count = len(weights)
-    lowest = min((max(index - 1, 0) % count for index in wanted), default=count)
-    has_grad_weight = [1 + i in wanted for i in range(count)]
-    return _backward(_products(input, weights), 0 in wanted, has_grad_weight, lowest)
+    lowest = min((max(number - 1, 0) % count for number in wanted), default=count)
+    inputs, outputs = [input, *hidden], [*hidden, grad_y]
+    return sum(
+        _backward(y, inputs[i], weights[i], [i > lowest or 0 in wanted, 1 + i in wanted])
+        for i, y in enumerate(outputs)
+        if i >= lowest and y is not None
+    )
 
 
 @register_flop_formula(_ops.train_step_)
@@ -90,4 +92,4 @@ def _train_step(
         start = end
     products = _products(input, weights)
     lowest = next((i for i, layer in enumerate(trained) if any(layer)), len(trained))
-    return sum(products) + _backward(products, False, [layer[0] for layer in trained], lowest)
+    return sum(product * (1 + trained[i][0] + (i > lowest)) for i, product in enumerate(products))

@@ -5,12 +5,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from fastmlp import _C  # noqa: F401  importing it registers the ops
 
-__all__ = ["Activation", "cross_entropy", "linear", "linear_relu", "mlp", "why_not_fused"]
+__all__ = ["Activation", "cross_entropy", "is_plain", "linear", "linear_relu", "mlp", "why_not_fused"]
 
 #: The activations that the kernels know; without one, a layer is plain linear.
 Activation = Literal["relu", "sigmoid", "tanh"]
@@ -23,12 +23,26 @@ COMPOSITES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 # Other tensor types carry semantics of their own, which torch's operations know and ours do not.
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, FakeTensor, FunctionalTensor, type(None)})
+_TENSORS = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
+_OPTIONAL = _TENSORS | {type(None)}
 
 _cross_entropy = torch.ops.fastmlp.cross_entropy.default
 _linear = torch.ops.fastmlp.linear.default
 _mlp = torch.ops.fastmlp.mlp.default
 _why_not_fused = torch.ops.fastmlp.why_not_fused.default
+
+
+def is_plain(input: object) -> bool:
+    """Whether a kernel may compute from the input: a tensor of torch's own type, where nobody reads the code.
+
+    torch.export, and a TorchFunctionMode that does more than to set a device, are to see torch's functions.
+    """
+    if type(input) not in _TENSORS or torch.compiler.is_exporting():
+        return False
+    if not torch._C._len_torch_function_stack():
+        return True
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return all(type(mode) is DeviceContext for mode in modes)
 
 
 def linear(
@@ -58,7 +72,7 @@ def linear(
         tensor([[0., 0., 0., 0.],
                 [0., 0., 0., 0.]])
     """
-    if type(input) in _PLAIN and type(weight) in _PLAIN and type(bias) in _PLAIN:
+    if type(weight) in _TENSORS and type(bias) in _OPTIONAL and is_plain(input):
         y: Tensor = _linear(input, weight, bias, "identity" if activation is None else activation)
         return y
     z = torch.nn.functional.linear(input, weight, bias)
@@ -100,7 +114,7 @@ def mlp(
     """
     check_activation(activation)
     biases = [] if biases is None else list(biases)
-    if _PLAIN.issuperset(map(type, (input, *weights, *biases))):
+    if _TENSORS.issuperset(map(type, (*weights, *biases))) and is_plain(input):
         y: Tensor = _mlp(input, weights, biases, activation)
         return y
     last = len(weights) - 1
@@ -152,11 +166,11 @@ def cross_entropy(
                 [-0.4404,  0.4404]])
     """
     if (
-        type(input) in _PLAIN
-        and type(target) in _PLAIN
-        and type(weight) in _PLAIN
+        type(target) in _TENSORS
+        and type(weight) in _OPTIONAL
         and size_average is None
         and reduce is None
+        and is_plain(input)
     ):
         loss: Tensor = _cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
         return loss
@@ -174,7 +188,7 @@ def why_not_fused(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         'the CPU kernels cover float32 and bfloat16'
     """
     for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if type(tensor) not in _PLAIN:
+        if type(tensor) not in (_TENSORS if name != "bias" else _OPTIONAL):
             return f"{name} is of a tensor type of its own, {type(tensor).__name__}"
     reason: str = _why_not_fused(input, weight, bias)
     return reason or None

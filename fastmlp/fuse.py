@@ -20,7 +20,6 @@ Model = TypeVar("Model", bound=nn.Module)
 
 #: How often a forward is traced anew because something that it reads has changed.
 _MOST_TRACES = 8
-_TENSORS = frozenset({Tensor, nn.Parameter})
 
 
 def fuse(model: Model, inplace: bool = True) -> Model:
@@ -272,9 +271,9 @@ def _fused_class(cls: Any) -> Any:
     }
     fused = type(cls)(name, (_Fused, cls), attributes)
     if cls is nn.Linear:
-        chain.ROLES[fused] = "linear"
+        chain.ROLES[fused] = chain.ROLES[cls]
     elif forward is _sequential_forward:
-        chain.ROLES[fused] = "sequential"
+        chain.ROLES[fused] = chain.Role.of(cls, "sequential")
     return fused
 
 
@@ -290,20 +289,22 @@ def _unfused_class(cls: Any) -> Any:
 
 
 def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
-    return functional.linear(input, self.weight, self.bias)
+    if nn.Linear.forward is chain.ROLES[nn.Linear].forward:
+        return functional.linear(input, self.weight, self.bias)
+    return nn.Linear.forward(self, input)
 
 
 def _sequential_forward(self: nn.Sequential, input: Any) -> Any:
-    if _has_any_global_hook():  # type: ignore[no-untyped-call]
-        return nn.Sequential.forward(self, input)  # type: ignore[no-untyped-call]
-    return chain.run(self._modules.values(), input)
+    if nn.Sequential.forward is chain.ROLES[nn.Sequential].forward:
+        return chain.run_sequential(self, input)
+    return nn.Sequential.forward(self, input)  # type: ignore[no-untyped-call]
 
 
 def _traced_forward(cls: Any) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if (
             not kwargs
-            and _TENSORS.issuperset(map(type, args))
+            and all(map(functional.is_plain, args))
             and not _has_any_global_hook()  # type: ignore[no-untyped-call]
             and not torch.compiler.is_compiling()
         ):

@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
+from .chain import Layers
 from .optim import has_step_hooks
 
 __all__ = ["Graphs"]
 
 MOST = 16  # graphs; each holds the memory of a step
 
-Loss = Callable[[Tensor, Tensor, Sequence[Tensor]], Tensor]  # of x, target and the parameters
+Loss = Callable[[Tensor, Tensor, Layers], Tensor]  # of x, target and the layers
 
 
 class Graphs:
@@ -26,22 +27,29 @@ class Graphs:
     first time, the standard loop has made the momenta, and what changes at every call is never captured.
 
     Args:
-        loss: the loss, of the parameters that it is given.
         optimizer: torch.optim.SGD or fastmlp.SGD.
         device: the GPU.
-        constants: what else the loss depends on.
     """
 
-    def __init__(
-        self, loss: Loss, optimizer: Optimizer, device: torch.device, constants: Callable[[], Hashable]
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, device: torch.device) -> None:
         """See the class."""
-        self._loss, self._optimizer, self._device, self._constants = loss, optimizer, device, constants
+        self._optimizer, self.device = optimizer, device
         self._held: Hashable = None
         self._graphs: dict[Hashable, _Graph | None] = {}  # None for a shape that has come once
 
-    def step(self, x: Tensor, target: Tensor, parameters: Sequence[Tensor]) -> Tensor | None:
-        """The loss before one step; None, with nothing changed, where the standard loop is to take it."""
+    def step(
+        self, x: Tensor, target: Tensor, layers: Layers, loss: Loss, constants: Hashable
+    ) -> Tensor | None:
+        """The loss before one step; None, with nothing changed, where the standard loop is to take it.
+
+        Args:
+            x: the input.
+            target: the target.
+            layers: the network.
+            loss: the loss, of layers with other parameters in the place of these.
+            constants: what else the loss depends on.
+        """
+        parameters = list(layers.parameters())
         if not self._covers(x, target, parameters):
             return None
         own = set(parameters)
@@ -49,7 +57,7 @@ class Graphs:
         held = (
             torch.backends.fp32_precision,  # type: ignore[attr-defined]
             torch.backends.cuda.matmul.fp32_precision,
-            self._constants(),
+            constants,
             *((id(p), p.data_ptr()) for p in parameters),
             *(group.held() for group in groups),
         )
@@ -62,18 +70,19 @@ class Graphs:
             return None
         graph = self._graphs[batch]
         if graph is None:
-            graph = self._graphs[batch] = _Graph(self._loss, parameters, groups, x, target)
+            graph = self._graphs[batch] = _Graph(loss, layers, groups, x, target)
         return graph.replay(x, target, [group.lr for group in groups])
 
     def _covers(self, x: Tensor, target: Tensor, parameters: Sequence[Tensor]) -> bool:
         """Whether a step would be kernels on the GPU and nothing else."""
         return (
-            x.device == target.device == self._device
+            x.device == target.device == self.device
             and not (x.requires_grad or target.requires_grad)
             and torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(self._device.type)
+            and not torch.is_autocast_enabled(self.device.type)
             and not torch.cuda.is_current_stream_capturing()
             and not has_step_hooks(self._optimizer)
+            and any(p.requires_grad for p in parameters)
             and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters)
         )
 
@@ -99,7 +108,7 @@ class _Graph:
     """One captured step, which reads the batch and the learning rates from memory of its own."""
 
     def __init__(
-        self, loss: Loss, parameters: Sequence[Tensor], groups: Sequence[_Group], x: Tensor, target: Tensor
+        self, loss: Loss, layers: Layers, groups: Sequence[_Group], x: Tensor, target: Tensor
     ) -> None:
         self._x, self._target = (t.clone(memory_format=torch.contiguous_format) for t in (x, target))
         self._lrs = [torch.zeros((), device=x.device) for _ in groups]
@@ -109,7 +118,7 @@ class _Graph:
         def step(memory: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
             # Leaves of the step's own: autograd has the parameters' wait for the stream that used them last.
             leaves = {p: memory(p.detach()).requires_grad_() for p in self._trained}
-            value = loss(self._x, self._target, [leaves.get(p, p.detach()) for p in parameters])
+            value = loss(self._x, self._target, layers.replaced(lambda p: leaves.get(p, p.detach())))
             gradients = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
             with torch.no_grad():
                 for group, lr in zip(groups, self._lrs, strict=True):

@@ -1,12 +1,11 @@
 """Drop-in modules: the parameters, initial values and ``state_dict`` of torch's own, with fused kernels."""
 
+from collections import OrderedDict
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
-from torch.nn.modules.module import _has_any_global_hook, register_module_module_registration_hook
 
 from fastmlp import chain, functional
 
@@ -82,24 +81,6 @@ class LinearReLU(Linear):
         super().__init__(in_features, out_features, bias, device, dtype, activation="relu")
 
 
-@_disable_dynamo  # torch.compile registers modules while it works, and cannot trace this
-def _refuse_adapter(parent: torch.nn.Module, name: str, layer: torch.nn.Module | None) -> None:
-    """TypeError where an adapter takes a layer with an activation as the linear layer that it adapts.
-
-    PEFT's adapters hold the layer as `base_layer`, add to its result and, merged, to its weight. That is one
-    and the same only where nothing stands between the two, and they do not look: an nn.Linear will do.
-    """
-    if name == "base_layer" and isinstance(layer, Linear) and layer.activation is not None:
-        raise TypeError(
-            f"base_layer: expected a linear layer, got a {type(layer).__name__} with "
-            f"activation={layer.activation!r}, after which {type(parent).__name__} would add what belongs "
-            "before it; adapt a model of torch's own modules, which fastmlp.fuse takes as well"
-        )
-
-
-register_module_module_registration_hook(_refuse_adapter)
-
-
 class MLP(torch.nn.Sequential):
     """A multilayer perceptron: an activation between layers, logits out.
 
@@ -145,14 +126,22 @@ class MLP(torch.nn.Sequential):
             )
         )
 
+    def __getitem__(self, index: Any) -> Any:
+        """A layer; of a slice, an nn.Sequential of the layers, which no list of sizes describes."""
+        if isinstance(index, slice):
+            return torch.nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
+
     def forward(self, input: Tensor) -> Tensor:
         """The network's output: [..., in_features] to [..., out_features]."""
-        if _has_any_global_hook():  # type: ignore[no-untyped-call]
-            return super().forward(input)  # type: ignore[no-any-return, no-untyped-call]
-        return chain.run(self._modules.values(), input)
+        return chain.run_sequential(self, input)  # type: ignore[no-any-return]
 
 
-chain.ROLES |= {Linear: "layer", LinearReLU: "layer", MLP: "sequential"}
+chain.ROLES |= {
+    Linear: chain.Role.of(Linear, "layer"),
+    LinearReLU: chain.Role.of(LinearReLU, "layer"),
+    MLP: chain.Role.of(MLP, "sequential"),
+}
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

@@ -1,14 +1,15 @@
 """The whole training step, forward, loss, backward and SGD, in one call."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any, NamedTuple, cast
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
+from torch.nn.modules.module import _has_any_global_hook
 
-from . import functional
-from .chain import ROLES, is_called_plainly
+from . import chain, functional
+from .chain import Layers, Role, is_called_plainly
 from .graph import Graphs
 from .nn import CrossEntropyLoss
 from .optim import SGD, has_step_hooks
@@ -18,18 +19,17 @@ __all__ = ["TrainStep"]
 
 _train_step = torch.ops.fastmlp.train_step_
 
-_LOSSES: dict[type[nn.Module], str] = {
-    nn.CrossEntropyLoss: "cross_entropy",
-    CrossEntropyLoss: "cross_entropy",
-    nn.MSELoss: "mse",
-    nn.BCEWithLogitsLoss: "bce_with_logits",
+_LOSSES = {
+    owner: Role.of(owner, name)
+    for owner, name in {
+        nn.CrossEntropyLoss: "cross_entropy",
+        CrossEntropyLoss: "cross_entropy",
+        nn.MSELoss: "mse",
+        nn.BCEWithLogitsLoss: "bce_with_logits",
+    }.items()
 }
 _TRAINED, _NESTEROV, _MAXIMIZE, _FIRST = 1, 2, 4, 8  # as in csrc/torch/step.cpp
-
-
-class _Layer(NamedTuple):
-    linear: nn.Linear
-    activation: functional.Activation | None
+_CAPTURED = {"cuda"}  # the devices whose steps become graphs
 
 
 class TrainStep:
@@ -95,37 +95,39 @@ class TrainStep:
         """See the class."""
         self.model, self.loss, self.optimizer = model, loss, optimizer
         self.max_grad_norm, self.accumulate, self.process_group = max_grad_norm, accumulate, process_group
-        if type(optimizer) not in (torch.optim.SGD, SGD):
-            raise TypeError(
-                f"optimizer: expected torch.optim.SGD or fastmlp.SGD, got {type(optimizer).__name__}; "
-                "others train in the standard loop"
-            )
-        if any(group["differentiable"] for group in optimizer.param_groups):
-            raise ValueError("optimizer: expected differentiable=False")
-        if type(loss) not in _LOSSES:
-            names = ", ".join(f"nn.{kind.__name__}" for kind in _LOSSES if kind is not CrossEntropyLoss)
-            raise TypeError(f"loss: expected {names}, got {type(loss).__name__}")
-        if loss.reduction == "none":
-            raise ValueError("loss: expected reduction='mean' or 'sum', got 'none'")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
         if accumulate < 1:
             raise ValueError(f"accumulate: expected a number of calls from 1 on, got {accumulate}")
-        self._chain = _Chain(model)
+        self._is_plain = max_grad_norm is None and accumulate == 1 and process_group is None
+        self._calls = 0
+        self._forget()
+        layers, _ = self._look(None)
+        _check_parameters(layers)
         if isinstance(loss, nn.BCEWithLogitsLoss):
-            outputs = self._chain.layers[-1].linear.weight.shape[0]
+            outputs = layers.weights[-1].shape[0]
             _check_over_outputs("weight", loss.weight, outputs)
             _check_over_outputs("pos_weight", loss.pos_weight, outputs)
-        device = self._chain.layers[0].linear.weight.device
-        is_plain = max_grad_norm is None and accumulate == 1 and process_group is None
-        self._in_one_kernel = is_plain and device.type == "cpu"
-        self._graphs = self._make_graphs(device) if is_plain and device.type == "cuda" else None
-        self._calls = 0
-        self._workspace = torch.empty(0, dtype=torch.uint8)  # as large as the largest batch has needed
         if process_group is not None:
             first = torch.distributed.get_global_rank(process_group, 0)
-            for parameter in self._parameters():
+            for parameter in layers.parameters():
                 torch.distributed.broadcast(parameter.detach(), first, group=process_group)
+
+    def _forget(self) -> None:
+        """Drops what is kept for the next call alone."""
+        self._traces: dict[nn.Module, Trace] = {}
+        self._graphs: Graphs | None = None
+        self._workspace = torch.empty(0, dtype=torch.uint8)  # as large as the largest batch has needed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take: not what is kept for the next call alone."""
+        names = ("_traces", "_graphs", "_workspace")
+        return {name: value for name, value in self.__dict__.items() if name not in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The inverse of ``__getstate__``."""
+        self.__dict__.update(state)
+        self._forget()
 
     def __call__(self, x: Tensor, target: Tensor) -> Tensor:
         """Takes one step.
@@ -139,108 +141,181 @@ class TrainStep:
             The loss of the parameters before the update, a float32 scalar without a gradient.
 
         Raises:
-            RuntimeError: for a shape, dtype or device that does not fit; nothing has been changed then.
-            IndexError: for a target that is no class; nothing has been changed then.
+            RuntimeError: for a shape, dtype or device that does not fit; where gradients are off, or no
+                parameter requires one, as the standard loop; where one may not be written.
+            IndexError: for a target that is no class.
+            TypeError or ValueError: where model, loss or optimizer have become what a step does not know.
+
+        Nothing has been changed where an error is raised.
         """
         if torch.compiler.is_dynamo_compiling():
             return self._untraced(x, target)
-        if not self._chain.holds():
-            self._chain = _Chain(self.model)
-        for function in self._chain.first:
-            x = function(x)
-        if self._in_one_kernel:
-            return self._fused_step(x, target)
-        if self._graphs is not None and is_called_plainly(self.loss):
-            value = self._graphs.step(x, target, list(self._parameters()))
-            if value is not None:
-                self.optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
-                return value
-        return self._standard_step(x, target)
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "TrainStep: expected gradients to be enabled, which the loss needs to be taken"
+            )
+        is_watched = _has_any_global_hook() or not functional.is_plain(x)  # type: ignore[no-untyped-call]
+        if is_watched:  # by profilers, say: they are to see the modules themselves
+            return self._standard_step(x, target, None)
+        layers, x = self._look(x)
+        device = layers.weights[0].device
+        if self._is_plain and not torch.is_autocast_enabled(device.type):
+            if device.type not in _CAPTURED:
+                return self._fused_step(x, target, layers)
+            if self._graphs is None or self._graphs.device != device:
+                self._graphs = Graphs(self.optimizer, device)
+            if is_called_plainly(self.loss):
+                value = self._graphs.step(x, target, layers, self._loss_of, self._constants(layers))
+                if value is not None:
+                    self.optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
+                    return value
+        return self._standard_step(x, target, layers)
 
     @_disable_dynamo
     def _untraced(self, x: Tensor, target: Tensor) -> Tensor:
         # torch.compile has nothing to gain here, and cannot follow all that a step does to an optimizer.
         return self(x, target)
 
-    def _parameters(self) -> Iterator[Tensor]:
-        for linear, _ in self._chain.layers:
-            yield linear.weight
-            if linear.bias is not None:
-                yield linear.bias
+    def _look(self, x: Tensor | None) -> tuple[Layers, Any]:
+        """The layers of the model as it is, and what comes to the first of them, where x is given.
 
-    def _make_graphs(self, device: torch.device) -> Graphs:
-        def constants() -> Hashable:
-            names = ("reduction", "ignore_index", "label_smoothing")
-            weights = (weight.data_ptr() for weight in self.loss.buffers())
-            activations = (layer.activation for layer in self._chain.layers)
-            return (*activations, *(getattr(self.loss, name, None) for name in names), *weights)
+        Raises:
+            TypeError or ValueError: where a step would not do what the standard loop does.
+        """
+        optimizer, loss = self.optimizer, self.loss
+        if type(optimizer) not in (torch.optim.SGD, SGD):
+            raise TypeError(
+                f"optimizer: expected torch.optim.SGD or fastmlp.SGD, got {type(optimizer).__name__}; "
+                "others train in the standard loop"
+            )
+        known = _LOSSES.get(type(loss))
+        if known is None or not known.holds():
+            names = ", ".join(f"nn.{kind.__name__}" for kind in _LOSSES if kind is not CrossEntropyLoss)
+            other = "" if known is None else " with other methods"
+            raise TypeError(f"loss: expected {names}, got {type(loss).__name__}{other}")
+        if loss.reduction not in ("mean", "sum"):
+            raise ValueError(f"loss: expected reduction='mean' or 'sum', got {loss.reduction!r}")
+        layers = Layers([], [], [])
+        x = chain.walk((self.model,), x, layers, self._other)
+        if not layers.weights:
+            raise TypeError("model: expected an nn.Linear or more, got none")
+        return layers, x
 
-        return Graphs(self._loss_of, self.optimizer, device, constants)
+    def _other(self, module: nn.Module, x: Any, layers: Layers) -> Any:
+        """What a chain does with x before its first layer, or the layers of a module with its own forward."""
+        if module is not None and is_called_plainly(module):
+            if is_sequential(module):
+                return chain.walk(module._modules.values(), x, layers, self._other)  # type: ignore[arg-type]
+            if (
+                type(module) is nn.Flatten
+                and not layers.weights
+                and (module.start_dim, module.end_dim) == (1, -1)
+            ):
+                return x if x is None else module(x)
+        name = next((name for name, each in self.model.named_modules() if each is module), "")
+        where = f"model, module {name or '(itself)'}"
+        if module is None:
+            raise TypeError(f"{where}: {_EXPECTED}, got None")
+        if not is_called_plainly(module):
+            raise ValueError(f"{where}: expected no hooks and no forward set on it, which no step would call")
+        kind, role = type(module).__name__, chain.ROLES.get(type(module))
+        if role is not None and not role.holds():
+            raise TypeError(
+                f"{where}: expected torch's own {role.owner.__name__}, got one with other methods"
+            )
+        if role is not None or not module._modules:
+            raise TypeError(f"{where}: {_EXPECTED}, got {kind}; {_OTHERS}")
+        traced = self._traces.get(module)
+        try:
+            if traced is None or traced.modules(module) is None:
+                traced = self._traces[module] = trace(module)
+        except Refused as refusal:
+            raise TypeError(f"{where}: {_EXPECTED}, got {kind}, whose forward {refusal}; {_OTHERS}") from None
+        found = traced.chain(module)
+        if found is None or (layers.weights and found[0] is not None):
+            raise TypeError(f"{where}: {_EXPECTED}, got {kind}, whose forward does more; {_OTHERS}")
+        first, parts = found
+        if first is not None and x is not None:
+            x = first(x)
+        return chain.walk(parts, x, layers, self._other)
 
-    def _loss_of(self, x: Tensor, target: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-        own = iter(parameters)
-        y = x
-        for linear, activation in self._chain.layers:
-            y = functional.linear(y, next(own), None if linear.bias is None else next(own), activation)
-        value: Tensor = self.loss(y, target)
+    def _constants(self, layers: Layers) -> Hashable:
+        """What the loss of a batch depends on, besides parameters."""
+        loss = self.loss
+        weights = (weight.data_ptr() for weight in loss.buffers())
+        options = (getattr(loss, name, None) for name in ("reduction", "ignore_index", "label_smoothing"))
+        return (
+            type(loss),
+            *layers.activations,
+            *(bias is None for bias in layers.biases),
+            *options,
+            *weights,
+        )
+
+    def _loss_of(self, x: Tensor, target: Tensor, layers: Layers) -> Tensor:
+        value: Tensor = self.loss(chain.output(x, layers), target)
         return value
 
-    def _fused_step(self, x: Tensor, target: Tensor) -> Tensor:
+    def _fused_step(self, x: Tensor, target: Tensor, layers: Layers) -> Tensor:
         optimizer, loss = self.optimizer, self.loss
         if has_step_hooks(optimizer):
             raise ValueError("optimizer: expected no step hooks, which no step would call")
         if not is_called_plainly(loss):
             raise ValueError("loss: expected no hooks and no forward set on it, which no step would call")
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        groups: dict[int, dict[str, Any]] = {}
+        for group in optimizer.param_groups:
+            if group["differentiable"]:
+                raise ValueError("optimizer: expected differentiable=False")
+            for p in group["params"]:
+                groups[id(p)] = group
         params: list[Tensor] = []
         momenta: list[Tensor] = []
-        has_bias: list[int] = []
-        activations: list[str] = []
         options: list[float] = []
         flags: list[int] = []
         made = []
-        for linear, activation in self._chain.layers:
-            own = linear._parameters
-            has_bias.append(own["bias"] is not None)
-            activations.append(activation or "identity")
-            for parameter in own.values():
-                if parameter is None:
-                    continue
-                if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                    raise ValueError("model: expected parameters without hooks, which no step would call")
-                params.append(parameter)
-                group = groups.get(id(parameter))
-                if group is None or not parameter.requires_grad:
-                    momenta.append(_NOTHING)
-                    options += 0.0, 0.0, 0.0, 0.0
-                    flags.append(0)
-                    continue
-                momentum = group["momentum"]
-                flag = _TRAINED | _NESTEROV * group["nesterov"] | _MAXIMIZE * group["maximize"]
-                buffer = _NOTHING
-                if momentum != 0:
-                    buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-                    if buffer is None:
-                        buffer = torch.empty_like(parameter, requires_grad=False)
-                        made.append((parameter, buffer))
-                        flag |= _FIRST
-                momenta.append(buffer)
-                options += float(group["lr"]), momentum, group["dampening"], group["weight_decay"]
-                flags.append(flag)
-        kind = _LOSSES[type(loss)]
+        requires_grad = is_known = False
+        for parameter in layers.parameters():
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                raise ValueError("model: expected parameters without hooks, which no step would call")
+            params.append(parameter)
+            requires_grad |= parameter.requires_grad
+            group = groups.get(id(parameter))  # type: ignore[assignment]
+            is_known |= group is not None
+            if group is None or not parameter.requires_grad:
+                momenta.append(_NOTHING)
+                options += 0.0, 0.0, 0.0, 0.0
+                flags.append(0)
+                continue
+            momentum = group["momentum"]
+            flag = _TRAINED | _NESTEROV * group["nesterov"] | _MAXIMIZE * group["maximize"]
+            buffer = _NOTHING
+            if momentum != 0:
+                buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+                if buffer is None:
+                    buffer = torch.empty_like(parameter, requires_grad=False)
+                    made.append((parameter, buffer))
+                    flag |= _FIRST
+            momenta.append(buffer)
+            options += float(group["lr"]), momentum, group["dampening"], group["weight_decay"]
+            flags.append(flag)
+        if not requires_grad:
+            raise RuntimeError("model: expected a parameter or more that requires a gradient, got none")
+        if not is_known:
+            raise ValueError("optimizer: expected parameters of the model among its own, got none")
+        kind = _LOSSES[type(loss)].name
         of_loss: tuple[Any, ...] = (None, None, -100, 0.0)
         if kind == "cross_entropy":
-            of_loss = (loss.weight, None, loss.ignore_index, loss.label_smoothing)
+            of_loss = (loss._buffers["weight"], None, loss.ignore_index, loss.label_smoothing)
         elif kind == "bce_with_logits":
-            of_loss = (loss.weight, loss.pos_weight, -100, 0.0)
+            of_loss = (loss._buffers["weight"], loss._buffers["pos_weight"], -100, 0.0)
         value: Tensor = _train_step(
             x,
             target,
             params,
             momenta,
             self._workspace,
-            has_bias,
-            activations,
+            [bias is not None for bias in layers.biases],
+            [activation or "identity" for activation in layers.activations],
             kind,
             loss.reduction == "mean",
             *of_loss,
@@ -252,16 +327,19 @@ class TrainStep:
         optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
         return value
 
-    def _standard_step(self, x: Tensor, target: Tensor) -> Tensor:
+    def _standard_step(self, x: Tensor, target: Tensor, layers: Layers | None) -> Tensor:
+        """The loop, by the layers, or by the model itself."""
         begins = self._calls % self.accumulate == 0
-        value = self._loss_of(x, target, self._parameters())
+        value: Tensor = (
+            self.loss(self.model(x), target) if layers is None else self._loss_of(x, target, layers)
+        )
         if begins:
             self.optimizer.zero_grad()
         scaled = value / self.accumulate if self.accumulate > 1 else value
         scaled.backward()  # type: ignore[no-untyped-call]
         self._calls += 1
         if self._calls % self.accumulate == 0:
-            parameters = list(self._parameters())
+            parameters = list(self.model.parameters() if layers is None else layers.parameters())
             gradients = [p.grad for p in parameters if p.grad is not None]
             if self.process_group is not None:
                 size = torch.distributed.get_world_size(self.process_group)
@@ -288,73 +366,20 @@ def _check_over_outputs(name: str, values: Tensor | None, outputs: int) -> None:
         )
 
 
-class _Chain:
-    """What a model is to a step: what it does to its input first, and its layers.
-
-    Raises:
-        TypeError or ValueError: where the model is no such chain.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        """See the class."""
-        self.first: list[Callable[[Tensor], Tensor]] = []
-        self.layers: list[_Layer] = []
-        self.traced: list[tuple[nn.Module, Trace]] = []
-        self._names = {module: name for name, module in model.named_modules()}
-        self._add(model)
-        if not self.layers:
-            raise TypeError("model: expected an nn.Linear or more, got none")
-        parameters = [p for layer in self.layers for p in layer.linear.parameters()]
-        if len({id(p) for p in parameters}) < len(parameters):
-            raise ValueError("model: expected layers that share no parameters")
-        for p in parameters:
-            if p.dtype != torch.float32 or p.device != parameters[0].device or not p.is_contiguous():
-                raise ValueError(
-                    "model: expected contiguous float32 parameters on one device, got "
-                    f"{p.dtype} of shape {list(p.shape)} and strides {p.stride()} on {p.device}"
-                )
-
-    def holds(self) -> bool:
-        """Whether the forwards that were traced are still what they were."""
-        return all(trace.modules(module) is not None for module, trace in self.traced)
-
-    def _add(self, module: nn.Module) -> None:
-        where = f"model, module {self._names.get(module) or '(itself)'}"
-        if not is_called_plainly(module):
-            raise ValueError(f"{where}: expected no hooks and no forward set on it, which no step would call")
-        role, layers = ROLES.get(type(module)), self.layers
-        if role == "linear" or role == "layer":
-            assert isinstance(module, nn.Linear)
-            layers.append(_Layer(module, module.__dict__["activation"] if role == "layer" else None))
-        elif role in functional.COMPOSITES and layers and layers[-1].activation is None:
-            layers[-1] = _Layer(layers[-1].linear, cast(functional.Activation, role))
-        elif is_sequential(module):
-            for child in module._modules.values():
-                assert child is not None
-                self._add(child)
-        elif isinstance(module, nn.Flatten) and not layers and (module.start_dim, module.end_dim) == (1, -1):
-            self.first.append(module)
-        elif role is None and module._modules:
-            self._add_traced(module, where)
-        elif role != "identity":
-            raise TypeError(f"{where}: {_EXPECTED}, got {type(module).__name__}; {_OTHERS}")
-
-    def _add_traced(self, module: nn.Module, where: str) -> None:
-        """A module with a forward of its own."""
-        name = type(module).__name__
-        try:
-            traced = trace(module)
-        except Refused as refusal:
-            raise TypeError(f"{where}: {_EXPECTED}, got {name}, whose forward {refusal}; {_OTHERS}") from None
-        found = traced.chain(module)
-        if found is None or (self.layers and found[0] is not None):
-            raise TypeError(f"{where}: {_EXPECTED}, got {name}, whose forward does more; {_OTHERS}")
-        first, parts = found
-        if first is not None:
-            self.first.append(first)
-        for part in parts:
-            self._add(part)
-        self.traced.append((module, traced))
+def _check_parameters(layers: Layers) -> None:
+    """ValueError where parameters are not what a step can change one by one."""
+    parameters = list(layers.parameters())
+    for p in parameters:
+        if p.dtype != torch.float32 or p.device != parameters[0].device or not p.is_contiguous():
+            raise ValueError(
+                "model: expected contiguous float32 parameters on one device, got "
+                f"{p.dtype} of shape {list(p.shape)} and strides {p.stride()} on {p.device}"
+            )
+    ends = 0
+    for p in sorted((p for p in parameters if p.numel()), key=Tensor.data_ptr):
+        if p.data_ptr() < ends:
+            raise ValueError("model: expected layers that share no parameters, nor the memory of any")
+        ends = p.data_ptr() + p.nbytes
 
 
 _EXPECTED = "expected nn.Linear, or nn.ReLU, nn.Sigmoid or nn.Tanh after it"

@@ -11,7 +11,7 @@ import dis
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple, NoReturn
 
@@ -361,6 +361,10 @@ _FUNCTIONS: dict[Any, nn.Module] = {torch.relu: _RELU, torch.sigmoid: _SIGMOID, 
 _Part = str | nn.Module  # the path of a child, or an activation that forward applies by itself
 
 
+def _role(cls: type[nn.Module]) -> str | None:
+    return ROLES[cls].name if cls in ROLES else None
+
+
 class _Run(NamedTuple):
     """Nodes of which each takes the last one's output, and nobody else does."""
 
@@ -370,7 +374,7 @@ class _Run(NamedTuple):
     def is_worth_it(self, modules: dict[str, nn.Module]) -> bool:
         """Whether more happens together than in the modules by themselves."""
         children = [modules[part] for part in self.parts if isinstance(part, str)]
-        if any(ROLES.get(type(child)) in ("linear", "layer") for child in children):
+        if any(_role(type(child)) in ("linear", "layer") for child in children):
             return True
         return len(self.parts) > 1 and any(isinstance(m, nn.Linear) for c in children for m in c.modules())
 
@@ -382,7 +386,7 @@ def is_sequential(module: nn.Module) -> bool:
         isinstance(module, nn.Sequential)
         and cls.__iter__ is nn.Sequential.__iter__
         and cls.__call__ is nn.Module.__call__
-        and any(ROLES.get(base) == "sequential" and cls.forward is base.forward for base in cls.__mro__)
+        and any(_role(base) == "sequential" and cls.forward is base.forward for base in cls.__mro__)
     )
 
 
@@ -405,7 +409,7 @@ def _part(node: fx.Node, modules: dict[str, nn.Module]) -> _Part | None:
 
 def _begins_run(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     child = modules[str(node.target)] if node.op == "call_module" else None
-    return child is not None and (ROLES.get(type(child)) in ("linear", "layer") or is_sequential(child))
+    return child is not None and (_role(type(child)) in ("linear", "layer") or is_sequential(child))
 
 
 def _segments(graph: fx.Graph, modules: dict[str, nn.Module]) -> Iterator[fx.Node | _Run]:
@@ -463,6 +467,7 @@ class Trace:
         self._methods = [(indices[path], name, value) for (path, name), value in tracer.methods.items()]
         self._variables = list(tracer.variables.values())
         self.function = self._compiled(self._segments)
+        self._before: Callable[..., Any] | None = None
 
     def modules(self, module: nn.Module) -> list[nn.Module] | None:
         """The module and those that its forward reads; None where forward may be another function by now."""
@@ -524,8 +529,9 @@ class Trace:
         parts = [self._module(part, found) for part in chain.parts]
         if not first:
             return None, parts
-        function = self._compiled(first, chain.nodes[0].args[0])
-        return lambda x: function(*found, x), parts
+        if self._before is None:
+            self._before = self._compiled(first, chain.nodes[0].args[0])
+        return partial(self._before, *found), parts
 
     def _module(self, part: Any, found: list[nn.Module]) -> nn.Module:
         return found[self._indices[part]] if isinstance(part, str) else part

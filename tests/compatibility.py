@@ -21,10 +21,17 @@ Refused: an error says so. Each row is a test in [`tests/test_habits.py`](tests/
 compares the results with those of PyTorch's own modules and records the ops that ran.
 `python tests/compatibility.py` writes this file from them.
 
-One thing to know: a layer with an activation is still an `nn.Linear`. Code that looks for `nn.Linear` and
-goes on with the weight alone leaves the activation out: `torch.utils.mkldnn.to_mkldnn` does, and
-`fuse_linear_bn_eval` with a batch norm behind such a layer. A model of stock modules from `fastmlp.fuse` has
-no such layers.
+Two things to know, which no error tells:
+
+- A layer with an activation (`fastmlp.Linear` with one, `LinearReLU`, the layers of an `MLP`) is still an
+  `nn.Linear`. Code that looks for `nn.Linear` and goes on with the weight alone leaves the activation out:
+  `torch.utils.mkldnn.to_mkldnn` does, `fuse_linear_bn_eval` with a batch norm behind such a layer, and PEFT's
+  adapters (LoRA and others), which add after the activation and merge before it. Captum's DeepLift finds no
+  activation to account for. For these, build the model of stock modules and call `fastmlp.fuse`, which makes
+  no such layers; adapt first, and fuse after.
+- `type(module) is nn.Linear` is false for every `fastmlp.Linear`, and for an `nn.Linear` that `fastmlp.fuse`
+  has changed because no other module runs it. Initialisers, `quantize_dynamic`, `prepare` and BackPACK, which
+  ask so, pass these by. Let them do their work first and fuse after, or call `fastmlp.unfuse` before.
 """
 
 # The ops that compute layers, ours and torch's, as the profiler names them.

@@ -175,8 +175,11 @@ def test_an_empty_batch_has_stocks_loss(instruction_set, reduction):
     assert_as_stock(logits(0, 5), classes(0, 5), reduction=reduction)
 
 
-def test_weights_that_are_all_zero_give_stocks_nan(instruction_set):
-    assert_as_stock(logits(6, 5), classes(6, 5), weight=torch.zeros(5))
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("others", [0.0, 1.0])
+def test_targets_whose_weights_are_all_zero_give_stocks_nan(instruction_set, label_smoothing, others):
+    weight = torch.tensor([0.0, 0.0, others, others, others])
+    assert_as_stock(logits(6, 5), classes(6, 2), weight=weight, label_smoothing=label_smoothing)
 
 
 @every_reduction

@@ -112,6 +112,42 @@ def test_what_the_kernels_do_not_cover_is_computed_layer_by_layer(dtype):
     assert_same(lambda f: gradients(f, *arguments), 1e-2, 1e-2)
 
 
+ODD = {
+    "a bias of one element": lambda w, b: b.__setitem__(0, torch.randn(1)),
+    "a bias of no dimension": lambda w, b: b.__setitem__(1, torch.randn(())),
+    "a bias for each row": lambda w, b: b.__setitem__(0, torch.randn(4, 5)),
+    "a vector for a weight": lambda w, b: (
+        w.__setitem__(2, torch.randn(6)),
+        b.__setitem__(2, torch.randn(())),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_is_broadcast_is_computed_as_stocks(change, grad):
+    x, weights, biases = network([4], [7, 5, 6, 3])
+    change(weights, biases)
+    arguments = [x, weights, biases, "tanh"]
+    with torch.set_grad_enabled(grad):
+        assert_same(lambda f: f(*arguments))
+    if grad:
+        assert_same(lambda f: gradients(f, *arguments))
+    meta = mlp(x.to("meta"), [w.to("meta") for w in weights], [b.to("meta") for b in biases], "tanh")
+    assert meta.shape == stock(*arguments).shape
+
+
+@pytest.mark.parametrize("name", ["input", "weight"])
+@pytest.mark.parametrize("f", [fastmlp.functional.linear, lambda x, weight: mlp(x, [weight])])
+def test_none_for_a_tensor_is_stocks_type_error(f, name):
+    arguments = {"input": torch.ones(2, 3), "weight": torch.ones(4, 3)} | {name: None}
+    with pytest.raises(TypeError) as theirs:
+        F.linear(*arguments.values())
+    with pytest.raises(TypeError) as ours:
+        f(*arguments.values())
+    assert str(ours.value) == str(theirs.value)
+
+
 def test_a_transposed_weight_is_computed_layer_by_layer():
     x, weights, biases = network([4], [5, 4, 3])
     weights[1] = torch.randn(4, 3, requires_grad=True).t()

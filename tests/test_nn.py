@@ -80,6 +80,30 @@ def test_an_mlp_is_a_sequential_of_layers_with_activations_between():
     assert list(model.state_dict()) == ["0.weight", "1.weight", "2.weight"]
 
 
+EDITS = {
+    "a slice": lambda m: m[:-1],
+    "another slice": lambda m: m[::2],
+    "a sum": lambda m: m + nn.Sequential(nn.Linear(3, 3)),
+    "a product": lambda m: m[1:3] * 2,
+    "an insertion": lambda m: m.insert(1, nn.Identity()),
+    "an extension": lambda m: m.extend([nn.Linear(3, 2), nn.Tanh()]),
+    "a removal": lambda m: (m.pop(3), m)[1],
+    "a deletion": lambda m: (m.__delitem__(slice(1, 3)), m)[1],
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_an_mlp_is_edited_as_a_sequential_is(edit):
+    model, x = fastmlp.MLP(3, 3, 3, 3, 3), torch.randn(2, 3)
+    torch.manual_seed(0)
+    expected = edit(nn.Sequential(*model))
+    torch.manual_seed(0)
+    edited = edit(model)
+    assert isinstance(edited, nn.Sequential)
+    assert list(edited.state_dict()) == list(expected.state_dict())
+    torch.testing.assert_close(edited(x), expected(x))
+
+
 def test_parts_of_an_mlp_can_be_swapped_hooked_and_parametrized():
     model, x, seen = fastmlp.MLP(7, 5, 3), torch.randn(2, 7), []
     model[0].register_forward_hook(lambda module, args, y: seen.append(y))

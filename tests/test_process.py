@@ -69,6 +69,41 @@ def test_data_loader_workers_may_compute():
     assert torch.equal(next(iter(loader)), expected)
 
 
+GRAPHS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def forward(self, x):
+        self.last = nn.Softmax()
+        return self.last(nn.Sequential(nn.ReLU(), nn.Tanh())(x))
+
+def backend(graph, inputs):
+    print(graph.code)
+    return graph
+
+models = [Net(), nn.Sequential(nn.Linear(4, 3), nn.ReLU()), lambda x: nn.Sequential(nn.ReLU(), nn.Tanh())(x)]
+for model in models:
+    torch.compile(model, backend=backend, fullgraph=True)(torch.ones(2, 4))
+    for strict in (True, False):
+        if isinstance(model, nn.Sequential) or (strict and isinstance(model, nn.Module)):
+            program = torch.export.export(model, (torch.ones(2, 4),), strict=strict)
+            print(program.graph_module.code, program.run_decompositions().graph_module.code)
+"""
+STATE = """
+from torch.nn.modules import module
+print({name: len(hooks) for name, hooks in vars(module).items() if name.startswith("_global_") and hooks})
+print(torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.nn.Linear.forward.__module__)
+"""
+
+
+def test_importing_changes_nothing_of_torch():
+    code = GRAPHS + STATE
+    without, with_import = python("-c", code), python("-c", "import fastmlp\n" + code)
+    assert without.returncode == 0, without.stderr
+    assert with_import.stdout == without.stdout
+
+
 @pytest.mark.parametrize("name", ["avx512bf16", "avx512", "avx2", "portable"])
 def test_the_environment_variable_chooses_the_instruction_set(name):
     result = python("-c", "import fastmlp; print(fastmlp.build_info()['cpu'])", FASTMLP_CPU=name)

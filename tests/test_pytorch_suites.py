@@ -367,7 +367,7 @@ CALLS = {
     "linear_backward": lambda grad: (x(4, 5), x(4, 3), x(5, 3), x(4, 5), "tanh", [True] * 3),
     "mlp": lambda grad: (*network(grad), "tanh"),
     "mlp_forward": lambda grad: (*network(), "tanh"),
-    "mlp_backward": lambda grad: (x(4, 2), *network(), [x(4, 5)], "tanh", [0, 1, 2, 3, 4]),
+    "mlp_backward": lambda grad: (x(4, 2), *network()[:2], [x(4, 5)], "tanh", [0, 1, 2, 3, 4]),
     "cross_entropy": lambda grad: (x(4, 3, grad=grad), TARGET),
     "cross_entropy_forward": lambda grad: (x(4, 3), TARGET, None, "mean", -100, 0.0),
     "why_not_fused": lambda grad: (x(4, 3, grad=grad), x(5, 3, grad=grad)),

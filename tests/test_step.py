@@ -1,6 +1,7 @@
 """TrainStep leaves behind what the standard loop leaves behind, in parameters, optimizer and habits."""
 
 import copy
+import pickle
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune, remove_weight_norm, weight_norm
 
 import fastmlp
 
@@ -229,6 +231,7 @@ shared = nn.Linear(3, 3)
         (hooked, ValueError, "no hooks"),
         (nn.Sequential(shared, nn.ReLU(), shared), ValueError, "share no parameters"),
         (nn.Sequential(nn.Linear(3, 2).double()), ValueError, "float32 .*float64"),
+        (nn.Sequential(nn.Linear(3, 2), None), TypeError, "got None"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -281,6 +284,231 @@ def test_weights_of_bce_that_differ_within_a_batch_are_refused(name, shape):
         fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
+# ---- every call sees model, loss and optimizer as they are
+
+
+class Net(nn.Module):
+    """A forward of its own, which reshapes its input first."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(5, 9), nn.Linear(9, 3)
+
+    def forward(self, x):
+        x = x.view(-1, 5)
+        return self.fc2(torch.relu(self.fc1(x)))
+
+
+FOLLOWED = {
+    "an exchanged head": (lambda: stock(5, 9, 3), lambda m: setattr(m, "2", nn.Linear(9, 3))),
+    "an exchanged activation": (lambda: stock(5, 9, 3), lambda m: setattr(m, "1", nn.Tanh())),
+    "a layer put in": (lambda: stock(5, 9, 3), lambda m: m.insert(2, nn.Linear(9, 9))),
+    "a layer taken out": (lambda: stock(5, 9, 9, 3), lambda m: (m.pop(2), m.pop(2))),
+    "an identity put in": (lambda: stock(5, 9, 3), lambda m: m.insert(1, nn.Identity())),
+    "dropout in eval mode": (
+        lambda: stock(5, 9, 3),
+        lambda m: (m.insert(1, nn.Dropout()), m.eval()),
+    ),
+    "an exchanged child of a forward": (Net, lambda m: setattr(m, "fc2", nn.Linear(9, 3))),
+    "a bias taken out": (lambda: stock(5, 9, 3), lambda m: setattr(m[0], "bias", None)),
+}
+
+
+@pytest.mark.parametrize(("make", "change"), FOLLOWED.values(), ids=FOLLOWED)
+def test_a_model_changed_between_calls_is_trained_as_it_is(make, change):
+    torch.manual_seed(0)
+    model, loss = make(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step, data = fastmlp.TrainStep(model, loss, optimizer), batch_for(loss, 8, 5, 3)
+    step(*data)
+    change(model)
+    known = {p for group in optimizer.param_groups for p in group["params"]}
+    if added := [p for p in model.parameters() if p not in known]:
+        optimizer.add_param_group({"params": added})
+    other = copy.deepcopy(model)
+    other_optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for _ in range(2):
+        value, expected = step(*data), standard_step(other, loss, other_optimizer, *data)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def double(*arguments):
+    return 2 * arguments[-1]
+
+
+REFUSED = {
+    "dropout": (TypeError, "module 1: .* Dropout", lambda m, _: m.insert(1, nn.Dropout())),
+    "an unknown activation": (TypeError, "module 1: .* GELU", lambda m, _: setattr(m, "1", nn.GELU())),
+    "a forward on a child": (
+        ValueError,
+        "module 0: .* forward set",
+        lambda m, _: setattr(m[0], "forward", double),
+    ),
+    "a forward hook": (ValueError, "module 0: .* hooks", lambda m, _: m[0].register_forward_hook(double)),
+    "a pre-hook": (ValueError, "module 1: .* hooks", lambda m, _: m[1].register_forward_pre_hook(double)),
+    "a backward hook": (
+        ValueError,
+        "module 2: .* hooks",
+        lambda m, _: m[2].register_full_backward_hook(double),
+    ),
+    "a hook on the model": (ValueError, "itself.* hooks", lambda m, _: m.register_forward_hook(double)),
+    "no reduction": (
+        ValueError,
+        "reduction='mean' or 'sum', got 'none'",
+        lambda _, loss: setattr(loss, "reduction", "none"),
+    ),
+    "a patched layer": (TypeError, "torch's own Linear", lambda m, _: patch(nn.Linear)),
+    "a patched loss": (TypeError, "loss: .* other methods", lambda m, _: patch(nn.MSELoss)),
+    "shared memory": (
+        ValueError,
+        "share no memory",
+        lambda m, _: setattr(m[4].weight, "data", m[2].weight.data),
+    ),
+    "half precision": (RuntimeError, "contiguous float32", lambda m, _: m.bfloat16()),
+    "none of the parameters": (ValueError, "among its own, got none", lambda m, _: renew(m)),
+    "nothing to train": (RuntimeError, "requires a gradient, got none", lambda m, _: m.requires_grad_(False)),
+}
+
+
+def patch(cls):
+    cls.forward = double  # pytest's monkeypatch sets it back
+
+
+def renew(model):
+    for index in (0, 2, 4):
+        model[index] = nn.Linear(9, 9)
+
+
+@pytest.mark.parametrize(("error", "words", "change"), REFUSED.values(), ids=REFUSED)
+def test_what_no_step_would_follow_is_refused_with_the_reason(monkeypatch, error, words, change):
+    for cls in (nn.Linear, nn.MSELoss):
+        monkeypatch.setattr(cls, "forward", cls.forward)
+    model, loss = stock(9, 9, 9, 9, activation=nn.Tanh), nn.MSELoss()
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    data = batch_for(loss, 4, 9, 9)
+    step(*data)
+    change(model, loss)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=words):
+        step(*data)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_off_a_step_raises_as_backward_does(mode):
+    model, loss = stock(5, 3), nn.MSELoss()
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    before = copy.deepcopy(model.state_dict())
+    with mode(), pytest.raises(RuntimeError, match="expected gradients to be enabled"):
+        step(*batch_for(loss, 4, 5, 3))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_under_autocast_a_step_is_the_loop_under_autocast():
+    torch.manual_seed(0)
+    model, loss = stock(5, 9, 3), nn.CrossEntropyLoss()
+    other = copy.deepcopy(model)
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    data = batch_for(loss, 8, 5, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, logits = step(*data), other(data[0])
+        expected = loss(logits, data[1])
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-2, atol=1e-2)
+    exact = loss(other(data[0]), data[1])
+    assert (value - expected).abs() < (value - exact).abs()
+
+
+def test_global_hooks_see_every_module_of_a_step():
+    model, loss, seen = stock(5, 9, 3), nn.MSELoss(), []
+    other = copy.deepcopy(model)
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    data = batch_for(loss, 8, 5, 3)
+    step(*data)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    standard_step(other, loss, optimizer, *data)
+    hook = nn.modules.module.register_module_forward_hook(lambda module, _, y: seen.append(module))
+    try:
+        step(*data)
+    finally:
+        hook.remove()
+    assert seen == [*model, model, loss]
+    standard_step(other, loss, optimizer, *data)
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+RENAMED = {
+    "pruned": (
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: prune.remove(layer, "weight"),
+    ),
+    "weight_norm": (weight_norm, remove_weight_norm),
+    "parametrized": (
+        lambda layer: parametrizations.orthogonal(layer),
+        lambda layer: parametrize.remove_parametrizations(layer, "weight"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("apply", "remove"), RENAMED.values(), ids=RENAMED)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_parameters_are_taken_by_name_whatever_order_a_layer_has_them_in(apply, remove):
+    model, loss = stock(5, 9, 3), nn.CrossEntropyLoss()
+    apply(model[0])
+    remove(model[0])
+    assert list(model[0]._parameters) == ["bias", "weight"]
+    assert_same_training(model, loss, lambda _: batch_for(loss, 8, 5, 3), momentum=0.9)
+
+
+@pytest.mark.parametrize("of_momentum", [False, True], ids=["parameters", "momentum"])
+def test_what_may_not_be_written_raises_before_anything_is_changed(of_momentum):
+    loss = nn.MSELoss()
+    with torch.inference_mode(not of_momentum):
+        model = stock(5, 9, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    if of_momentum:
+        with torch.inference_mode():
+            optimizer.state[model[2].bias]["momentum_buffer"] = torch.zeros(3)
+    before = [p.detach().clone() for p in model.parameters()]
+    versions = [p._version for p in model.parameters()] if of_momentum else []
+    with pytest.raises(RuntimeError, match=r"made outside of torch\.inference_mode"):
+        fastmlp.TrainStep(model, loss, optimizer)(*batch_for(loss, 4, 5, 3))
+    assert all(map(torch.equal, model.parameters(), before))
+    assert versions == [p._version for p in model.parameters() if of_momentum]
+
+
+def test_the_versions_of_parameters_and_momenta_tell_of_a_step():
+    model, loss = stock(5, 3), nn.MSELoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step, data = fastmlp.TrainStep(model, loss, optimizer), batch_for(loss, 4, 5, 3)
+    step(*data)
+    changed = [*model.parameters(), *(state["momentum_buffer"] for state in optimizer.state.values())]
+    versions = [t._version for t in changed]
+    step(*data)
+    assert all(t._version > version for t, version in zip(changed, versions, strict=True))
+
+
+def test_an_input_in_the_memory_of_a_weight_is_refused():
+    model, loss = stock(3, 3), nn.MSELoss()
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="share no memory with one another, nor with input"):
+        step(model[0].weight.detach()[1:], torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda step: pickle.loads(pickle.dumps(step))])
+@pytest.mark.parametrize("make", [lambda: stock(5, 9, 3), Net], ids=["sequential", "forward"])
+def test_a_copy_of_a_step_trains_its_own_model(make, copied):
+    model, loss = make(), nn.CrossEntropyLoss()
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    data = batch_for(loss, 8, 5, 3)
+    step(*data)
+    other = copied(step)
+    step(*data)
+    assert not torch.equal(next(other.model.parameters()), next(model.parameters()))
+    other(*data)
+    torch.testing.assert_close(other.model.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
 # ---- bad input changes nothing
 
 
@@ -326,6 +554,15 @@ def test_nan_and_infinity_spread_as_in_the_standard_loop():
     x[2, 1] = torch.nan
     step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
     value = step(x, target)
+    standard_step(other, loss, torch.optim.SGD(other.parameters(), lr=0.1), x, target)
+    assert value.isnan()
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), equal_nan=True)
+
+
+def test_targets_whose_weights_are_all_zero_give_the_loops_nan():
+    loss, model = nn.CrossEntropyLoss(torch.tensor([0.0, 1.0, 2.0]), label_smoothing=0.1), stock(4, 6, 3)
+    other, x, target = copy.deepcopy(model), torch.randn(5, 4), torch.zeros(5, dtype=torch.long)
+    value = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))(x, target)
     standard_step(other, loss, torch.optim.SGD(other.parameters(), lr=0.1), x, target)
     assert value.isnan()
     torch.testing.assert_close(model.state_dict(), other.state_dict(), equal_nan=True)

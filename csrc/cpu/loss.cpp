@@ -51,7 +51,7 @@ int64_t cross_entropy(const CrossEntropy& p, void* workspace, int threads) {
     wait(size);
     const Losses targets = total(blocks, count);
     if (targets.wrong < 0) {
-      const float scale = p.reduction == Reduction::mean ? float(1 / targets.weight) : 1;
+      const float scale = float(1 / mean_divisor(p, targets.weight));
       wait(size);  // until all have read what is now written
       for (int64_t b = own.begin; b < own.end; ++b) blocks[b].loss = k.cross_entropy(p, scale, rows(b));
       wait(size);
@@ -60,7 +60,7 @@ int64_t cross_entropy(const CrossEntropy& p, void* workspace, int threads) {
     wrong = targets.wrong;
     if (wrong >= 0 || p.reduction == Reduction::none) return;
     const double sum = total(blocks, count).loss;
-    const float loss = float(p.reduction == Reduction::mean ? sum / targets.weight : sum);
+    const float loss = float(sum / mean_divisor(p, targets.weight));
     k.add_up(&loss, 1, 0, p.dtype, p.loss, {0, 1});
   });
   return wrong;

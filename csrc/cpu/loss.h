@@ -14,4 +14,11 @@ struct Losses {
 // The latter two of some rows.
 Losses weigh(const CrossEntropy&, Range rows);
 
+// What the mean is divided by. torch divides the smoothed part for itself, and where all weights are 0 the other part
+// makes the sum 0 / 0.
+inline double mean_divisor(const CrossEntropy& p, double weight) {
+  if (p.reduction != Reduction::mean) return 1;
+  return weight == 0 && p.label_smoothing > 0 ? __builtin_nan("") : weight;
+}
+
 }  // namespace fastmlp::cpu

@@ -222,7 +222,7 @@ double divisor(const Step& s, int64_t& wrong) {
   if (s.loss != Loss::cross_entropy) return s.pointwise.mean ? double(M * s.pointwise.N) : 1;
   const Losses targets = weigh(s.cross_entropy, {0, M});
   wrong = targets.wrong;
-  return s.cross_entropy.reduction == Reduction::mean ? targets.weight : 1;
+  return mean_divisor(s.cross_entropy, targets.weight);
 }
 
 }  // namespace

@@ -51,6 +51,14 @@ __device__ __forceinline__ float target_weight(const CrossEntropy& p, int64_t ro
   return p.weight ? p.weight[t] : 1.0f;
 }
 
+// What the mean is divided by. torch divides the smoothed part for itself, and where all weights are 0 the other part
+// makes the sum 0 / 0.
+__device__ __forceinline__ float divisor(const CrossEntropy& p, const float* weights, int64_t weights_count) {
+  if (p.reduction != Reduction::mean) return 1.0f;
+  const float sum = sum_of(weights, weights_count);
+  return sum == 0.0f && p.label_smoothing > 0.0f ? NAN : sum;
+}
+
 // The blocks share the rows out one by one in turn; each writes what its own add up to.
 __global__ void __launch_bounds__(many) weigh(const CrossEntropy p, float* weights) {
   float sum = 0.0f;
@@ -65,7 +73,7 @@ __global__ void __launch_bounds__(many)
     rows(const CrossEntropy p, const float* weights, int64_t weights_count, float* losses) {
   const float kept = 1.0f - p.label_smoothing, spread = p.label_smoothing / p.C;
   const bool smooths = spread > 0.0f;
-  const float scale = p.reduction == Reduction::mean ? 1.0f / sum_of(weights, weights_count) : 1.0f;
+  const float scale = 1.0f / divisor(p, weights, weights_count);
   const float all_weights = smooths && p.weight ? sum_of(p.weight, p.C) : p.C;
   float block_loss = 0.0f;
   for (int64_t row = blockIdx.x; row < p.N; row += gridDim.x) {
@@ -112,8 +120,7 @@ template <class T>
 __global__ void __launch_bounds__(many)
     reduce(const CrossEntropy p, const float* weights, int64_t weights_count, const float* losses,
            int64_t losses_count) {
-  float loss = sum_of(losses, losses_count);
-  if (p.reduction == Reduction::mean) loss /= sum_of(weights, weights_count);
+  const float loss = sum_of(losses, losses_count) / divisor(p, weights, weights_count);
   if (threadIdx.x == 0) store(static_cast<T*>(p.loss), loss);
 }
 

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "linear.h"
+#include "saved.h"
 
 namespace fastmlp {
 namespace {
@@ -17,37 +18,52 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static constexpr bool is_traceable = true;
 
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
-                        const std::optional<Tensor>& bias, std::string_view activation) {
+                        const OptionalTensor& bias, std::string_view activation) {
+    SavedLayers layers{{0}, bias.has_value()};
+    if (weight.requires_grad()) layers.what[0] |= saves_x;
+    if (input.requires_grad()) layers.what[0] |= saves_weight;
+    if (activation != "identity") layers.what[0] |= saves_y;
+    const Tensor saved_weight = input.requires_grad() ? layers.oriented(weight) : Tensor();
     const at::AutoDispatchBelowADInplaceOrView guard;
     Tensor y = call_linear(input, weight, bias, activation);
-    // g' is a function of y; the identity's needs none, and the layer then keeps no more than torch's own.
-    ctx->save_for_backward({input, weight, activation == "identity" ? Tensor() : y});
+    variable_list saved;
+    layers.each([&](size_t, Saved what) {
+      saved.push_back(what == saves_x ? input : what == saves_weight ? saved_weight : y);
+    });
+    ctx->save_for_backward(std::move(saved));
     ctx->saved_data["activation"] = std::string(activation);
-    ctx->saved_data["has_bias"] = bias.has_value();
+    ctx->saved_data["layers"] = layers.packed();
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_y) {
     const variable_list saved = ctx->get_saved_variables();
-    const auto y = saved[2].defined() ? std::optional<Tensor>(saved[2]) : std::nullopt;
-    const bool has_bias = ctx->saved_data["has_bias"].toBool();
+    const SavedLayers layers = SavedLayers::unpacked(ctx->saved_data["layers"]);
+    OptionalTensor input, weight, y;
+    size_t next = 0;
+    layers.each([&](size_t, Saved what) {
+      const Tensor& t = saved[next++];
+      (what == saves_x        ? input
+       : what == saves_weight ? weight
+                              : y) = what == saves_weight ? layers.restored(t) : t;
+    });
     const Mask mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                       has_bias && ctx->needs_input_grad(2)};
-    auto [grad_input, grad_weight, grad_bias] = call_linear_backward(
-        grad_y[0], saved[0], saved[1], y, ctx->saved_data["activation"].toStringRef(), mask);
+                       layers.has_bias && ctx->needs_input_grad(2)};
+    auto [grad_input, grad_weight, grad_bias] =
+        call_linear_backward(grad_y[0], input, weight, y, ctx->saved_data["activation"].toStringRef(), mask);
     return {grad_input, grad_weight, grad_bias, Tensor()};
   }
 };
 
 bool needs_grad(const Tensor& t) { return t.requires_grad(); }
-bool needs_grad(const std::optional<Tensor>& t) { return t && t->requires_grad(); }
+bool needs_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
 
 template <class... Arguments>
 bool is_differentiated(const Arguments&... arguments) {
   return at::GradMode::is_enabled() && (needs_grad(arguments) || ...);
 }
 
-Tensor linear_autograd(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+Tensor linear_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                        std::string_view activation) {
   if (why_not_fused(input, weight, bias)) return linear_composite(input, weight, bias, activation);
   if (is_differentiated(input, weight, bias)) return LinearFunction::apply(input, weight, bias, activation);
@@ -55,8 +71,9 @@ Tensor linear_autograd(const Tensor& input, const Tensor& weight, const std::opt
   return call_linear(input, weight, bias, activation);
 }
 
-Gradients linear_backward_autograd(const Tensor& grad_y, const Tensor& input, const Tensor& weight,
-                                   const std::optional<Tensor>& y, std::string_view activation, Mask mask) {
+Gradients linear_backward_autograd(const Tensor& grad_y, const OptionalTensor& input,
+                                   const OptionalTensor& weight, const OptionalTensor& y,
+                                   std::string_view activation, Mask mask) {
   if (is_differentiated(grad_y, input, weight, y))
     return linear_backward_composite(grad_y, input, weight, y, activation, mask);
   const at::AutoDispatchBelowADInplaceOrView guard;

@@ -8,6 +8,9 @@
 #include <ATen/ops/empty.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "../kernels.h"
 
 #ifdef FASTMLP_WITH_CUDA
@@ -116,6 +119,27 @@ inline bool is_reduced(const at::Tensor& t) {
 inline at::Tensor as_matrix(const at::Tensor& t, int64_t rows, int64_t columns) {
   const at::Tensor matrix = t.dim() == 2 ? t : t.reshape({rows, columns});
   return columns <= 1 || matrix.stride(1) == 1 ? matrix : matrix.contiguous();
+}
+
+// Where a tensor is, from its first element to its last, with all that lies between.
+struct Memory {
+  const char *begin, *end;
+};
+inline Memory memory_of(const at::Tensor& t) {
+  if (!t.defined() || t.numel() == 0) return {nullptr, nullptr};
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  const char* const begin = static_cast<const char*>(t.const_data_ptr());
+  return {begin, begin + (last + 1) * int64_t(t.element_size())};
+}
+
+// Whether any two share memory: what is written would then depend on who comes first.
+inline bool overlap(std::vector<Memory> memories) {
+  const auto is_empty = [](Memory m) { return m.begin == m.end; };
+  memories.erase(std::remove_if(memories.begin(), memories.end(), is_empty), memories.end());
+  std::sort(memories.begin(), memories.end(), [](Memory a, Memory b) { return a.begin < b.begin; });
+  return std::adjacent_find(memories.begin(), memories.end(),
+                            [](Memory a, Memory b) { return b.begin < a.end; }) != memories.end();
 }
 
 // How many rows the input has, all but the last dimension taken together.

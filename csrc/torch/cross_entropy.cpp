@@ -9,7 +9,6 @@
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones_like.h>
-#include <ATen/ops/softmax.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -37,7 +36,7 @@ static_assert(int(Reduction::none) == at::Reduction::None && int(Reduction::mean
               int(Reduction::sum) == at::Reduction::Sum);
 
 // Whether the kernels cover these arguments: logits [N, C] and classes [N], or [C] and [].
-bool is_fused(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+bool is_fused(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
               double label_smoothing) {
   const auto dtype = input.scalar_type();
   if (why_not_plain(input) || why_not_plain(target) || target.device() != input.device()) return false;
@@ -58,7 +57,7 @@ bool is_fused(const Tensor& input, const Tensor& target, const std::optional<Ten
                      weight->sym_size(0) == input.sym_size(-1));
 }
 
-Tensor cross_entropy_composite(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+Tensor cross_entropy_composite(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                std::string_view reduction, int64_t ignore_index, double label_smoothing) {
   return at::cross_entropy_loss(input, target, weight, int64_t(parse_reduction(reduction)), ignore_index,
                                 label_smoothing);
@@ -66,7 +65,7 @@ Tensor cross_entropy_composite(const Tensor& input, const Tensor& target, const 
 
 // ---- through the dispatcher
 
-Tensor call_cross_entropy(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+Tensor call_cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                           std::string_view reduction, int64_t ignore_index, double label_smoothing) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastmlp::cross_entropy", "")
@@ -75,7 +74,7 @@ Tensor call_cross_entropy(const Tensor& input, const Tensor& target, const std::
 }
 
 LossAndGrad call_cross_entropy_forward(const Tensor& input, const Tensor& target,
-                                       const std::optional<Tensor>& weight, std::string_view reduction,
+                                       const OptionalTensor& weight, std::string_view reduction,
                                        int64_t ignore_index, double label_smoothing) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastmlp::cross_entropy_forward", "")
@@ -86,7 +85,7 @@ LossAndGrad call_cross_entropy_forward(const Tensor& input, const Tensor& target
 // ---- the fused path
 
 template <class Device>
-LossAndGrad run_cross_entropy(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+LossAndGrad run_cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                               std::string_view reduction, int64_t ignore_index, double label_smoothing,
                               bool wants_grad) {
   const c10::DeviceGuard guard(input.device());
@@ -111,7 +110,7 @@ LossAndGrad run_cross_entropy(const Tensor& input, const Tensor& target, const s
 }
 
 template <class Device>
-Tensor cross_entropy(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+Tensor cross_entropy(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                      std::string_view reduction, int64_t ignore_index, double label_smoothing) {
   if (!is_fused(input, target, weight, label_smoothing))
     return cross_entropy_composite(input, target, weight, reduction, ignore_index, label_smoothing);
@@ -120,9 +119,8 @@ Tensor cross_entropy(const Tensor& input, const Tensor& target, const std::optio
 }
 
 template <class Device>
-LossAndGrad cross_entropy_forward(const Tensor& input, const Tensor& target,
-                                  const std::optional<Tensor>& weight, std::string_view reduction,
-                                  int64_t ignore_index, double label_smoothing) {
+LossAndGrad cross_entropy_forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                                  std::string_view reduction, int64_t ignore_index, double label_smoothing) {
   TORCH_CHECK(is_fused(input, target, weight, label_smoothing),
               "cross_entropy_forward: the kernels do not cover these arguments");
   return run_cross_entropy<Device>(input, target, weight, reduction, ignore_index, label_smoothing, true);
@@ -130,7 +128,7 @@ LossAndGrad cross_entropy_forward(const Tensor& input, const Tensor& target,
 
 // ---- shapes alone, for tracing
 
-Tensor cross_entropy_meta(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+Tensor cross_entropy_meta(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                           std::string_view reduction, int64_t ignore_index, double label_smoothing) {
   if (!is_fused(input, target, weight, label_smoothing))
     return cross_entropy_composite(input, target, weight, reduction, ignore_index, label_smoothing);
@@ -139,7 +137,7 @@ Tensor cross_entropy_meta(const Tensor& input, const Tensor& target, const std::
 }
 
 LossAndGrad cross_entropy_forward_meta(const Tensor& input, const Tensor& target,
-                                       const std::optional<Tensor>& weight, std::string_view reduction,
+                                       const OptionalTensor& weight, std::string_view reduction,
                                        int64_t ignore_index, double label_smoothing) {
   return {cross_entropy_meta(input, target, weight, reduction, ignore_index, label_smoothing),
           at::empty_symint(input.sym_sizes(), input.options().dtype(at::kFloat))};
@@ -149,7 +147,7 @@ LossAndGrad cross_entropy_forward_meta(const Tensor& input, const Tensor& target
 
 // In float32, as torch's own.
 template <c10::DispatchKey autocast, c10::DeviceType device>
-Tensor cross_entropy_autocast(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+Tensor cross_entropy_autocast(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                               std::string_view reduction, int64_t ignore_index, double label_smoothing) {
   const c10::impl::ExcludeDispatchKeyGuard guard(autocast);
   const auto cast = [&](const auto& t) { return at::autocast::cached_cast(at::kFloat, t, device); };
@@ -157,61 +155,69 @@ Tensor cross_entropy_autocast(const Tensor& input, const Tensor& target, const s
                             label_smoothing);
 }
 
-// dz = grad_loss · (p Σ_c q_c - q) by differentiable operations, with kernels.h's q.
-Tensor differentiable_backward(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
-                               const Tensor& weight, const Options& options) {
+// q of kernels.h, [N, C].
+Tensor weighed_target(const Tensor& like, const Tensor& target, const Tensor& weight,
+                      const Options& options) {
   const auto [reduction, ignore_index, label_smoothing] = options;
-  const Tensor p = at::softmax(input, -1), t = target.unsqueeze(-1), ignored = t.eq(ignore_index);
-  Tensor q = at::zeros_like(p).scatter(-1, t.masked_fill(ignored, 0), 1);
-  const Tensor w = weight.defined() ? weight : at::ones_like(p);
+  const Tensor t = target.unsqueeze(-1), ignored = t.eq(ignore_index);
+  Tensor q = at::zeros_like(like).scatter(-1, t.masked_fill(ignored, 0), 1);
+  const Tensor w = weight.defined() ? weight : at::ones_like(like);
   const Tensor total = (q * w).masked_fill(ignored, 0).sum();
-  q = w * (q * (1 - label_smoothing) + label_smoothing / input.sym_size(-1));
+  q = w * (q * (1 - label_smoothing) + label_smoothing / like.sym_size(-1));
   if (reduction == at::Reduction::Mean) q = q / total;
-  q = q.masked_fill(ignored, 0);
-  return grad_loss.unsqueeze(-1) * (p * q.sum(-1, true) - q);
+  return q.masked_fill(ignored, 0);
 }
 
+// The node has two outputs, the loss and its gradient dz = p Σ_c q_c - q. Nobody is given the second, but gradients of
+// gradients reach the logits through it: p is had from it, and no logits are kept for them.
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static constexpr bool is_traceable = true;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
-                        const std::optional<Tensor>& weight, std::string_view reduction, int64_t ignore_index,
-                        double label_smoothing) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
+                               const OptionalTensor& weight, std::string_view reduction, int64_t ignore_index,
+                               double label_smoothing) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [loss, grad] =
         call_cross_entropy_forward(input, target, weight, reduction, ignore_index, label_smoothing);
-    ctx->save_for_backward({grad, input, target, weight.value_or(Tensor())});
+    ctx->save_for_backward({grad, target, weight.value_or(Tensor())});
+    ctx->set_materialize_grads(false);
     ctx->saved_data["options"] = Options(int64_t(parse_reduction(reduction)), ignore_index, label_smoothing);
-    return loss;
+    ctx->saved_data["dtype"] = input.scalar_type();
+    return {loss, grad};
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grad_loss) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &g = grad_loss[0], &grad = saved[0], &input = saved[1];
+    const Tensor &g = grad_outputs[0], &v = grad_outputs[1], &grad = saved[0];
+    const auto dtype = ctx->saved_data["dtype"].toScalarType();
     variable_list grads(6);
-    if (at::GradMode::is_enabled())
-      grads[0] =
-          differentiable_backward(g, input, saved[2], saved[3], ctx->saved_data["options"].to<Options>());
-    else if (is_given_away(g, grad)) grads[0] = grad;
-    else grads[0] = (grad * g.unsqueeze(-1)).to(input.scalar_type());
+    if (g.defined()) grads[0] = is_given_away(g, grad) ? grad.detach() : (grad * g.unsqueeze(-1)).to(dtype);
+    if (v.defined()) {  // by dz's derivative, Σ_c q_c (diag(p) - p pᵀ)
+      const auto options = ctx->saved_data["options"].to<Options>();
+      const Tensor q = weighed_target(grad, saved[1], saved[2], options), sum = q.sum(-1, true);
+      const Tensor p_sum = grad + q, p = p_sum / sum.masked_fill(sum.eq(0), 1);
+      const Tensor more = (p_sum * (v - (p * v).sum(-1, true))).to(dtype);
+      grads[0] = grads[0].defined() ? grads[0] + more : more;
+    }
     return grads;
   }
 
  private:
   // Whether the saved gradient is the result as it is, and nobody will ask for it again.
   static bool is_given_away(const Tensor& grad_loss, const Tensor& grad) {
-    return grad_loss.is_cpu() && grad_loss.dim() == 0 && grad_loss.scalar_type() == at::kFloat &&
-           !torch::autograd::get_current_graph_task_keep_graph() && !at::isTensorSubclassLike(grad_loss) &&
-           !at::isTensorSubclassLike(grad) && grad_loss.item<float>() == 1;
+    return !at::GradMode::is_enabled() && grad_loss.is_cpu() && grad_loss.dim() == 0 &&
+           grad_loss.scalar_type() == at::kFloat && !torch::autograd::get_current_graph_task_keep_graph() &&
+           !at::isTensorSubclassLike(grad_loss) && !at::isTensorSubclassLike(grad) &&
+           grad_loss.item<float>() == 1;
   }
 };
 
-Tensor cross_entropy_autograd(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+Tensor cross_entropy_autograd(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                               std::string_view reduction, int64_t ignore_index, double label_smoothing) {
   if (!is_fused(input, target, weight, label_smoothing))
     return cross_entropy_composite(input, target, weight, reduction, ignore_index, label_smoothing);
   if (at::GradMode::is_enabled() && input.requires_grad())
-    return CrossEntropyFunction::apply(input, target, weight, reduction, ignore_index, label_smoothing);
+    return CrossEntropyFunction::apply(input, target, weight, reduction, ignore_index, label_smoothing)[0];
   const at::AutoDispatchBelowADInplaceOrView guard;
   return call_cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing);
 }
@@ -239,10 +245,12 @@ FASTMLP_IMPL(CUDA, cross_entropy<Cuda>, cross_entropy_forward<Cuda>)
 #endif
 FASTMLP_IMPL(Meta, cross_entropy_meta, cross_entropy_forward_meta)
 
-TORCH_LIBRARY_IMPL(fastmlp, CompositeExplicitAutograd, m) {
-  m.impl("cross_entropy", cross_entropy_composite);
-}
-TORCH_LIBRARY_IMPL(fastmlp, FuncTorchBatched, m) { m.impl("cross_entropy", cross_entropy_composite); }
+#define FASTMLP_COMPOSITE(key) \
+  TORCH_LIBRARY_IMPL(fastmlp, key, m) { m.impl("cross_entropy", cross_entropy_composite); }
+FASTMLP_COMPOSITE(CompositeExplicitAutograd)
+FASTMLP_COMPOSITE(FuncTorchBatched)
+FASTMLP_COMPOSITE(Batched)
+FASTMLP_COMPOSITE(Tracer)
 TORCH_LIBRARY_IMPL(fastmlp, AutocastCPU, m) {
   m.impl("cross_entropy", cross_entropy_autocast<c10::DispatchKey::AutocastCPU, c10::kCPU>);
 }

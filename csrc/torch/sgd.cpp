@@ -6,7 +6,6 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <vector>
 
 #include "backends.h"
@@ -46,23 +45,6 @@ bool is_covered(TensorList params, TensorList grads, TensorList momentum_buffers
   return true;
 }
 
-// Whether any two of the tensors share memory: the result would then depend on who comes first.
-bool overlap(const std::vector<Update>& updates, int64_t element) {
-  struct Memory {
-    const char *begin, *end;
-  };
-  std::vector<Memory> memories;
-  memories.reserve(3 * updates.size());
-  for (const Update& u : updates)
-    for (const void* pointer :
-         {static_cast<const void*>(u.param), u.grad, static_cast<const void*>(u.momentum)})
-      if (const char* begin = static_cast<const char*>(pointer); begin && u.size > 0)
-        memories.push_back({begin, begin + u.size * element});
-  std::sort(memories.begin(), memories.end(), [](Memory a, Memory b) { return a.begin < b.begin; });
-  return std::adjacent_find(memories.begin(), memories.end(),
-                            [](Memory a, Memory b) { return b.begin < a.end; }) != memories.end();
-}
-
 template <class Device>
 bool sgd_(TensorList params, TensorList grads, TensorList momentum_buffers, double lr, double momentum,
           double dampening, double weight_decay, bool nesterov, bool maximize, bool first) {
@@ -75,10 +57,13 @@ bool sgd_(TensorList params, TensorList grads, TensorList momentum_buffers, doub
   if (!covers<Device>(params[0].scalar_type()) || !is_covered(params, grads, momentum_buffers)) return false;
 
   std::vector<Update> updates(params.size());
+  std::vector<Memory> memories;
+  for (const TensorList tensors : {params, grads, momentum_buffers})
+    for (const Tensor& t : tensors) memories.push_back(memory_of(t));
+  if (overlap(std::move(memories))) return false;
   for (size_t i = 0; i < params.size(); ++i)
     updates[i] = {params[i].mutable_data_ptr(), grads[i].const_data_ptr(),
                   buffers ? momentum_buffers[i].mutable_data_ptr() : nullptr, params[i].numel()};
-  if (overlap(updates, params[0].element_size())) return false;
 
   // So that autograd notices where it has saved one of them; raises for a tensor that may not be written.
   for (const Tensor& t : params) t.unsafeGetTensorImpl()->bump_version();
@@ -107,8 +92,8 @@ TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, float lr, float momentum, "
       "float dampening, float weight_decay, bool nesterov, bool maximize, bool first) -> bool");
   using Key = c10::DispatchKey;
-  for (const Key key : {Key::CompositeExplicitAutograd, Key::FuncTorchBatched, Key::Negative, Key::Conjugate,
-                        Key::ZeroTensor})
+  for (const Key key : {Key::CompositeExplicitAutograd, Key::FuncTorchBatched, Key::Batched, Key::Negative,
+                        Key::Conjugate, Key::ZeroTensor})
     m.impl("sgd_", torch::dispatch(key, not_covered));
 }
 

@@ -40,6 +40,9 @@ Sgd sgd_of(at::ArrayRef<double> options, int64_t flags) {
 void check_parameter(size_t index, const Tensor& t, const Tensor& momentum) {
   TORCH_CHECK(t.is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous(), "params[", index,
               "]: expected a contiguous float32 tensor on the CPU");
+  TORCH_CHECK(
+      !t.is_inference() && !momentum.is_inference(), "params[", index,
+      "]: expected tensors made outside of torch.inference_mode, which alone may be written outside of it");
   if (momentum.numel() == 0) return;
   TORCH_CHECK(momentum.is_cpu() && momentum.scalar_type() == at::kFloat && momentum.is_contiguous() &&
                   momentum.sizes() == t.sizes(),
@@ -136,6 +139,12 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
               ", got ", target.sizes());
   const Tensor targets = target.contiguous(), weighs = over_outputs("weight", weight, width, !classes),
                pos_weighs = over_outputs("pos_weight", pos_weight, width, !classes);
+  std::vector<Memory> memories = {memory_of(x), memory_of(targets), memory_of(weighs), memory_of(pos_weighs)};
+  for (const TensorList tensors : {params, momenta})
+    for (const Tensor& t : tensors) memories.push_back(memory_of(t));
+  TORCH_CHECK_VALUE(
+      !overlap(std::move(memories)),
+      "params: expected tensors that share no memory with one another, nor with input or target");
   Tensor value = at::empty({}, input.options());
   const Step step{.count = int64_t(L),
                   .layers = layers.data(),
@@ -167,7 +176,10 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
   TORCH_CHECK_INDEX(wrong < 0, "target: expected classes from 0 to ", width - 1, ", got ",
                     targets.const_data_ptr<int64_t>()[wrong], " in row ", wrong);
   for (size_t i = 0; i < P; ++i)  // so that autograd notices where it has saved one of them
-    if (flags[i] & Flag::trained) params[i].unsafeGetTensorImpl()->bump_version();
+    if (flags[i] & Flag::trained) {
+      params[i].unsafeGetTensorImpl()->bump_version();
+      if (momenta[i].numel()) momenta[i].unsafeGetTensorImpl()->bump_version();
+    }
   return value;
 }
 
