@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fastmlp import functional
 
-__all__ = ["ROLES", "Layers", "Role", "is_called_plainly", "output", "run", "run_sequential", "walk"]
+__all__ = ["ROLES", "Layers", "Role", "is_called_plainly", "parameters", "run", "run_sequential", "walk"]
 
 
 class Role(NamedTuple):
@@ -62,33 +62,19 @@ ROLES: dict[type[nn.Module], Role] = {
 }
 
 
-class Layers(NamedTuple):
-    """Linear layers in their order, each with the activation after it."""
-
-    weights: list[Tensor]
-    biases: list[Tensor | None]
-    activations: list[functional.Activation | None]
-
-    def clear(self) -> None:
-        """Takes all of them out."""
-        for part in self:
-            part.clear()
-
-    def parameters(self) -> Iterator[Tensor]:
-        """Layer by layer, the weight and the bias, if there is one."""
-        for weight, bias in zip(self.weights, self.biases, strict=True):
-            yield weight
-            if bias is not None:
-                yield bias
-
-    def replaced(self, other: Callable[[Tensor], Tensor]) -> "Layers":
-        """The same layers, of other parameters."""
-        biases = [None if bias is None else other(bias) for bias in self.biases]
-        return Layers(list(map(other, self.weights)), biases, self.activations)
-
+#: Linear layers in their order: the weights, the biases, and the activations after them.
+Layers = tuple[list[Tensor], list[Tensor | None], list[functional.Activation | None]]
 
 #: What to do with a module that is no layer, with its input, and the layers that are to come before it.
 Other = Callable[[nn.Module, Any, Layers], Any]
+
+
+def parameters(layers: Layers) -> Iterator[Tensor]:
+    """Layer by layer, the weight and the bias, if there is one."""
+    for weight, bias in zip(layers[0], layers[1], strict=True):
+        yield weight
+        if bias is not None:
+            yield bias
 
 
 def is_called_plainly(module: nn.Module) -> bool:
@@ -108,51 +94,56 @@ def walk(modules: Iterable[nn.Module], input: Any, layers: Layers, other: Other)
 
     Where no global hooks are to see the modules.
     """
+    weights, biases, activations = layers
     for module in modules:
         role: Any = ROLES.get(type(module))
-        if role is not None and role.owner.forward is role.forward and role.owner.__call__ is role.call:
+        if role is not None:
+            name, owner, forward, call = role
             # Past Module.__getattr__, which costs more than a small layer: is_called_plainly, without a call.
-            own, name = module.__dict__, role.name
+            own = module.__dict__
             if (
-                own["_forward_hooks"]
+                owner.forward is not forward
+                or owner.__call__ is not call
+                or own["_forward_hooks"]
                 or own["_forward_pre_hooks"]
                 or own["_backward_hooks"]
                 or own["_backward_pre_hooks"]
                 or "forward" in own
             ):
                 pass
-            elif name == "layer" or name == "linear":
+            elif name == "linear" or name == "layer":
                 parameters = own["_parameters"]
                 # In replicas of nn.DataParallel, for example, weights are plain tensors, and not there.
                 if "weight" in parameters and "bias" in parameters:
-                    layers.weights.append(parameters["weight"])
-                    layers.biases.append(parameters["bias"])
-                    layers.activations.append(own["activation"] if name == "layer" else None)
+                    weights.append(parameters["weight"])
+                    biases.append(parameters["bias"])
+                    activations.append(own["activation"] if name == "layer" else None)
                     continue
             elif name == "identity" or (name == "dropout" and not own["training"]):
                 continue
             elif name == "sequential":
                 input = walk(own["_modules"].values(), input, layers, other)
                 continue
-            elif name != "dropout" and layers.weights and layers.activations[-1] is None:
-                layers.activations[-1] = name  # the name of an activation
+            elif name != "dropout" and weights and activations[-1] is None:
+                activations[-1] = name
                 continue
         input = other(module, input, layers)
     return input
 
 
 def _called(module: nn.Module, input: Any, layers: Layers) -> Any:
-    if layers.weights:
-        input = output(input, layers)
-        layers.clear()
+    if layers[0]:
+        input = functional.network(input, *layers)
+        for part in layers:
+            part.clear()
     return module(input)
 
 
 def run(modules: Iterable[nn.Module], input: Any) -> Any:
     """What the modules make of the input, one after the other, where no global hooks are to see them."""
-    layers = Layers([], [], [])
+    layers: Layers = ([], [], [])
     input = walk(modules, input, layers, _called)
-    return output(input, layers) if layers.weights else input
+    return functional.network(input, *layers) if layers[0] else input
 
 
 def run_sequential(self: nn.Sequential, input: Any) -> Any:
@@ -160,28 +151,3 @@ def run_sequential(self: nn.Sequential, input: Any) -> Any:
     if functional.is_plain(input) and not _has_any_global_hook():  # type: ignore[no-untyped-call]
         return run(self._modules.values(), input)
     return nn.Sequential.forward(self, input)  # type: ignore[no-untyped-call]
-
-
-def output(x: Tensor, layers: Layers) -> Tensor:
-    """The layers' output: one op wherever the same activation stands between layers, and none at the end."""
-    weights, biases, activations = layers
-    begin, last = 0, len(weights) - 1
-    while begin < last:
-        activation, has_bias = activations[begin], biases[begin] is not None
-        end = begin
-        if activation is not None:
-            while end < last and activations[end] == activation and (biases[end + 1] is not None) == has_bias:
-                end += 1
-        if activation is not None and activations[end] is None:
-            end += 1
-            x = functional.mlp(
-                x,
-                weights[begin:end],
-                biases[begin:end] if has_bias else None,  # type: ignore[arg-type]  # none of them is None
-                activation,
-            )
-            begin = end
-        else:
-            x = functional.linear(x, weights[begin], biases[begin], activation)
-            begin += 1
-    return functional.linear(x, weights[last], biases[last], activations[last]) if begin == last else x

@@ -8,9 +8,18 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from fastmlp import _C  # noqa: F401  importing it registers the ops
+from fastmlp import _C
 
-__all__ = ["Activation", "cross_entropy", "is_plain", "linear", "linear_relu", "mlp", "why_not_fused"]
+__all__ = [
+    "Activation",
+    "cross_entropy",
+    "is_plain",
+    "linear",
+    "linear_relu",
+    "mlp",
+    "network",
+    "why_not_fused",
+]
 
 #: The activations that the kernels know; without one, a layer is plain linear.
 Activation = Literal["relu", "sigmoid", "tanh"]
@@ -72,11 +81,7 @@ def linear(
         tensor([[0., 0., 0., 0.],
                 [0., 0., 0., 0.]])
     """
-    if type(weight) in _TENSORS and type(bias) in _OPTIONAL and is_plain(input):
-        y: Tensor = _linear(input, weight, bias, "identity" if activation is None else activation)
-        return y
-    z = torch.nn.functional.linear(input, weight, bias)
-    return z if activation is None else COMPOSITES[check_activation(activation)](z)
+    return network(input, (weight,), (bias,), (activation,))
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -112,14 +117,76 @@ def mlp(
         >>> fastmlp.functional.mlp(torch.ones(1, 3), weights)
         tensor([[12., 12.]])
     """
-    check_activation(activation)
-    biases = [] if biases is None else list(biases)
-    if _TENSORS.issuperset(map(type, (*weights, *biases))) and is_plain(input):
-        y: Tensor = _mlp(input, weights, biases, activation)
-        return y
-    last = len(weights) - 1
-    for i, weight in enumerate(weights):
-        input = linear(input, weight, biases[i] if biases else None, activation if i < last else None)
+    count = len(weights)
+    return network(
+        input, weights, biases or (None,) * count, (*(activation,) * (count - 1), None) if count else ()
+    )
+
+
+def network(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[Activation | None],
+) -> Tensor:
+    """Layers one after the other: h_i = g_i(h_{i-1} W_iᵀ + b_i).
+
+    They are one op as far as the same activation stands between them, biases are in all or in none, and no
+    activation follows the last.
+
+    Args:
+        input: h_0, of shape [..., in_features].
+        weights: W_i, of shape [out_features, in_features] each, one or more.
+        biases: b_i, of shape [out_features], or None, for each layer.
+        activations: g_i, or None for the identity, for each layer.
+
+    Returns:
+        The output of the last layer, of shape [..., out_features].
+
+    Raises:
+        RuntimeError: for a shape, dtype or device that does not fit.
+        ValueError: for an unknown activation.
+
+    Example:
+        >>> weights = [torch.ones(4, 3), torch.ones(2, 4)]
+        >>> fastmlp.functional.network(torch.ones(1, 3), weights, [None, None], ["relu", "tanh"])
+        tensor([[1., 1.]])
+    """
+    if is_plain(input):
+        if not torch.compiler.is_dynamo_compiling():
+            y = _C.network(input, weights, biases, activations)
+            if y is not NotImplemented:
+                return y
+        elif _TENSORS.issuperset(map(type, weights)) and _OPTIONAL.issuperset(map(type, biases)):
+            return _traced(input, weights, biases, activations)
+    for weight, bias, activation in zip(weights, biases, activations, strict=True):
+        input = torch.nn.functional.linear(input, weight, bias)
+        if activation is not None:
+            input = COMPOSITES[check_activation(activation)](input)
+    return input
+
+
+def _traced(
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[Activation | None],
+) -> Tensor:
+    """The ops that ``_C.network`` calls, for a graph to hold."""
+    begin, last = 0, len(weights) - 1
+    while begin <= last:
+        activation, has_bias = activations[begin], biases[begin] is not None
+        end = begin
+        if activation is not None:
+            while end < last and activations[end] == activation and (biases[end + 1] is not None) == has_bias:
+                end += 1
+        if end == begin or activations[end] is not None:
+            input = _linear(input, weights[begin], biases[begin], activation or "identity")
+            begin += 1
+        else:
+            of_run = slice(begin, end + 1)
+            input = _mlp(input, weights[of_run], biases[of_run] if has_bias else (), activation)
+            begin = end + 1
     return input
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
+from . import chain
 from .chain import Layers
 from .optim import has_step_hooks
 
@@ -49,7 +50,7 @@ class Graphs:
             loss: the loss, of layers with other parameters in the place of these.
             constants: what else the loss depends on.
         """
-        parameters = list(layers.parameters())
+        parameters = list(chain.parameters(layers))
         if not self._covers(x, target, parameters):
             return None
         own = set(parameters)
@@ -118,7 +119,9 @@ class _Graph:
         def step(memory: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
             # Leaves of the step's own: autograd has the parameters' wait for the stream that used them last.
             leaves = {p: memory(p.detach()).requires_grad_() for p in self._trained}
-            value = loss(self._x, self._target, layers.replaced(lambda p: leaves.get(p, p.detach())))
+            weights = [leaves.get(p, p.detach()) for p in layers[0]]
+            biases = [None if p is None else leaves.get(p, p.detach()) for p in layers[1]]
+            value = loss(self._x, self._target, (weights, biases, layers[2]))
             gradients = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
             with torch.no_grad():
                 for group, lr in zip(groups, self._lrs, strict=True):

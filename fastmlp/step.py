@@ -105,12 +105,12 @@ class TrainStep:
         layers, _ = self._look(None)
         _check_parameters(layers)
         if isinstance(loss, nn.BCEWithLogitsLoss):
-            outputs = layers.weights[-1].shape[0]
+            outputs = layers[0][-1].shape[0]
             _check_over_outputs("weight", loss.weight, outputs)
             _check_over_outputs("pos_weight", loss.pos_weight, outputs)
         if process_group is not None:
             first = torch.distributed.get_global_rank(process_group, 0)
-            for parameter in layers.parameters():
+            for parameter in chain.parameters(layers):
                 torch.distributed.broadcast(parameter.detach(), first, group=process_group)
 
     def _forget(self) -> None:
@@ -158,7 +158,7 @@ class TrainStep:
         if is_watched:  # by profilers, say: they are to see the modules themselves
             return self._standard_step(x, target, None)
         layers, x = self._look(x)
-        device = layers.weights[0].device
+        device = layers[0][0].device
         if self._is_plain and not torch.is_autocast_enabled(device.type):
             if device.type not in _CAPTURED:
                 return self._fused_step(x, target, layers)
@@ -195,9 +195,9 @@ class TrainStep:
             raise TypeError(f"loss: expected {names}, got {type(loss).__name__}{other}")
         if loss.reduction not in ("mean", "sum"):
             raise ValueError(f"loss: expected reduction='mean' or 'sum', got {loss.reduction!r}")
-        layers = Layers([], [], [])
+        layers: Layers = ([], [], [])
         x = chain.walk((self.model,), x, layers, self._other)
-        if not layers.weights:
+        if not layers[0]:
             raise TypeError("model: expected an nn.Linear or more, got none")
         return layers, x
 
@@ -206,11 +206,7 @@ class TrainStep:
         if module is not None and is_called_plainly(module):
             if is_sequential(module):
                 return chain.walk(module._modules.values(), x, layers, self._other)  # type: ignore[arg-type]
-            if (
-                type(module) is nn.Flatten
-                and not layers.weights
-                and (module.start_dim, module.end_dim) == (1, -1)
-            ):
+            if type(module) is nn.Flatten and not layers[0] and (module.start_dim, module.end_dim) == (1, -1):
                 return x if x is None else module(x)
         name = next((name for name, each in self.model.named_modules() if each is module), "")
         where = f"model, module {name or '(itself)'}"
@@ -232,7 +228,7 @@ class TrainStep:
         except Refused as refusal:
             raise TypeError(f"{where}: {_EXPECTED}, got {kind}, whose forward {refusal}; {_OTHERS}") from None
         found = traced.chain(module)
-        if found is None or (layers.weights and found[0] is not None):
+        if found is None or (layers[0] and found[0] is not None):
             raise TypeError(f"{where}: {_EXPECTED}, got {kind}, whose forward does more; {_OTHERS}")
         first, parts = found
         if first is not None and x is not None:
@@ -246,14 +242,14 @@ class TrainStep:
         options = (getattr(loss, name, None) for name in ("reduction", "ignore_index", "label_smoothing"))
         return (
             type(loss),
-            *layers.activations,
-            *(bias is None for bias in layers.biases),
+            *layers[2],
+            *(bias is None for bias in layers[1]),
             *options,
             *weights,
         )
 
     def _loss_of(self, x: Tensor, target: Tensor, layers: Layers) -> Tensor:
-        value: Tensor = self.loss(chain.output(x, layers), target)
+        value: Tensor = self.loss(functional.network(x, *layers), target)
         return value
 
     def _fused_step(self, x: Tensor, target: Tensor, layers: Layers) -> Tensor:
@@ -274,7 +270,7 @@ class TrainStep:
         flags: list[int] = []
         made = []
         requires_grad = is_known = False
-        for parameter in layers.parameters():
+        for parameter in chain.parameters(layers):
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise ValueError("model: expected parameters without hooks, which no step would call")
             params.append(parameter)
@@ -314,8 +310,8 @@ class TrainStep:
             params,
             momenta,
             self._workspace,
-            [bias is not None for bias in layers.biases],
-            [activation or "identity" for activation in layers.activations],
+            [bias is not None for bias in layers[1]],
+            [activation or "identity" for activation in layers[2]],
             kind,
             loss.reduction == "mean",
             *of_loss,
@@ -339,7 +335,7 @@ class TrainStep:
         scaled.backward()  # type: ignore[no-untyped-call]
         self._calls += 1
         if self._calls % self.accumulate == 0:
-            parameters = list(self.model.parameters() if layers is None else layers.parameters())
+            parameters = list(self.model.parameters() if layers is None else chain.parameters(layers))
             gradients = [p.grad for p in parameters if p.grad is not None]
             if self.process_group is not None:
                 size = torch.distributed.get_world_size(self.process_group)
@@ -368,7 +364,7 @@ def _check_over_outputs(name: str, values: Tensor | None, outputs: int) -> None:
 
 def _check_parameters(layers: Layers) -> None:
     """ValueError where parameters are not what a step can change one by one."""
-    parameters = list(layers.parameters())
+    parameters = list(chain.parameters(layers))
     for p in parameters:
         if p.dtype != torch.float32 or p.device != parameters[0].device or not p.is_contiguous():
             raise ValueError(

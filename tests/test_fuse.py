@@ -14,9 +14,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmlp
-from fastmlp import functional
 
 
 class Net(nn.Module):
@@ -54,18 +54,27 @@ def assert_same(ours, theirs, *args):
     torch.testing.assert_close(results(ours, *args), results(theirs, *args), rtol=1e-4, atol=1e-4)
 
 
+class Ops(TorchDispatchMode):
+    """Notes the activations of the layers of each op that computes some."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        own = args[3:4]  # the activation, where it is not the default
+        if function is torch.ops.fastmlp.linear.default:
+            self.seen.append(own or (None,))
+        elif function in (torch.ops.fastmlp.mlp.default, torch.ops.fastmlp.mlp_forward.default):
+            self.seen.append((own or ("relu",)) * (len(args[1]) - 1) + (None,))
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.fixture
-def ops(monkeypatch):
-    """The ops of fastmlp that are called, by name and number of layers."""
-    seen = []
-    linear, mlp = functional.linear, functional.mlp
-    monkeypatch.setattr(
-        functional, "linear", lambda *a: seen.append((a[3] if len(a) > 3 else None,)) or linear(*a)
-    )
-    monkeypatch.setattr(
-        functional, "mlp", lambda x, w, b, g: seen.append((g,) * (len(w) - 1) + (None,)) or mlp(x, w, b, g)
-    )
-    return seen
+def ops():
+    """What Ops notes during the test."""
+    with Ops() as mode:
+        yield mode.seen
 
 
 # ---- what is fused

@@ -43,6 +43,8 @@ Gradients linear_backward_composite(const Tensor& grad_y, const OptionalTensor& 
                                     std::string_view activation, Mask mask);
 
 // The ops through the dispatcher, so that tracing sees them.
+Tensor call_mlp(const Tensor& input, at::TensorList weights, at::TensorList biases,
+                std::string_view activation);
 Tensor call_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                    std::string_view activation);
 Gradients call_linear_backward(const Tensor& grad_y, const OptionalTensor& input,

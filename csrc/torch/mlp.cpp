@@ -61,6 +61,8 @@ bool is_fused(const Tensor& input, TensorList weights, TensorList biases) {
   return true;
 }
 
+}  // namespace
+
 // ---- through the dispatcher
 
 Tensor call_mlp(const Tensor& input, TensorList weights, TensorList biases, std::string_view activation) {
@@ -68,6 +70,8 @@ Tensor call_mlp(const Tensor& input, TensorList weights, TensorList biases, std:
       c10::Dispatcher::singleton().findSchemaOrThrow("fastmlp::mlp", "").typed<decltype(call_mlp)>();
   return op.call(input, weights, biases, activation);
 }
+
+namespace {
 
 std::vector<Tensor> call_mlp_forward(const Tensor& input, TensorList weights, TensorList biases,
                                      std::string_view activation) {

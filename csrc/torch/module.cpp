@@ -4,6 +4,7 @@
 #include <string>
 
 #include "../kernels.h"
+#include "call.h"
 
 namespace py = pybind11;
 
@@ -22,9 +23,15 @@ void use(const std::string& name) {
                           " that this processor has, got '" + name + "'");
 }
 
+PyMethodDef functions[] = {
+    {"network", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fastmlp::network)), METH_FASTCALL,
+     nullptr},
+    {nullptr, nullptr, 0, nullptr}};
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  PyModule_AddFunctions(m.ptr(), functions);
   m.def("instruction_set", [] { return std::string(fastmlp::cpu::instruction_set()); });
   m.def("instruction_sets", [] {
     py::list supported;
