@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import chain, functional
+from . import _C, chain, functional
 from .chain import Layers, Role, is_called_plainly
 from .graph import Graphs
 from .nn import CrossEntropyLoss
@@ -304,7 +304,7 @@ class TrainStep:
             of_loss = (loss._buffers["weight"], None, loss.ignore_index, loss.label_smoothing)
         elif kind == "bce_with_logits":
             of_loss = (loss._buffers["weight"], loss._buffers["pos_weight"], -100, 0.0)
-        value: Tensor = _train_step(
+        arguments = (
             x,
             target,
             params,
@@ -318,6 +318,9 @@ class TrainStep:
             options,
             flags,
         )
+        value: Tensor = _C.train_step(*arguments)
+        if value is NotImplemented:
+            value = _train_step(*arguments)
         for parameter, buffer in made:
             optimizer.state[parameter]["momentum_buffer"] = buffer
         optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at

@@ -22,6 +22,9 @@ struct Items {
   PyObject** items;
 };
 
+// Other tensor types carry semantics of their own, which torch's functions in Python know.
+bool is_plain(PyObject* o) { return THPVariable_CheckExact(o); }
+
 OptionalTensor tensor_or_none(PyObject* o) {
   return o == Py_None ? std::nullopt : OptionalTensor(THPVariable_Unpack(o));
 }
@@ -58,6 +61,24 @@ Tensor run(const Tensor& input, const std::vector<Tensor>& weights, const std::v
   return h;
 }
 
+std::vector<Tensor> tensors(PyObject* list) {
+  const Items items(list);
+  std::vector<Tensor> result;
+  for (Py_ssize_t i = 0; i < items.size; ++i) result.push_back(THPVariable_Unpack(items.items[i]));
+  return result;
+}
+
+// The numbers of a list, as `convert` has them.
+template <class T>
+std::vector<T> numbers(PyObject* list, T (*convert)(PyObject*)) {
+  const Items items(list);
+  std::vector<T> result;
+  for (Py_ssize_t i = 0; i < items.size; ++i) result.push_back(convert(items.items[i]));
+  if (PyErr_Occurred()) throw python_error();
+  return result;
+}
+int64_t integer(PyObject* o) { return PyLong_AsLongLong(o); }
+
 }  // namespace
 
 PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
@@ -71,8 +92,6 @@ PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
               ", as many as weights, or none, got ", biases.size);
   TORCH_CHECK(activations.size == weights.size, "activations: expected ", weights.size,
               ", as many as weights, got ", activations.size);
-  // Other tensor types carry semantics of their own, which torch's functions in Python know.
-  const auto is_plain = [](PyObject* o) { return THPVariable_CheckExact(o); };
   if (!is_plain(arguments[0])) Py_RETURN_NOTIMPLEMENTED;
   std::vector<Tensor> unpacked;
   std::vector<OptionalTensor> unpacked_biases;
@@ -92,6 +111,40 @@ PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     y = run(input, unpacked, unpacked_biases, names);
   }
   return THPVariable_Wrap(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 15, "train_step: expected the 15 arguments of the op train_step_, got ", count);
+  for (const int list : {2, 3, 5, 6, 13, 14})
+    TORCH_CHECK_TYPE(Items::is(arguments[list]), "train_step: expected a list for argument ", list);
+  if (!is_plain(arguments[0]) || !is_plain(arguments[1])) Py_RETURN_NOTIMPLEMENTED;
+  for (const int list : {2, 3})
+    for (const Items items(arguments[list]); PyObject* t : c10::ArrayRef(items.items, items.size))
+      if (!is_plain(t)) Py_RETURN_NOTIMPLEMENTED;
+  const std::vector<Tensor> params = tensors(arguments[2]), momenta = tensors(arguments[3]);
+  const std::vector<int64_t> has_bias = numbers(arguments[5], integer),
+                             flags = numbers(arguments[14], integer);
+  const std::vector<double> options = numbers(arguments[13], PyFloat_AsDouble);
+  c10::List<std::string> activations;
+  for (const Items items(arguments[6]); PyObject* name : c10::ArrayRef(items.items, items.size))
+    activations.push_back(name_of(name));
+  const Tensor &input = THPVariable_Unpack(arguments[0]), &target = THPVariable_Unpack(arguments[1]),
+               &workspace = THPVariable_Unpack(arguments[4]);
+  const std::string loss = name_of(arguments[7]);
+  const bool mean = PyObject_IsTrue(arguments[8]);
+  const OptionalTensor weight = tensor_or_none(arguments[9]), pos_weight = tensor_or_none(arguments[10]);
+  const int64_t ignore_index = integer(arguments[11]);
+  const double label_smoothing = PyFloat_AsDouble(arguments[12]);
+  if (PyErr_Occurred()) throw python_error();
+  Tensor value;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    value = call_train_step(input, target, params, momenta, workspace, has_bias, std::move(activations), loss,
+                            mean, weight, pos_weight, ignore_index, label_smoothing, options, flags);
+  }
+  return THPVariable_Wrap(std::move(value));
   END_HANDLE_TH_ERRORS
 }
 

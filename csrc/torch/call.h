@@ -9,4 +9,7 @@ namespace fastmlp {
 // tensors, of tensors or None, and of names or None. NotImplemented where one is of a tensor type of its own.
 PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
+// The op train_step_, with its arguments in their order. NotImplemented as above.
+PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
 }  // namespace fastmlp

@@ -23,10 +23,13 @@ void use(const std::string& name) {
                           " that this processor has, got '" + name + "'");
 }
 
-PyMethodDef functions[] = {
-    {"network", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fastmlp::network)), METH_FASTCALL,
-     nullptr},
-    {nullptr, nullptr, 0, nullptr}};
+PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef functions[] = {{"network", fast(fastmlp::network), METH_FASTCALL, nullptr},
+                           {"train_step", fast(fastmlp::train_step), METH_FASTCALL, nullptr},
+                           {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 

@@ -3,6 +3,7 @@
 // The parameters are numbered layer by layer, each weight before its bias. Nothing is changed before every argument
 // has been checked.
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -50,7 +51,7 @@ void check_parameter(size_t index, const Tensor& t, const Tensor& momentum) {
 }
 
 // The weights of a loss as a vector over the outputs, which one that is the same for all of a batch expands to.
-Tensor over_outputs(const char* name, const std::optional<Tensor>& values, int64_t outputs, bool expands) {
+Tensor over_outputs(const char* name, const OptionalTensor& values, int64_t outputs, bool expands) {
   if (!values) return {};
   const bool is_vector = values->dim() > 0 && values->size(-1) == outputs && values->numel() == outputs;
   TORCH_CHECK(values->is_cpu() && values->scalar_type() == at::kFloat &&
@@ -64,8 +65,8 @@ const float* floats_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<
 
 Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params, TensorList momenta,
                    const Tensor& workspace, at::IntArrayRef has_bias, c10::List<std::string> activations,
-                   std::string_view loss_name, bool mean, const std::optional<Tensor>& weight,
-                   const std::optional<Tensor>& pos_weight, int64_t ignore_index, double label_smoothing,
+                   std::string_view loss_name, bool mean, const OptionalTensor& weight,
+                   const OptionalTensor& pos_weight, int64_t ignore_index, double label_smoothing,
                    at::ArrayRef<double> options, at::IntArrayRef flags) {
   const Loss loss = parse_loss(loss_name);
   const size_t L = has_bias.size(), P = params.size();
@@ -184,6 +185,18 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
 }
 
 }  // namespace
+
+Tensor call_train_step(const Tensor& input, const Tensor& target, TensorList params, TensorList momenta,
+                       const Tensor& workspace, at::IntArrayRef has_bias, c10::List<std::string> activations,
+                       std::string_view loss, bool mean, const OptionalTensor& weight,
+                       const OptionalTensor& pos_weight, int64_t ignore_index, double label_smoothing,
+                       at::ArrayRef<double> options, at::IntArrayRef flags) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastmlp::train_step_", "")
+                             .typed<decltype(call_train_step)>();
+  return op.call(input, target, params, momenta, workspace, has_bias, std::move(activations), loss, mean,
+                 weight, pos_weight, ignore_index, label_smoothing, options, flags);
+}
 
 TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
   m.def(
