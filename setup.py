@@ -74,9 +74,9 @@ def builds_cuda() -> bool:
     return asked != "0" and reason is None
 
 
-sources = [*Path("csrc/torch").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]
+sources = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]
 flags = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-arguments = {"extra_link_args": ["-fopenmp"], "depends": [str(p) for p in Path("csrc").rglob("*.*h")]}
+arguments = {"extra_link_args": ["-fopenmp"], "depends": [str(p) for p in Path("csrc").rglob("*.*")]}
 if builds_cuda():
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
     extension = CUDAExtension(
