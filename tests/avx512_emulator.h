@@ -62,6 +62,10 @@ inline uint16_t narrow(float v) {
 
 }  // namespace emulator
 
+inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+  for (int i = 0; i < 16; ++i) c[i] = std::fma(a[i], b[i], c[i]);
+  return c;
+}
 inline __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* p) {
   return emulator::load<__m512, float>(mask, p);
 }

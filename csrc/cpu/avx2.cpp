@@ -9,6 +9,8 @@
 // of an inline function for everyone.
 #pragma GCC target("avx2,fma")
 
+#define FASTMLP_FUSED(a, b, c) _mm256_fmadd_ps(__m256(a), __m256(b), __m256(c))
+
 #include "../activation.h"
 #include "../sgd.h"
 

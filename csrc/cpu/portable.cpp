@@ -1,7 +1,13 @@
 // Any processor: registers of 4 floats, which every 64-bit x86 (SSE2) and Arm (NEON) has; tails by copies.
+#include "backend.h"
+
+#ifdef __aarch64__
+#include <arm_neon.h>
+#define FASTMLP_FUSED(a, b, c) vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b))
+#endif
+
 #include "../activation.h"
 #include "../sgd.h"
-#include "backend.h"
 
 namespace fastmlp::cpu {
 namespace portable {

@@ -16,6 +16,12 @@
 constexpr int width = sizeof(V) / sizeof(float);
 using Bits = typename Integer<V>::type;
 
+// Lane i of the result is lane `lane[i]` of a and b, one after the other.
+template <int... lane>
+FASTMLP_INLINE V shuffled(V a, V b) {
+  return __builtin_shuffle(a, b, Bits{lane...});
+}
+
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
@@ -26,12 +32,8 @@ struct bfloat16 {
 };
 
 // A lane for each pair (first[i], second[i]), the first in its low half.
-template <int... lane>
-FASTMLP_INLINE V paired(Halves first, Halves second, std::integer_sequence<int, lane...>) {
-  return bit_cast<V>(__builtin_shufflevector(first, second, (lane / 2 + lane % 2 * width)...));
-}
 FASTMLP_INLINE V paired(Halves first, Halves second) {
-  return paired(first, second, std::make_integer_sequence<int, 2 * width>{});
+  return bit_cast<V>(__builtin_convertvector(first, Bits) | __builtin_convertvector(second, Bits) << 16);
 }
 
 FASTMLP_INLINE V widen(Halves h) { return paired(Halves{}, h); }
@@ -82,12 +84,11 @@ template <class T>
 constexpr int terms = multiplies_pairs && std::is_same_v<T, bfloat16> ? 2 : 1;
 
 // Elements that lie side by side along the sum, the first n of them.
-template <int... lane>
-FASTMLP_INLINE V joined(Halves first, Halves second, std::integer_sequence<int, lane...>) {
-  return bit_cast<V>(__builtin_shufflevector(first, second, lane...));
-}
 FASTMLP_INLINE V joined(Halves first, Halves second) {
-  return joined(first, second, std::make_integer_sequence<int, 2 * width>{});
+  V r;
+  __builtin_memcpy(&r, &first, sizeof(first));
+  __builtin_memcpy(reinterpret_cast<char*>(&r) + sizeof(first), &second, sizeof(second));
+  return r;
 }
 template <int terms, class T>
 FASTMLP_INLINE V slots(const T* p, int64_t n) {
@@ -100,7 +101,7 @@ FASTMLP_INLINE V slots(const T* p, int64_t n) {
 template <int terms, class R>
 FASTMLP_INLINE R multiply_add(R sum, R a, R b) {
   if constexpr (terms == 2) return add_pairs(sum, a, b);
-  else return sum + a * b;
+  else return fused(a, b, sum);
 }
 
 // Calls f(Count<n>{}) with n, 1 <= n <= most, as a compile-time constant: the size of a register tile.
