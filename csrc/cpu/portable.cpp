@@ -18,6 +18,8 @@ constexpr int inner_rows = 3, inner_columns = 3;  // 9 sums + 3 of W + 1 of x + 
 constexpr int outer_rows = 4, outer_vectors = 2;  // 8 sums + 2 of B + 1 of A + 1 product
 constexpr bool multiplies_pairs = false;
 
+FASTMLP_INLINE Integer<V>::type extend(Halves h) { return __builtin_convertvector(h, Integer<V>::type); }
+
 template <class R, class T>
 FASTMLP_INLINE R load_some(const T* p, int n) {
   R r{};

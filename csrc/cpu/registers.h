@@ -5,6 +5,7 @@
 //
 //   V                            a register of float32
 //   Halves                       half a register of uint16_t: as many bfloat16
+//   extend(h)                    the lanes of a Halves as integers of 32 bits: compilers make several steps of it
 //   load_some<R>(p, n)           an R of the first n elements at p; others are not read, their lanes are 0
 //   store_some(p, r, n)          the first n lanes of r to p
 //   inner_rows x inner_columns   the register tile of x Wᵀ, in outputs
@@ -12,6 +13,7 @@
 //   multiplies_pairs             whether the processor multiplies bfloat16, and there are
 //   add_pairs(sum, a, b)         to each lane of sum, the products of the lane's two bfloat16 in a and in b
 //   round(v)                     v as bfloat16
+//   joined(first, second)        the lanes of both, side by side along the sum
 
 constexpr int width = sizeof(V) / sizeof(float);
 using Bits = typename Integer<V>::type;
@@ -33,10 +35,10 @@ struct bfloat16 {
 
 // A lane for each pair (first[i], second[i]), the first in its low half.
 FASTMLP_INLINE V paired(Halves first, Halves second) {
-  return bit_cast<V>(__builtin_convertvector(first, Bits) | __builtin_convertvector(second, Bits) << 16);
+  return bit_cast<V>(extend(first) | extend(second) << 16);
 }
 
-FASTMLP_INLINE V widen(Halves h) { return paired(Halves{}, h); }
+FASTMLP_INLINE V widen(Halves h) { return bit_cast<V>(extend(h) << 16); }
 
 template <class R>
 FASTMLP_INLINE Halves narrow(R v) {
@@ -84,12 +86,6 @@ template <class T>
 constexpr int terms = multiplies_pairs && std::is_same_v<T, bfloat16> ? 2 : 1;
 
 // Elements that lie side by side along the sum, the first n of them.
-FASTMLP_INLINE V joined(Halves first, Halves second) {
-  V r;
-  __builtin_memcpy(&r, &first, sizeof(first));
-  __builtin_memcpy(reinterpret_cast<char*>(&r) + sizeof(first), &second, sizeof(second));
-  return r;
-}
 template <int terms, class T>
 FASTMLP_INLINE V slots(const T* p, int64_t n) {
   if constexpr (terms == 1) return load(p, n);
