@@ -13,7 +13,7 @@ from .chain import Layers, Role, is_called_plainly
 from .graph import Graphs
 from .nn import CrossEntropyLoss
 from .optim import SGD, has_step_hooks
-from .trace import Refused, Trace, is_sequential, trace
+from .rewrite import Pending
 
 __all__ = ["TrainStep"]
 
