@@ -8,7 +8,7 @@ forward or call has been patched is no longer the one that is known here.
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -243,6 +243,15 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
                 activations[-1] = name
                 continue
         else:
+            if type(module) is MethodType:
+                own = type(module.__self__).__dict__.get("_wholes")  # of a class made by fastmlp.fuse
+                if own is not None and module.__func__ in own:
+                    parts = own[module.__func__].parts(module.__self__)
+                    if parts is not None:
+                        input = walk(parts, input, layers, other)
+                        if input is STOPPED:
+                            return STOPPED
+                        continue
             name = _role_of_function(module)
             if name == "identity":
                 continue

@@ -149,13 +149,13 @@ def _plan(model: nn.Module) -> tuple[dict[nn.Module, Any], dict[str, str]]:
             run_by_others.update(module.children())
             if cls.forward is nn.Sequential.forward:
                 changes[module] = _fused_class(cls)
-        elif not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        elif cls.forward is not nn.Sequential.forward and not isinstance(module, nn.ModuleList | nn.ModuleDict):
             try:
                 fused = _fused_class(original_class(module))
             except Refused as refusal:
                 reasons[name] = f"its forward {refusal}"
                 continue
-            layers, is_worth_it = _layers(module, fused._rewritten)
+            layers, is_worth_it = _layers(module, [*fused._rewritten.values(), *fused._inherited.values()])
             if is_worth_it:
                 run_by_others |= layers
                 if cls is original_class(module):
@@ -172,11 +172,11 @@ def _plan(model: nn.Module) -> tuple[dict[nn.Module, Any], dict[str, str]]:
     return changes, reasons
 
 
-def _layers(module: nn.Module, functions: dict[str, Rewritten]) -> tuple[set[nn.Module], bool]:
+def _layers(module: nn.Module, functions: list[Rewritten]) -> tuple[set[nn.Module], bool]:
     """The linear layers in the runs of its functions, and whether more happens together than in them alone."""
     layers: set[nn.Module] = set()
     is_worth_it = False
-    for rewritten in functions.values():
+    for rewritten in functions:
         for plan in rewritten.plans:
             called = [each for calls in rewritten.callables(plan, module) for each in calls]
             parts = [each for each in called if isinstance(each, nn.Module)]
@@ -299,26 +299,14 @@ class _Rewritten:
     """A method of the original class, rewritten, as long as it is still the one that it was."""
 
     def __init__(self, cls: Any, name: str, rewritten: Rewritten) -> None:
-        self.cls, self.name = cls, name
-        self.original, self.code, self.function, *_ = rewritten
+        self.cls, self.name, self.rewritten = cls, name, rewritten
         self.fused: Any = None
 
     def __get__(self, module: Any, owner: Any = None) -> Any:
-        found = getattr(self.cls, self.name)
         if module is None:
-            return found
-        if (
-            found is self.original
-            and found.__code__ is self.code
-            and not torch.compiler.is_dynamo_compiling()
-            and not torch.compiler.is_exporting()
-        ):
-            function = self.function
-            if found.__defaults__ is not function.__defaults__:
-                function.__defaults__ = found.__defaults__
-            if found.__kwdefaults__ is not function.__kwdefaults__:
-                function.__kwdefaults__ = found.__kwdefaults__
-            return MethodType(function, module)
+            return getattr(self.cls, self.name)
+        if self.rewritten.holds(self.cls, self.name) and not torch.compiler.is_dynamo_compiling():
+            return MethodType(self.rewritten.bound_as_original(), module)
         return getattr(super(self.fused, module), self.name)
 
 
@@ -335,7 +323,7 @@ def _fused_class(cls: Any) -> Any:
     with _lock:
         known = _classes.get(cls)
         fused = known and known()
-        if fused is None:
+        if fused is None or not all(each.holds(cls, name) for name, each in fused._rewritten.items()):
             fused = _make_class(cls)
             _classes[cls] = ref(fused)
         return fused
@@ -351,15 +339,16 @@ def _make_class(cls: Any) -> Any:
     }
     if cls is nn.Linear:
         attributes |= {"forward": wraps(cls.forward)(_linear_forward), "_role": chain.ROLES[cls]}
-    elif issubclass(cls, nn.Sequential) and cls.forward is nn.Sequential.forward:
+    elif _is_sequential(cls):
         attributes |= {
             "forward": wraps(cls.forward)(_sequential_forward),
             "_role": chain.Role.of(cls, "sequential"),
         }
     else:
-        functions = _functions(cls)
+        functions, inherited = _functions(cls)
         attributes |= {name: _Rewritten(cls, name, each) for name, each in functions.items()}
-        attributes |= {"_rewritten": functions}
+        attributes |= {"_rewritten": functions, "_inherited": inherited}
+        attributes["_wholes"] = {each.function: each for each in functions.values() if each.is_whole}
         if functions["forward"].is_whole:
             attributes |= {
                 "_role": chain.Role.of(cls, "chain"),
@@ -378,21 +367,25 @@ def _make_class(cls: Any) -> Any:
     return fused
 
 
-def _functions(cls: Any) -> dict[str, Rewritten]:
-    """The class's forward rewritten, and its other methods that forward may call, where they can be."""
+def _functions(cls: Any) -> tuple[dict[str, Rewritten], dict[Any, Rewritten]]:
+    """The class's forward rewritten, and what methods forward may call where they can be; so of its parents."""
     functions = {"forward": rewrite(inspect.getattr_static(cls, "forward"))}
-    names = list(functions["forward"].code.co_names)
+    inherited: dict[Any, Rewritten] = {}
+    names = ["forward", *functions["forward"].code.co_names]
     for name in names:
-        method = inspect.getattr_static(cls, name, None)
-        if type(method) is FunctionType and name not in functions and name not in vars(nn.Module):
+        for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+            method = vars(base).get(name)
+            if type(method) is not FunctionType or method in inherited or method.__module__.startswith("torch."):
+                continue
             try:
                 rewritten = rewrite(method)
             except Refused:
                 continue
-            if rewritten.plans:
+            inherited[method] = rewritten
+            names += [each for each in rewritten.code.co_names if each not in names]
+            if rewritten.plans and method is inspect.getattr_static(cls, name):
                 functions[name] = rewritten
-            names += rewritten.code.co_names
-    return functions
+    return functions, inherited
 
 
 def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
@@ -407,6 +400,18 @@ def _sequential_forward(self: nn.Sequential, input: Any) -> Any:
     return nn.Sequential.forward(self, input)  # type: ignore[no-untyped-call]
 
 
+def rewritten_forward(module: nn.Module, known: dict[Any, Rewritten]) -> Rewritten:
+    """The module's forward, rewritten, of those known or else to be known.
+
+    Raises:
+        Refused: where it is left as it is.
+    """
+    cls = original_class(module)
+    if cls not in known or not known[cls].holds(cls, "forward"):
+        known[cls] = _fused_class(cls)._rewritten["forward"]
+    return known[cls]
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The module's class before :func:`fuse`."""
     cls = type(module)
@@ -416,9 +421,12 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 def is_sequential(module: nn.Module) -> bool:
     """Whether the module runs its children one after the other, as nn.Sequential does."""
-    cls: Any = original_class(module)
+    return isinstance(module, nn.Sequential) and _is_sequential(original_class(module))
+
+
+def _is_sequential(cls: Any) -> bool:
     return (
-        isinstance(module, nn.Sequential)
+        issubclass(cls, nn.Sequential)
         and cls.__iter__ is nn.Sequential.__iter__
         and cls.__call__ is nn.Module.__call__
         and any(chain.role_of(base) == "sequential" and cls.forward is base.forward for base in cls.__mro__)

@@ -25,7 +25,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -259,6 +259,15 @@ def call_later(*items: Any) -> Pending:
     return Pending(items[-1], list(items[-2::-1]))
 
 
+def inherited(method: Any) -> Any:
+    """`super().forward`, rewritten, where it belongs to a module whose class holds that."""
+    if type(method) is MethodType:
+        rewritten = type(method.__self__).__dict__.get("_inherited", {}).get(method.__func__)
+        if rewritten is not None and method.__func__.__code__ is rewritten.code:
+            return MethodType(rewritten.bound_as_original(), method.__self__)
+    return method
+
+
 class _With:
     """Binds constant arguments to a function that an expression has found."""
 
@@ -336,13 +345,21 @@ class _Rewriter(ast.NodeTransformer):
             and isinstance(body[-1], ast.Return)
             and [self.ending.statements[0].input] == [each.arg for each in every][1:]
             and not arguments.defaults
-            and self.roots == [each.arg for each in every][:1]
+            and self.roots[:1] == [each.arg for each in every][:1]
         )
 
     # ---- expressions: nested calls, within one line
 
     def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802  as ast.NodeVisitor has it
-        return self.nested(node, call) or self.generic_visit(node)
+        nested = self.nested(node, call)
+        if nested is not None:
+            return nested
+        self.generic_visit(node)
+        method = node.func
+        if isinstance(method, ast.Attribute) and isinstance(method.value, ast.Call):
+            if isinstance(method.value.func, ast.Name) and method.value.func.id == "super":
+                node.func = self.call_of(inherited, [method], method)
+        return node
 
     def visit(self, node: ast.AST) -> Any:
         """Leaves functions within the function alone."""
@@ -350,42 +367,46 @@ class _Rewriter(ast.NodeTransformer):
 
     def nested(self, node: ast.AST, helper: Callable[..., Any], least: int = 2) -> ast.AST | None:
         """The helper called with what the calls call, and with what the innermost is called with."""
-        functions: list[ast.expr] = []
-        calls: list[Any] = []
-        inner = node
-        are_layers = 0
-        while isinstance(inner, ast.Call) and inner.end_lineno == inner.lineno == node.lineno:  # type: ignore[attr-defined]
-            function = inner.func
-            if isinstance(function, ast.Attribute) and self.is_method(inner) and function.attr not in _VIEWS:
-                calls.append(Method(function.attr))
-                functions.append(self.marker(calls[-1]))
-                inner = function.value
-                continue
-            path = self.path(function, any_local=True)
-            if path is None or not inner.args or isinstance(inner.args[0], ast.Starred):
-                break
-            name = path.names[-1] if path.names else path.root
-            if type(path.root) is str and name not in _KNOWN and (path.names or hasattr(builtins, path.root)):
-                break  # of another module, whose functions may ask who calls them
-            visited = self.visit(function)
-            if len(inner.args) > 1 or inner.keywords:
-                if name not in _KNOWN or not all(
-                    map(_constant, [*inner.args[1:], *(each.value for each in inner.keywords)])
-                ) or any(each.arg is None for each in inner.keywords):
-                    break
-                bound = _With(
-                    tuple(map(ast.literal_eval, inner.args[1:])),
-                    {str(each.arg): ast.literal_eval(each.value) for each in inner.keywords},
-                )
-                visited = self.call_of(bound, [visited], function)
-            are_layers += name not in _KNOWN
-            functions.append(visited)
-            calls.append(path)
-            inner = inner.args[0]
-        if len(functions) < least or not are_layers:
+        functions, calls, inner = self.calls(node)
+        if len(functions) < least:
             return None
         self.plans.append(Plan([Statement("", None, tuple(calls[::-1]))]))
         return self.call_of(helper, [*functions, self.visit(inner)], node)
+
+    def calls(self, node: Any) -> tuple[list[ast.expr], list[Any], ast.AST]:
+        """What nested calls call, as expressions and as constants, the outermost first, and the innermost's argument."""
+        functions: list[ast.expr] = []
+        calls: list[Any] = []
+        line, are_layers = node.lineno, 0
+        while isinstance(node, ast.Call) and node.end_lineno == node.lineno == line:
+            function = node.func
+            if isinstance(function, ast.Attribute) and self.is_method(node) and function.attr not in _VIEWS:
+                calls.append(Method(function.attr))
+                functions.append(self.marker(calls[-1]))
+                node = function.value
+                continue
+            path = self.path(function, any_local=True)
+            if path is None or not node.args or isinstance(node.args[0], ast.Starred):
+                break
+            name = path.names[-1] if path.names else path.root
+            if path.root and type(path.root) is str and name not in _KNOWN:
+                if path.names or hasattr(builtins, path.root):
+                    break  # of another module, whose functions may ask who calls them
+            more = [*node.args[1:], *(each.value for each in node.keywords)]
+            if more:
+                if name not in _KNOWN or not all(map(_constant, more)) or any(not k.arg for k in node.keywords):
+                    break
+                bound = _With(
+                    tuple(map(ast.literal_eval, node.args[1:])),
+                    {str(each.arg): ast.literal_eval(each.value) for each in node.keywords},
+                )
+                functions.append(self.call_of(bound, [function], function))
+            else:
+                functions.append(function)
+            are_layers += name not in _KNOWN
+            calls.append(path)
+            node = node.args[0]
+        return (functions, calls, node) if are_layers else ([], [], node)
 
     def marker(self, value: Any) -> ast.Constant:
         marker = f"\0fastmlp {len(self.constants)}"
@@ -548,9 +569,10 @@ class _Rewriter(ast.NodeTransformer):
         if isinstance(node, _SCOPES):
             return node
         if isinstance(node, ast.Return) and node.value is not None:
-            found = self.unrolled(node.value) if ends else None
-            if found and found[0]:
-                self.ending = Plan([Statement(found[1], None, tuple(found[0]))])
+            _, calls, inner = self.calls(node.value)
+            if ends and calls:
+                input = inner.id if isinstance(inner, ast.Name) else ""
+                self.ending = Plan([Statement(input, None, tuple(calls[::-1]))])
             nested = self.nested(node.value, call_later, 1) if self.later and ends else None
             if nested is not None:
                 node.value = nested  # type: ignore[assignment]
@@ -639,6 +661,10 @@ class Rewritten(NamedTuple):
     is_whole: bool  # whether it does nothing but that
     is_method: bool  # whether the first root is the first argument
 
+    def holds(self, cls: Any, name: str) -> bool:
+        """Whether it is still made of the function that the class has under the name."""
+        return getattr(cls, name, None) is self.original and self.original.__code__ is self.code
+
     def callables(self, plan: Plan, module: nn.Module) -> list[list[Any]]:
         """What each statement of a run calls, None for what is not known but in the run."""
         roots = (module if self.is_method else _MISSING, *(_MISSING,) * self.code.co_argcount)
@@ -652,13 +678,22 @@ class Rewritten(NamedTuple):
                 found.append([None if callable is _MISSING else callable for callable in each])
         return found
 
+    def bound_as_original(self) -> FunctionType:
+        """The rewritten function, with the defaults that the original has by now."""
+        original, function = self.original, self.function
+        if original.__defaults__ is not function.__defaults__:
+            function.__defaults__ = original.__defaults__
+        if original.__kwdefaults__ is not function.__kwdefaults__:
+            function.__kwdefaults__ = original.__kwdefaults__
+        return function
+
     def parts(self, module: nn.Module) -> list[Any] | None:
         """What it calls, one after the other, where it does nothing but that."""
         if not self.is_whole or self.ending is None or self.original.__code__ is not self.code:
             return None
         parts: list[Any] = []
         for statement in self.ending.statements:
-            callables = _callables(statement, (module,), self.original.__globals__)
+            callables = _callables(statement, (module, _MISSING), self.original.__globals__)
             if callables is None:
                 return None
             parts += callables
