@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from fastmlp import chain, functional
+from fastmlp import _C, chain, functional
 from fastmlp.nn import Linear
 from fastmlp.rewrite import Refused, Rewritten, rewrite
 
@@ -300,13 +300,17 @@ class _Rewritten:
 
     def __init__(self, cls: Any, name: str, rewritten: Rewritten) -> None:
         self.cls, self.name, self.rewritten = cls, name, rewritten
+        self.original, self.code, self.function, *_ = rewritten
         self.fused: Any = None
 
     def __get__(self, module: Any, owner: Any = None) -> Any:
         if module is None:
             return getattr(self.cls, self.name)
-        if self.rewritten.holds(self.cls, self.name) and not torch.compiler.is_dynamo_compiling():
-            return MethodType(self.rewritten.bound_as_original(), module)
+        if not torch.compiler.is_dynamo_compiling() and getattr(self.cls, self.name) is self.original:
+            if _C.is_unchanged(self.original, self.code, self.function):
+                return MethodType(self.function, module)
+            if self.original.__code__ is self.code:
+                return MethodType(self.rewritten.bound_as_original(), module)
         return getattr(super(self.fused, module), self.name)
 
 
@@ -362,8 +366,6 @@ def _make_class(cls: Any) -> Any:
     for method in attributes.values():
         if isinstance(method, _Rewritten):
             method.fused = fused
-    layout = fused.__mro__, [vars(each) for each in fused.__mro__[:-1]]
-    type.__setattr__(fused, "_layout", layout)
     return fused
 
 

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastmlp import chain, functional
+from fastmlp import _C, chain, functional
 from fastmlp.chain import Bound, Layers, Method
 
 __all__ = ["Pending", "Plan", "Refused", "Rewritten", "rewrite"]
@@ -72,6 +72,7 @@ class Statement(NamedTuple):
     expects: tuple[str, bool] = ("", True)  # "none": whether it is None; "true": whether it is true
     body: tuple["Statement", ...] = ()
     may_call: bool = False  # an error of what is called would come from the right line
+    is_simple: bool = False  # nothing but attributes
 
 
 class Plan:
@@ -79,7 +80,13 @@ class Plan:
 
     def __init__(self, statements: Sequence[Statement]) -> None:
         """See the class."""
-        self.statements = tuple(statements)
+        self.statements = tuple(
+            each._replace(
+                is_simple=each.container is each.test is None
+                and all(type(call) is Path and {*map(type, call.names)} <= {str} for call in each.calls)
+            )
+            for each in statements
+        )
 
     @property
     def returns(self) -> bool:
@@ -97,45 +104,24 @@ class Pending(NamedTuple):
 # ---- finding what a path leads to, where that runs no code of the user's
 
 _MISSING: Any = object()
-_GETATTR, _GETATTRIBUTE = nn.Module.__getattr__, object.__getattribute__
+_LOOKUPS = vars(nn.Module)["__getattr__"], vars(object)["__getattribute__"]
 
 
-def _found(path: Path, roots: Sequence[Any], variables: dict[str, Any]) -> Any:
+def _found(path: Path, roots: tuple[Any, ...], variables: dict[str, Any]) -> Any:
     root, names = path
     found = roots[root] if type(root) is int else variables.get(root, _MISSING)  # type: ignore[call-overload]
     for name in names:
-        cls = type(found)
-        if cls is ModuleType:
-            found = found.__dict__.get(name, _MISSING)
-        elif type(name) is not str:
+        if type(name) is str:
+            found = _C.attribute(found, name, *_LOOKUPS)
+            if found is NotImplemented:
+                return _MISSING
+        else:
             items = _items(found)
             try:
                 found = _MISSING if items is None else list(items)[name]
             except IndexError:
                 return _MISSING
-        else:
-            found = _attribute(found, cls, name)
     return found
-
-
-def _attribute(module: Any, cls: Any, name: str) -> Any:
-    layout = cls.__dict__.get("_layout")
-    if layout is None or layout[0] is not cls.__mro__:
-        if getattr(cls, "__getattr__", None) is not _GETATTR:
-            return _MISSING
-        layout = (), [base.__dict__ for base in cls.__mro__]
-    for space in layout[1]:
-        if name in space:  # a property, say
-            return _MISSING
-    if cls.__getattr__ is not _GETATTR or cls.__getattribute__ is not _GETATTRIBUTE:
-        return _MISSING
-    own = module.__dict__
-    if name in own:
-        return own[name]
-    for holder in ("_parameters", "_buffers", "_modules"):
-        if name in own.get(holder, ()):
-            return own[holder][name]
-    return _MISSING
 
 
 _ITERATES = {cls: cls.__iter__ for cls in (nn.ModuleList, nn.Sequential)}
@@ -150,6 +136,8 @@ def _items(container: Any) -> Any:
 
 def _callables(statement: Statement, roots: tuple[Any, ...], variables: dict[str, Any]) -> list[Any] | None:
     """What the statement calls, in its order; None where it cannot be known before."""
+    if statement.is_simple:
+        return _C.find(statement.calls, roots, variables, *_LOOKUPS)
     callables: list[Any] = []
     if statement.container is not None:
         items = _items(_found(statement.container, roots, variables))
@@ -169,10 +157,7 @@ def _callables(statement: Statement, roots: tuple[Any, ...], variables: dict[str
                     return None
                 callables += inner
     else:
-        for call in statement.calls:
-            callables.append(
-                _found(call, roots, variables) if type(call) is Path else _callable(call, roots, variables)
-            )
+        callables = [_callable(call, roots, variables) for call in statement.calls]
     return None if any(each is _MISSING for each in callables) else callables
 
 
