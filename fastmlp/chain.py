@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import _global_backward_hooks as _backward_hooks
+from torch.nn.modules.module import _global_backward_pre_hooks as _backward_pre_hooks
+from torch.nn.modules.module import _global_forward_hooks as _hooks
+from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
 
 from fastmlp import functional
 
@@ -180,10 +183,12 @@ def is_called_plainly(module: nn.Module) -> bool:
 
 def is_unwatched(input: object) -> bool:
     """Whether a chain may go other ways than through torch's functions, which are what they have been."""
-    if not functional.is_plain(input) or _has_any_global_hook():  # type: ignore[no-untyped-call]
-        return False
     return (
-        F.linear is _linear
+        type(input) in functional.TENSORS
+        and not (_hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks)  # global ones
+        and (not torch._C._len_torch_function_stack() or functional.is_plain(input))
+        and not torch.compiler._is_exporting_flag
+        and F.linear is _linear
         and F.relu is _relu
         and F.dropout is _dropout
         and torch.relu is _torchs_relu
@@ -200,9 +205,10 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
     """
     weights, biases, activations = layers
     for module in modules:
-        role: Any = ROLES.get(type(module))
-        if role is None:
-            role = type(module).__dict__.get("_role")  # of a class made by fastmlp.fuse
+        kind = type(module)
+        role: Any = ROLES.get(kind)
+        if role is None and kind not in _FUNCTION_TYPES:
+            role = kind.__dict__.get("_role")  # of a class made by fastmlp.fuse
         if role is not None:
             name, owner, forward, call = role
             # Past Module.__getattr__, which costs more than a small layer: is_called_plainly, without a call.
@@ -233,7 +239,7 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
                     return STOPPED
                 continue
             elif name == "chain":
-                parts = type(module)._parts(module)
+                parts = kind._parts(module)
                 if parts is not None:
                     input = walk(parts, input, layers, other)
                     if input is STOPPED:
@@ -243,21 +249,28 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
                 activations[-1] = name
                 continue
         else:
-            if type(module) is MethodType:
+            if kind is MethodType:
                 own = type(module.__self__).__dict__.get("_wholes")  # of a class made by fastmlp.fuse
-                if own is not None and module.__func__ in own:
-                    parts = own[module.__func__].parts(module.__self__)
-                    if parts is not None:
-                        input = walk(parts, input, layers, other)
-                        if input is STOPPED:
-                            return STOPPED
-                        continue
-            name = _role_of_function(module)
-            if name == "identity":
-                continue
-            if name is not None and weights and activations[-1] is None:
-                activations[-1] = name
-                continue
+                parts = own and module.__func__ in own and own[module.__func__].parts(module.__self__)
+                if parts:
+                    input = walk(parts, input, layers, other)
+                    if input is STOPPED:
+                        return STOPPED
+                    continue
+            elif kind is Method and module.args and not weights:
+                try:
+                    input = module(input)
+                except Exception:  # which will be raised again, where it belongs
+                    pass
+                else:
+                    continue
+            else:
+                name = _role_of_function(module)
+                if name == "identity":
+                    continue
+                if name is not None and weights and activations[-1] is None:
+                    activations[-1] = name
+                    continue
         input = other(module, input, layers)
         if input is STOPPED:
             return STOPPED

@@ -186,27 +186,33 @@ def run(plan: Plan, first: int, value: Any, variables: dict[str, Any], *roots: A
     weights, biases, activations = layers
     number, input, kept = first, value, None
     for statement in plan.statements[first:] if first else plan.statements:
-        callables = _callables(statement, roots, variables)
+        if statement.is_simple:
+            callables = _C.find(statement.calls, roots, variables, *_LOOKUPS)
+        else:
+            callables = _callables(statement, roots, variables)
         if callables is None:
             break
         count, last = len(weights), activations[-1] if activations else None
         output = chain.walk(callables, input, layers, _stop)
         if output is chain.STOPPED:
-            del weights[count:], biases[count:], activations[count:]
             if count:
                 activations[-1] = last
+            if count < len(weights):
+                del weights[count:], biases[count:], activations[count:]
             if number > first or not statement.may_call:
                 break
             output = chain.walk(callables, input, layers, chain.called)
             kept = output, tuple(map(list, layers))
+            if not chain.is_unwatched(output):
+                input, number = output, number + 1
+                break
         input = output
         number += 1
-        if kept and not chain.is_unwatched(input):
-            break
     if not weights:
         return number, input
     try:
-        return number, functional.network(input, *layers)
+        output = _C.network(input, weights, biases, activations)
+        return number, functional.network(input, *layers) if output is NotImplemented else output
     except Exception:
         if kept is None:
             return first, value  # the statement that it comes from will raise it again
