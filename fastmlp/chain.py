@@ -1,9 +1,9 @@
-"""Chains: callables of which each takes the last one's output, and the runs of layers in them that are one op.
+"""Chains: callables of which each takes the last one's output, and the runs of layers that are one op.
 
 A callable is a module, or a function or method that is an activation by itself. What is one op is decided
-from the modules as they are at each call, so a part may be swapped, hooked,
-parametrized or put into another mode at any time: it is then called as torch would call it. A class whose
-forward or call has been patched is no longer the one that is known here.
+from the modules as they are at each call, so a part may be swapped, hooked, parametrized or put into
+another mode at any time: it is then called as torch would call it. A class whose forward or call has been
+patched is no longer the one that is known here.
 """
 
 import sys
@@ -23,11 +23,11 @@ from fastmlp import functional
 
 __all__ = [
     "ROLES",
+    "STOPPED",
     "Bound",
     "Layers",
     "Method",
     "Role",
-    "STOPPED",
     "called",
     "is_called_plainly",
     "is_unwatched",
@@ -90,8 +90,7 @@ def role_of(cls: Any) -> str | None:
     return None if role is None else role.name
 
 
-#: What functions of one tensor are to a chain, and where each comes from: one that has been exchanged in torch
-#: is another function, and so are those that call it.
+#: What functions of one tensor are to a chain. One that has been exchanged in torch is another function.
 FUNCTIONS: dict[Any, str] = {
     getattr(holder, name + suffix): name
     for name in functional.COMPOSITES
@@ -269,7 +268,7 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
                 if name == "identity":
                     continue
                 if name is not None and weights and activations[-1] is None:
-                    activations[-1] = name
+                    activations[-1] = name  # type: ignore[call-overload]
                     continue
         input = other(module, input, layers)
         if input is STOPPED:

@@ -30,11 +30,12 @@ def fuse(model: Model, inplace: bool = True) -> Model:
     runs, it is left alone, and :func:`why_not_fused` tells why. Dropout counts as nothing in eval mode, as
     Identity does.
 
-    Modules change their class, to one that is derived from it and prints with "Fused" before its name, and
-    ``module.__class__`` says it is as it was; an nn.Linear does only where no other module runs it. Parameters, ``state_dict``, hooks, modes and all else
-    are untouched. What is fused is decided at each call: parts may be swapped, hooked, pruned, parametrized
-    or set to other modes at any time. Under ``torch.compile`` a forward of a module's own runs as it was
-    written. Call :func:`unfuse` before ``torch.jit.script``, or where a module's very type counts.
+    Modules change their class, to one that is derived from it and prints with "Fused" before its name;
+    ``module.__class__`` is what it was. An nn.Linear changes only where no other module runs it. Parameters,
+    ``state_dict``, hooks, modes and all else are untouched. What is fused is decided at each call: parts may
+    be swapped, hooked, pruned, parametrized or set to other modes at any time. Under ``torch.compile`` a
+    forward of a module's own runs as it was written. Call :func:`unfuse` before ``torch.jit.script``, or
+    where a module's very type counts.
 
     Args:
         model: any module.
@@ -149,7 +150,9 @@ def _plan(model: nn.Module) -> tuple[dict[nn.Module, Any], dict[str, str]]:
             run_by_others.update(module.children())
             if cls.forward is nn.Sequential.forward:
                 changes[module] = _fused_class(cls)
-        elif cls.forward is not nn.Sequential.forward and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        elif cls.forward is not nn.Sequential.forward and not isinstance(
+            module, nn.ModuleList | nn.ModuleDict
+        ):
             try:
                 fused = _fused_class(original_class(module))
             except Refused as refusal:
@@ -173,7 +176,7 @@ def _plan(model: nn.Module) -> tuple[dict[nn.Module, Any], dict[str, str]]:
 
 
 def _layers(module: nn.Module, functions: list[Rewritten]) -> tuple[set[nn.Module], bool]:
-    """The linear layers in the runs of its functions, and whether more happens together than in them alone."""
+    """The linear layers in the runs of its functions, and whether more is one op than they by themselves."""
     layers: set[nn.Module] = set()
     is_worth_it = False
     for rewritten in functions:
@@ -237,13 +240,13 @@ class _Meta(type):
 
     def __setattr__(cls, name: str, value: object) -> None:
         if "_unfused" in vars(cls):
-            setattr(cls._unfused, name, value)
+            setattr(vars(cls)["_unfused"], name, value)
         else:
             super().__setattr__(name, value)
 
     def __delattr__(cls, name: str) -> None:
         if "_unfused" in vars(cls):
-            delattr(cls._unfused, name)
+            delattr(vars(cls)["_unfused"], name)
         else:
             super().__delattr__(name)
 
@@ -265,7 +268,7 @@ class _Fused:
         if "_unfused" not in vars(cls):
             super().__init_subclass__(**kwargs)
 
-    @property  # type: ignore[misc]
+    @property
     def __class__(self) -> Any:
         """The original: what `super(self.__class__, self)` means, and what others derive classes from."""
         cls = type(self)
@@ -370,14 +373,18 @@ def _make_class(cls: Any) -> Any:
 
 
 def _functions(cls: Any) -> tuple[dict[str, Rewritten], dict[Any, Rewritten]]:
-    """The class's forward rewritten, and what methods forward may call where they can be; so of its parents."""
+    """The class's forward rewritten, and what methods forward may call, where they can be; so of parents."""
     functions = {"forward": rewrite(inspect.getattr_static(cls, "forward"))}
     inherited: dict[Any, Rewritten] = {}
     names = ["forward", *functions["forward"].code.co_names]
     for name in names:
         for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
             method = vars(base).get(name)
-            if type(method) is not FunctionType or method in inherited or method.__module__.startswith("torch."):
+            if (
+                type(method) is not FunctionType
+                or method in inherited
+                or method.__module__.startswith("torch.")
+            ):
                 continue
             try:
                 rewritten = rewrite(method)

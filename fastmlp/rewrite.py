@@ -1,4 +1,4 @@
-"""A forward of a module's own, rewritten in its source: runs of calls become calls of a helper, all else stays.
+"""A forward of a module's own, rewritten in its source: runs of calls become one, all else stays.
 
     x = torch.relu(self.fc1(x))              n, y = run(PLAN, 0, x, globals(), self)
     return self.fc2(x)                       if n == 0: x = torch.relu(self.fc1(x)); n = 1
@@ -7,11 +7,11 @@
                                              if n == 1: return self.fc2(x)
                                              return y
 
-The statements stay as they are. Before each, the helper looks how many from there on it can stand for: as long
-as to find what they call runs no code but Python's own, and what is found are layers that are called plainly.
-Nobody can tell then that they run as one op. Where that ends, the next statement runs as written, and so it
-does where an op raises: errors come from the line that they come from. What is called in nested calls within
-one line is loaded by the very expressions, in their order, and handed to another helper.
+The statements stay as they are. Before each, the helper looks how many from there on it can stand for: as
+long as to find what they call runs no code but Python's own, and what is found are layers that are called
+plainly. Nobody can tell then that they run as one op. Where that ends, the next statement runs as written,
+and so it does where an op raises: errors come from the line that they come from. What is called in nested
+calls within one line is loaded by the very expressions, in their order, and handed to another helper.
 
 Nothing is kept from call to call.
 """
@@ -25,7 +25,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -44,7 +44,7 @@ class Refused(Exception):
 
 
 class Path(NamedTuple):
-    """`root.name.name[0]`: the root an argument (its number), a global variable, or the variable of a loop."""
+    """`root.name.name[0]`: the root an argument (its number), a global variable, or a loop's variable."""
 
     root: int | str
     names: tuple[Any, ...] = ()
@@ -72,7 +72,8 @@ class Statement(NamedTuple):
     expects: tuple[str, bool] = ("", True)  # "none": whether it is None; "true": whether it is true
     body: tuple["Statement", ...] = ()
     may_call: bool = False  # an error of what is called would come from the right line
-    is_simple: bool = False  # nothing but attributes
+    has_paths_alone: bool = False  # of attributes
+    has_methods_alone: bool = False
 
 
 class Plan:
@@ -82,8 +83,10 @@ class Plan:
         """See the class."""
         self.statements = tuple(
             each._replace(
-                is_simple=each.container is each.test is None
-                and all(type(call) is Path and {*map(type, call.names)} <= {str} for call in each.calls)
+                has_paths_alone=all(
+                    type(call) is Path and {*map(type, call.names)} <= {str} for call in each.calls
+                ),
+                has_methods_alone={*map(type, each.calls)} == {Method},
             )
             for each in statements
         )
@@ -109,7 +112,7 @@ _LOOKUPS = vars(nn.Module)["__getattr__"], vars(object)["__getattribute__"]
 
 def _found(path: Path, roots: tuple[Any, ...], variables: dict[str, Any]) -> Any:
     root, names = path
-    found = roots[root] if type(root) is int else variables.get(root, _MISSING)  # type: ignore[call-overload]
+    found = variables.get(root, _MISSING) if isinstance(root, str) else roots[root]
     for name in names:
         if type(name) is str:
             found = _C.attribute(found, name, *_LOOKUPS)
@@ -134,31 +137,47 @@ def _items(container: Any) -> Any:
     return container._modules.values() if iterates is not None and cls.__iter__ is iterates else None
 
 
-def _callables(statement: Statement, roots: tuple[Any, ...], variables: dict[str, Any]) -> list[Any] | None:
+def _callables(
+    statement: Statement, roots: tuple[Any, ...], variables: dict[str, Any]
+) -> Sequence[Any] | None:
     """What the statement calls, in its order; None where it cannot be known before."""
-    if statement.is_simple:
-        return _C.find(statement.calls, roots, variables, *_LOOKUPS)
-    callables: list[Any] = []
     if statement.container is not None:
-        items = _items(_found(statement.container, roots, variables))
-        if items is None:
-            return None
-        for item in items:
-            for call in statement.calls:
-                callables.append(_callable(call, (*roots, item), variables))
-    elif statement.test is not None:
+        callables: list[Any] = []
+        for item in _items(_found(statement.container, roots, variables)) or (_MISSING,):
+            found = None if item is _MISSING else _called_in(statement, (*roots, item), variables)
+            if found is None:
+                return None
+            callables += found
+        return callables
+    if statement.test is not None:
         value, (kind, expected) = _found(statement.test, roots, variables), statement.expects
         if value is _MISSING or (kind == "true" and type(value) not in (bool, type(None))):
             return None
-        if ((value is None) if kind == "none" else bool(value)) is expected:
-            for part in statement.body:
-                inner = _callables(part, roots, variables)
-                if inner is None:
-                    return None
-                callables += inner
-    else:
-        callables = [_callable(call, roots, variables) for call in statement.calls]
-    return None if any(each is _MISSING for each in callables) else callables
+        callables = []
+        for part in (
+            statement.body if ((value is None) if kind == "none" else bool(value)) is expected else ()
+        ):
+            found = _callables(part, roots, variables)
+            if found is None:
+                return None
+            callables += found
+        return callables
+    return _called_in(statement, roots, variables)
+
+
+def _called_in(
+    statement: Statement, roots: tuple[Any, ...], variables: dict[str, Any]
+) -> Sequence[Any] | None:
+    if statement.has_paths_alone:
+        return _C.find(statement.calls, roots, variables, *_LOOKUPS)
+    if statement.has_methods_alone:
+        return statement.calls
+    callables = []
+    for call in statement.calls:
+        callables.append(_callable(call, roots, variables))
+        if callables[-1] is _MISSING:
+            return None
+    return callables
 
 
 def _callable(call: Any, roots: tuple[Any, ...], variables: dict[str, Any]) -> Any:
@@ -184,12 +203,10 @@ def run(plan: Plan, first: int, value: Any, variables: dict[str, Any], *roots: A
         return first, value
     layers: Layers = ([], [], [])
     weights, biases, activations = layers
-    number, input, kept = first, value, None
+    number, input = first, value
+    kept: tuple[Any, Layers] | None = None  # what there is after a statement that had to be called
     for statement in plan.statements[first:] if first else plan.statements:
-        if statement.is_simple:
-            callables = _C.find(statement.calls, roots, variables, *_LOOKUPS)
-        else:
-            callables = _callables(statement, roots, variables)
+        callables = _callables(statement, roots, variables)
         if callables is None:
             break
         count, last = len(weights), activations[-1] if activations else None
@@ -201,8 +218,11 @@ def run(plan: Plan, first: int, value: Any, variables: dict[str, Any], *roots: A
                 del weights[count:], biases[count:], activations[count:]
             if number > first or not statement.may_call:
                 break
-            output = chain.walk(callables, input, layers, chain.called)
-            kept = output, tuple(map(list, layers))
+            if len(callables) == 1:
+                output = callables[0](input)
+            else:
+                output = chain.walk(callables, input, layers, chain.called)
+            kept = output, ([*weights], [*biases], [*activations]) if weights else layers
             if not chain.is_unwatched(output):
                 input, number = output, number + 1
                 break
@@ -216,8 +236,8 @@ def run(plan: Plan, first: int, value: Any, variables: dict[str, Any], *roots: A
     except Exception:
         if kept is None:
             return first, value  # the statement that it comes from will raise it again
-    input, layers = kept
-    return first + 1, functional.network(input, *layers) if layers[0] else input
+    input, kept_layers = kept
+    return first + 1, functional.network(input, *kept_layers) if kept_layers is not layers else input
 
 
 def _stop(module: Any, input: Any, layers: Layers) -> Any:
@@ -304,10 +324,18 @@ class _Rewriter(ast.NodeTransformer):
         names = [node for node in nodes if isinstance(node, ast.Name)]
         self.loads = Counter(node.id for node in names if isinstance(node.ctx, ast.Load))
         stored = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
-        stored |= {str(node.name) for node in nodes if isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar)}
-        stored |= {each.asname or each.name.split(".")[0] for node in nodes
-                   if isinstance(node, ast.Import | ast.ImportFrom) for each in node.names}
-        stored |= {node.name for node in nodes if isinstance(node, _SCOPES[:2] + (ast.ClassDef,))}
+        stored |= {
+            str(node.name)
+            for node in nodes
+            if isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar)
+        }
+        stored |= {
+            each.asname or each.name.split(".")[0]
+            for node in nodes
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for each in node.names
+        }
+        stored |= {node.name for node in nodes if isinstance(node, (*_SCOPES[:2], ast.ClassDef))}
         stored |= {str(node.rest) for node in nodes if isinstance(node, ast.MatchMapping)}
         self.deleted = {node.id for node in names if isinstance(node.ctx, ast.Del)}
         #: Names that other functions see too.
@@ -341,15 +369,19 @@ class _Rewriter(ast.NodeTransformer):
 
     # ---- expressions: nested calls, within one line
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802  as ast.NodeVisitor has it
+    def visit_Call(self, node: ast.Call) -> ast.AST:
         nested = self.nested(node, call)
         if nested is not None:
             return nested
         self.generic_visit(node)
         method = node.func
-        if isinstance(method, ast.Attribute) and isinstance(method.value, ast.Call):
-            if isinstance(method.value.func, ast.Name) and method.value.func.id == "super":
-                node.func = self.call_of(inherited, [method], method)
+        owner = (
+            method.value.func
+            if isinstance(method, ast.Attribute) and type(method.value) is ast.Call
+            else None
+        )
+        if isinstance(owner, ast.Name) and owner.id == "super":
+            node.func = self.call_of(inherited, [method], method)
         return node
 
     def visit(self, node: ast.AST) -> Any:
@@ -365,7 +397,7 @@ class _Rewriter(ast.NodeTransformer):
         return self.call_of(helper, [*functions, self.visit(inner)], node)
 
     def calls(self, node: Any) -> tuple[list[ast.expr], list[Any], ast.AST]:
-        """What nested calls call, as expressions and as constants, the outermost first, and the innermost's argument."""
+        """What nested calls call, as expressions and as constants, the outermost first; the innermost's argument."""
         functions: list[ast.expr] = []
         calls: list[Any] = []
         line, are_layers = node.lineno, 0
@@ -380,12 +412,16 @@ class _Rewriter(ast.NodeTransformer):
             if path is None or not node.args or isinstance(node.args[0], ast.Starred):
                 break
             name = path.names[-1] if path.names else path.root
-            if path.root and type(path.root) is str and name not in _KNOWN:
-                if path.names or hasattr(builtins, path.root):
-                    break  # of another module, whose functions may ask who calls them
+            is_global = bool(path.root) and type(path.root) is str and name not in _KNOWN
+            if is_global and (path.names or hasattr(builtins, str(path.root))):
+                break  # of another module, whose functions may ask who calls them
             more = [*node.args[1:], *(each.value for each in node.keywords)]
             if more:
-                if name not in _KNOWN or not all(map(_constant, more)) or any(not k.arg for k in node.keywords):
+                if (
+                    name not in _KNOWN
+                    or not all(map(_constant, more))
+                    or any(not k.arg for k in node.keywords)
+                ):
                     break
                 bound = _With(
                     tuple(map(ast.literal_eval, node.args[1:])),
@@ -426,7 +462,11 @@ class _Rewriter(ast.NodeTransformer):
             if isinstance(node, ast.Attribute) and not (node.attr[:2] == "__" != node.attr[-2:]):
                 names.insert(0, node.attr)
                 node = node.value
-            elif isinstance(node, ast.Subscript) and _constant(node.slice) and not isinstance(node.slice, ast.Tuple):
+            elif (
+                isinstance(node, ast.Subscript)
+                and _constant(node.slice)
+                and not isinstance(node.slice, ast.Tuple)
+            ):
                 index = ast.literal_eval(node.slice)
                 if type(index) is not int:
                     return None
@@ -480,7 +520,9 @@ class _Rewriter(ast.NodeTransformer):
     def statement(self, node: ast.stmt, loop: str | None = None) -> Statement | None:
         if isinstance(node, ast.Return) and node.value is not None:
             found = self.unrolled(node.value)
-            return found and Statement(found[1], None, tuple(found[0]), may_call=node.end_lineno == node.lineno)
+            return found and Statement(
+                found[1], None, tuple(found[0]), may_call=node.end_lineno == node.lineno
+            )
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             found = self.unrolled(node.value, loop)
             if not found or not found[0]:
@@ -489,19 +531,29 @@ class _Rewriter(ast.NodeTransformer):
             return Statement(found[1], node.targets[0].id, tuple(found[0]), may_call=one_line)
         if isinstance(node, ast.For) and not node.orelse and isinstance(node.target, ast.Name):
             variable, container = node.target.id, self.path(node.iter)
-            inner = sum(isinstance(n, ast.Name) and n.id == variable and isinstance(n.ctx, ast.Load)
-                        for n in ast.walk(node))
+            inner = sum(
+                isinstance(n, ast.Name) and n.id == variable and isinstance(n.ctx, ast.Load)
+                for n in ast.walk(node)
+            )
             body = self.body(node.body, variable)
-            if container and body and inner == self.loads[variable] and variable not in self.shared | self.parameters:
+            if (
+                container
+                and body
+                and inner == self.loads[variable]
+                and variable not in self.shared | self.parameters
+            ):
                 calls = tuple(each for part in body for each in part.calls)
                 return Statement(body[0].input, body[0].target, calls, container=container)
         if isinstance(node, ast.If) and not node.orelse:
             test, expects = node.test, ("true", True)
             if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
                 test, expects = test.operand, ("true", False)
-            elif isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.Is | ast.IsNot):
-                if len(test.ops) == 1 and _constant(test.comparators[0]) and ast.literal_eval(test.comparators[0]) is None:
-                    test, expects = test.left, ("none", isinstance(test.ops[0], ast.Is))
+            elif (
+                isinstance(test, ast.Compare)
+                and isinstance(test.ops[0], ast.Is | ast.IsNot)
+                and ast.dump(ast.Tuple(test.comparators)) == ast.dump(ast.Tuple([ast.Constant(None)]))
+            ):
+                test, expects = test.left, ("none", isinstance(test.ops[0], ast.Is))
             path, body = self.path(test), self.body(node.body, None)
             if path and path.names and body:
                 return Statement(body[0].input, body[0].target, test=path, expects=expects, body=tuple(body))
@@ -566,16 +618,16 @@ class _Rewriter(ast.NodeTransformer):
                 self.ending = Plan([Statement(input, None, tuple(calls[::-1]))])
             nested = self.nested(node.value, call_later, 1) if self.later and ends else None
             if nested is not None:
-                node.value = nested  # type: ignore[assignment]
+                node.value = nested
                 return node
-        inner = in_try or isinstance(node, ast.Try | ast.TryStar)
+        is_in_try = in_try or isinstance(node, ast.Try | ast.TryStar)
         goes_on = ends and isinstance(node, ast.If)
         for name in ("body", "orelse", "finalbody"):
             if block := getattr(node, name, None):
-                setattr(node, name, self.block(block, set(bound), inner, goes_on))
+                setattr(node, name, self.block(block, set(bound), is_in_try, goes_on))
         for name in ("handlers", "cases"):
             for part in getattr(node, name, ()):
-                part.body = self.block(part.body, set(bound), inner, goes_on)
+                part.body = self.block(part.body, set(bound), is_in_try, goes_on)
         for name, value in ast.iter_fields(node):
             if name not in ("body", "orelse", "finalbody", "handlers", "cases"):
                 if isinstance(value, ast.AST):
@@ -622,13 +674,23 @@ class _Rewriter(ast.NodeTransformer):
             written = self.compound(node, bound, in_try, ends)
             if statement.target is None:
                 done = ast.Return(ast.Name(value, ast.Load()))
-                result += [where(index, [written], [], node), ast.fix_missing_locations(ast.copy_location(done, node))]
+                result += [
+                    where(index, [written], [], node),
+                    ast.fix_missing_locations(ast.copy_location(done, node)),
+                ]
             else:
                 result.append(
                     where(
                         index,
                         [written, assign(number, ast.Constant(index + 1), node)],
-                        [where(index + 1, [assign(statement.target, ast.Name(value, ast.Load()), node)], [], node)],
+                        [
+                            where(
+                                index + 1,
+                                [assign(statement.target, ast.Name(value, ast.Load()), node)],
+                                [],
+                                node,
+                            )
+                        ],
                         node,
                     )
                 )
@@ -643,10 +705,10 @@ class _Rewriter(ast.NodeTransformer):
 class Rewritten(NamedTuple):
     """A function, and what has been made of it."""
 
-    original: FunctionType
+    original: Any  # functions, all three; as such mypy would bind them
     code: CodeType  # the original's
-    function: FunctionType
-    later: FunctionType | None  # returns a Pending, where the function ends by returning a chain
+    function: Any
+    later: Any  # returns a Pending, where the function ends by returning a chain
     plans: tuple[Plan, ...]
     ending: Plan | None
     is_whole: bool  # whether it does nothing but that
@@ -665,11 +727,10 @@ class Rewritten(NamedTuple):
             if statement.container or statement.test:
                 found.append(_callables(statement, roots, variables) or [None])
             else:
-                each = (_callable(call, roots, variables) for call in statement.calls)
-                found.append([None if callable is _MISSING else callable for callable in each])
+                found.append([self._likely(call, roots, variables) for call in statement.calls])
         return found
 
-    def bound_as_original(self) -> FunctionType:
+    def bound_as_original(self) -> Any:
         """The rewritten function, with the defaults that the original has by now."""
         original, function = self.original, self.function
         if original.__defaults__ is not function.__defaults__:
@@ -677,6 +738,15 @@ class Rewritten(NamedTuple):
         if original.__kwdefaults__ is not function.__kwdefaults__:
             function.__kwdefaults__ = original.__kwdefaults__
         return function
+
+    def _likely(self, call: Any, roots: tuple[Any, ...], variables: dict[str, Any]) -> Any:
+        """What a call would call, as far as that can be told without running a __getattr__, say."""
+        found = _callable(call, roots, variables)
+        if found is _MISSING and type(call) is Path and call.root == 0:
+            found = roots[0]
+            for name in call.names:
+                found = getattr(found, "__dict__", {}).get("_modules", {}).get(name)
+        return None if found is _MISSING else found
 
     def parts(self, module: nn.Module) -> list[Any] | None:
         """What it calls, one after the other, where it does nothing but that."""
@@ -726,9 +796,7 @@ def _only(found: list[Any], code: CodeType) -> Any:
 
 
 def _marked(code: CodeType, constants: dict[str, Any]) -> CodeType:
-    return code.replace(
-        co_consts=tuple(constants.get(c, c) if type(c) is str else c for c in code.co_consts)
-    )
+    return code.replace(co_consts=tuple(constants.get(c, c) if type(c) is str else c for c in code.co_consts))
 
 
 def rewrite(function: Any) -> Rewritten:
@@ -750,7 +818,9 @@ def rewrite(function: Any) -> Rewritten:
             tree, whole = _parsed(code.co_filename, source)
         except (SyntaxError, ValueError):
             raise Refused("is not what its source says") from None
-        places = [c for c in _codes(whole) if c.co_name == code.co_name and c.co_firstlineno == code.co_firstlineno]
+        places = [
+            c for c in _codes(whole) if c.co_name == code.co_name and c.co_firstlineno == code.co_firstlineno
+        ]
         if not _is_same(_only(places, code), code):
             raise Refused("is not what its source says")
         made, rewriter = _compiled(tree, code, later=False)
@@ -785,7 +855,9 @@ def _compiled(tree: ast.Module, code: CodeType, later: bool) -> tuple[CodeType, 
         whole = compile(tree, code.co_filename, "exec", dont_inherit=True)
     finally:
         block[index] = node
-    found = [c for c in _codes(whole) if c.co_name == code.co_name and c.co_firstlineno == code.co_firstlineno]
+    found = [
+        c for c in _codes(whole) if c.co_name == code.co_name and c.co_firstlineno == code.co_firstlineno
+    ]
     made = _only(found, code)
     if made.co_freevars != code.co_freevars or made.co_cellvars != code.co_cellvars:
         raise Refused("has variables that do not stay what they are")
@@ -794,8 +866,17 @@ def _compiled(tree: ast.Module, code: CodeType, later: bool) -> tuple[CodeType, 
 
 def _function(code: CodeType, original: FunctionType) -> FunctionType:
     """A function of that code which is the original in all else."""
-    made = FunctionType(code, original.__globals__, original.__name__, original.__defaults__, original.__closure__)
-    for name in ("__kwdefaults__", "__annotations__", "__doc__", "__module__", "__qualname__", "__type_params__"):
+    made = FunctionType(
+        code, original.__globals__, original.__name__, original.__defaults__, original.__closure__
+    )
+    for name in (
+        "__kwdefaults__",
+        "__annotations__",
+        "__doc__",
+        "__module__",
+        "__qualname__",
+        "__type_params__",
+    ):
         if hasattr(original, name):
             setattr(made, name, getattr(original, name))
     made.__dict__ = original.__dict__

@@ -1,8 +1,8 @@
 """Random forwards, and random changes between their calls: fused as stock, in all that can be observed.
 
-Each case is a small program: a module's class, and what is done with the model between calls. It runs twice, stock
-and fused, and every output, gradient, error and side effect is compared. A mismatch is shrunk, and printed as
-the program that shows it. FASTMLP_FUZZ_CASES says how many cases there are.
+Each case is a small program: a module's class, and what is done with the model between calls. It runs twice,
+stock and fused, and every output, gradient, error and side effect is compared. A mismatch is shrunk, and
+printed as the program that shows it. FASTMLP_FUZZ_CASES says how many cases there are.
 """
 
 import linecache
@@ -15,13 +15,12 @@ import types
 import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import fastmlp
 
 CASES = int(os.environ.get("FASTMLP_FUZZ_CASES", "200"))
 
-HEAD = '''
+HEAD = """
 import copy, pickle, torch
 import torch.nn.functional as F
 from torch import nn
@@ -111,20 +110,55 @@ class Base(nn.Module):
     def forward(self, x, k=1.0):
         x = self.fc3(torch.tanh(self.fc2(x)))
         return x * k
-'''
+"""
 
-LAYERS = ["self.fc1", "self.fc2", "self.fc3", "self.same", "self.seq", "self.some", "self.layers[0]", "self.layers[-1]",
-          "self.blocks[0]", "self.by_name['a']"]
-ACTS = ["torch.relu", "torch.tanh", "torch.sigmoid", "F.relu", "F.tanh", "torch.nn.functional.relu", "ACT", "self.act",
-        "self.relu", "self.tanh", "self.quick", "self.id", "self.drop", "torch.relu_", "self.held"]
+LAYERS = [
+    "self.fc1",
+    "self.fc2",
+    "self.fc3",
+    "self.same",
+    "self.seq",
+    "self.some",
+    "self.layers[0]",
+    "self.layers[-1]",
+    "self.blocks[0]",
+    "self.by_name['a']",
+]
+ACTS = [
+    "torch.relu",
+    "torch.tanh",
+    "torch.sigmoid",
+    "F.relu",
+    "F.tanh",
+    "torch.nn.functional.relu",
+    "ACT",
+    "self.act",
+    "self.relu",
+    "self.tanh",
+    "self.quick",
+    "self.id",
+    "self.drop",
+    "torch.relu_",
+    "self.held",
+]
 OTHERS = ["self.norm", "self.mean", "self.exchanges", "self.prop", "self.encode", "scaled", "self.gelu", "self.own",
           "self.blocks[1]", "F.gelu", "torch.abs", "self.none", "self.wide", "self.missing", "super().forward",
           "x.add", "(lambda t: self.fc2(t) + x.sum())", "self.mean.fc"]  # fmt: skip
 METHODS = ["relu", "tanh", "sigmoid", "relu_", "sigmoid_", "abs", "clone"]
-FORMS = ["F.relu({}, inplace=True)", "F.relu({}, False)", "F.dropout({}, 0.5, self.training)", "({}).view(-1, 6)",
-         "F.dropout({}, p=0.2, training=False)", "F.gelu({}, approximate='tanh')", "({} + GAIN)", "self.fc1(\n{})"]
+FORMS = [
+    "F.relu({}, inplace=True)",
+    "F.relu({}, False)",
+    "F.dropout({}, 0.5, self.training)",
+    "({}).view(-1, 6)",
+    "F.dropout({}, p=0.2, training=False)",
+    "F.gelu({}, approximate='tanh')",
+    "({} + GAIN)",
+    "self.fc1(\n{})",
+]
 
-callables = st.one_of(st.sampled_from(LAYERS), st.sampled_from(LAYERS), st.sampled_from(ACTS), st.sampled_from(OTHERS))
+callables = st.one_of(
+    st.sampled_from(LAYERS), st.sampled_from(LAYERS), st.sampled_from(ACTS), st.sampled_from(OTHERS)
+)
 
 
 @st.composite
@@ -133,7 +167,9 @@ def expressions(draw, name, least=1):
     for _ in range(draw(st.integers(least, 4))):
         kind = draw(st.integers(0, 9))
         if kind == 0:
-            text = f"{text}.{draw(st.sampled_from(METHODS))}()" if text != name or draw(st.booleans()) else text
+            text = (
+                f"{text}.{draw(st.sampled_from(METHODS))}()" if text != name or draw(st.booleans()) else text
+            )
         elif kind == 1:
             text = draw(st.sampled_from(FORMS)).format(text)
         else:
@@ -180,27 +216,69 @@ def statements(draw, depth=0, loop=None):
         return draw(st.sampled_from(SIDE))
     if kind == 5:
         first, second = draw(expressions("x")), draw(expressions("h"))
-        end = draw(st.sampled_from(["x = {}", "h = {}\nx = h", "x = x + {}", "h = {}\nx = torch.relu(h) + h"]))
+        end = draw(
+            st.sampled_from(["x = {}", "h = {}\nx = h", "x = x + {}", "h = {}\nx = torch.relu(h) + h"])
+        )
         return f"h = {first}\n" + end.format(second)
     inner = textwrap.indent("\n".join(draw(st.lists(statements(depth + 1), min_size=1, max_size=3))), "    ")
     if kind == 6:
-        test = draw(st.sampled_from(["self.none is not None", "self.some is not None", "self.training", "not self.flag",
-                                     "self.count % 2", "self.some is None"]))
+        test = draw(
+            st.sampled_from(
+                [
+                    "self.none is not None",
+                    "self.some is not None",
+                    "self.training",
+                    "not self.flag",
+                    "self.count % 2",
+                    "self.some is None",
+                ]
+            )
+        )
         return f"if {test}:\n{inner}"
     if kind == 7:
         return f"if self.flag:\n{inner}\nelse:\n    x = x - 1"
     if kind == 8:
         return f"with torch.no_grad():\n{inner}"
     if kind == 9:
-        end = draw(st.sampled_from(["except RuntimeError:\n    x = x * 2", "finally:\n    LOG.append(float(x.detach().sum()) > 0)",
-                                    "except Exception as e:\n    LOG.append(type(e).__name__)\n    x = x + 1"]))
+        end = draw(
+            st.sampled_from(
+                [
+                    "except RuntimeError:\n    x = x * 2",
+                    "finally:\n    LOG.append(float(x.detach().sum()) > 0)",
+                    "except Exception as e:\n    LOG.append(type(e).__name__)\n    x = x + 1",
+                ]
+            )
+        )
         return f"try:\n{inner}\n{end}"
-    items = draw(st.sampled_from(["self.layers", "self.mixed", "self.blocks", "self.seq", "self.own", "self.by_name.values()",
-                                  "self.layers[:1]", "reversed(self.layers)", "enumerate(self.layers)"]))
+    items = draw(
+        st.sampled_from(
+            [
+                "self.layers",
+                "self.mixed",
+                "self.blocks",
+                "self.seq",
+                "self.own",
+                "self.by_name.values()",
+                "self.layers[:1]",
+                "reversed(self.layers)",
+                "enumerate(self.layers)",
+            ]
+        )
+    )
     if items.startswith("enumerate"):
         return f"for i, f in {items}:\n    x = f(x) if i else torch.relu(f(x))"
-    body = draw(st.sampled_from(["x = f(x)", "x = torch.relu(f(x))", "x = f(x)\nx = self.relu(x)", "x = x + f(x)",
-                                 "x = F.relu(f(x))\nself.count += 1", "x = self.fc2(f(x)).relu()"]))
+    body = draw(
+        st.sampled_from(
+            [
+                "x = f(x)",
+                "x = torch.relu(f(x))",
+                "x = f(x)\nx = self.relu(x)",
+                "x = x + f(x)",
+                "x = F.relu(f(x))\nself.count += 1",
+                "x = self.fc2(f(x)).relu()",
+            ]
+        )
+    )
     after = draw(st.sampled_from(["", "", "\nLOG.append(type(f).__name__)"]))
     return f"for f in {items}:\n{textwrap.indent(body, '    ')}{after}"
 
@@ -211,7 +289,9 @@ def forwards(draw):
     end = draw(st.sampled_from(["x", "{}", "{}", "{}", "({}, x)", "{{'y': {}}}", "{} * 2"]))
     lines.append("return " + end.format(draw(expressions("x"))))
     if draw(st.integers(0, 9)) == 0:
-        lines.insert(0, draw(st.sampled_from(["global GAIN\nGAIN = 1.5", "keep = lambda: x", "'text'", "locals()"])))
+        lines.insert(
+            0, draw(st.sampled_from(["global GAIN\nGAIN = 1.5", "keep = lambda: x", "'text'", "locals()"]))
+        )
     return "class Net(Base):\n    def forward(self, x, k=1.0):\n" + textwrap.indent("\n".join(lines), " " * 8)
 
 
@@ -286,11 +366,30 @@ CHANGES = [
     "PATCH(torch.Tensor, 'relu', torch.abs)",
     "HANDLES.append(nn.modules.module.register_module_forward_hook(lambda m, a, y: LOG.append(type(m).__name__)))",
 ]
-CALLS = ["m(X)", "m(X)", "m(X)", "m(X, 2.0)", "m(X, k=0.5)", "m(X[0])", "m(X[None])", "m(X[:, :5])", "m(X.double())", "m()",
-         "m(None)", "m((X, X))", "m(X[:0])", "m(x=X)"]
+CALLS = [
+    "m(X)",
+    "m(X)",
+    "m(X)",
+    "m(X, 2.0)",
+    "m(X, k=0.5)",
+    "m(X[0])",
+    "m(X[None])",
+    "m(X[:, :5])",
+    "m(X.double())",
+    "m()",
+    "m(None)",
+    "m((X, X))",
+    "m(X[:0])",
+    "m(x=X)",
+]
 
 programs = st.tuples(
-    forwards(), st.lists(st.tuples(st.lists(st.sampled_from(CHANGES), max_size=2), st.sampled_from(CALLS)), min_size=1, max_size=4)
+    forwards(),
+    st.lists(
+        st.tuples(st.lists(st.sampled_from(CHANGES), max_size=2), st.sampled_from(CALLS)),
+        min_size=1,
+        max_size=4,
+    ),
 )
 
 
@@ -326,7 +425,9 @@ def observed(name, source, rounds, fused):
             m = space["m"]
             seen.append([*map(str, space["LOG"])])
             own = vars(m)
-            seen.append((own.get("count"), own.get("keep"), space["Net"].count, space["Net"].factor, space["GAIN"]))
+            seen.append(
+                (own.get("count"), own.get("keep"), space["Net"].count, space["Net"].factor, space["GAIN"])
+            )
             seen.append({key: value.clone() for key, value in m.state_dict().items()})
     finally:
         for holder, key, had, value in reversed(undo):
@@ -345,14 +446,20 @@ def attempt(statement, space, file):
     try:
         exec(statement, space)
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file
+        ]
         return type(error).__name__, lines[:1]
     return None
 
 
 def results(space):
     y, m, x = space["Y"], space["m"], space["X"]
-    tensors = [t for t in (y.values() if isinstance(y, dict) else y if isinstance(y, tuple) else [y]) if isinstance(t, torch.Tensor)]
+    tensors = [
+        t
+        for t in (y.values() if isinstance(y, dict) else y if isinstance(y, tuple) else [y])
+        if isinstance(t, torch.Tensor)
+    ]
     total = sum((t.double().square().sum() for t in tensors), torch.zeros(()).double())
     wanted = [t for t in (x, *m.parameters()) if t.requires_grad]
     if not total.requires_grad or not total.isfinite():
@@ -368,7 +475,13 @@ def compared(ours, theirs, program):
     def same(a, b):
         if isinstance(b, torch.Tensor):
             assert type(a) is type(b)
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(1 + b.detach().abs().nan_to_num(0, 0, 0).max()) if b.numel() else 1, equal_nan=True)
+            torch.testing.assert_close(
+                a,
+                b,
+                rtol=1e-3,
+                atol=1e-3 * float(1 + b.detach().abs().nan_to_num(0, 0, 0).max()) if b.numel() else 1,
+                equal_nan=True,
+            )
         elif isinstance(b, (list, tuple)):
             assert type(a) is type(b) and len(a) == len(b), (a, b)
             for each, other in zip(a, b, strict=True):

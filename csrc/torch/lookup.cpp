@@ -49,7 +49,8 @@ PyObject* find(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
                     *const names = PyTuple_GET_ITEM(path, 1);
     PyObject* value = nullptr;
     if (PyLong_CheckExact(root)) {
-      const Py_ssize_t number = PyLong_AsSsize_t(root);
+      Py_ssize_t number = PyLong_AsSsize_t(root);
+      if (number < 0) number += PyTuple_GET_SIZE(roots);
       if (number >= 0 && number < PyTuple_GET_SIZE(roots)) value = PyTuple_GET_ITEM(roots, number);
     } else if (PyDict_CheckExact(variables)) {
       value = item(variables, root);

@@ -10,7 +10,7 @@ namespace fastmlp {
 PyObject* attribute(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
 // find(paths, roots, variables, getattr, getattribute): the list of what the paths lead to, each a tuple of a root, the
-// number of one of the roots or the name of one of the variables, and the names of attributes. Else None.
+// number of one of the roots (-1 the last) or the name of one of the variables, and the names of attributes. Else None.
 PyObject* find(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
 // is_unchanged(function, code, other): whether the function still has this code, and the defaults of the other one.
