@@ -513,7 +513,7 @@ class _Rewriter(ast.NodeTransformer):
 
     def argument(self, node: ast.AST) -> Any:
         if _constant(node):
-            return ast.literal_eval(node)  # type: ignore[arg-type]
+            return ast.literal_eval(node)
         path = self.path(node)
         return _MISSING if path is None else path
 
@@ -545,7 +545,8 @@ class _Rewriter(ast.NodeTransformer):
                 calls = tuple(each for part in body for each in part.calls)
                 return Statement(body[0].input, body[0].target, calls, container=container)
         if isinstance(node, ast.If) and not node.orelse:
-            test, expects = node.test, ("true", True)
+            test: Any = node.test
+            expects = ("true", True)
             if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
                 test, expects = test.operand, ("true", False)
             elif (
@@ -618,7 +619,7 @@ class _Rewriter(ast.NodeTransformer):
                 self.ending = Plan([Statement(input, None, tuple(calls[::-1]))])
             nested = self.nested(node.value, call_later, 1) if self.later and ends else None
             if nested is not None:
-                node.value = nested
+                node.value = nested  # type: ignore[assignment]  # an expression
                 return node
         is_in_try = in_try or isinstance(node, ast.Try | ast.TryStar)
         goes_on = ends and isinstance(node, ast.If)
@@ -642,8 +643,6 @@ class _Rewriter(ast.NodeTransformer):
         """The statements, each with the helper before it."""
         plan = Plan(group)
         self.plans.append(plan)
-        if plan.returns and ends:
-            self.ending = plan
         helper = run_later if self.later and plan.returns and ends else run
         number, value = f".n{len(self.plans)}", f".x{len(self.plans)}"
 
@@ -694,6 +693,8 @@ class _Rewriter(ast.NodeTransformer):
                         node,
                     )
                 )
+        if plan.returns and ends:
+            self.ending = plan
         if not plan.returns:
             result.append(assign(value, ast.Constant(None), nodes[-1]))  # which holds a tensor else
         return result
@@ -716,16 +717,18 @@ class Rewritten(NamedTuple):
 
     def holds(self, cls: Any, name: str) -> bool:
         """Whether it is still made of the function that the class has under the name."""
-        return getattr(cls, name, None) is self.original and self.original.__code__ is self.code
+        found: Any = getattr(cls, name, None)
+        return found is self.original and found.__code__ is self.code
 
     def callables(self, plan: Plan, module: nn.Module) -> list[list[Any]]:
         """What each statement of a run calls, None for what is not known but in the run."""
         roots = (module if self.is_method else _MISSING, *(_MISSING,) * self.code.co_argcount)
         variables = self.original.__globals__
-        found = []
+        found: list[list[Any]] = []
         for statement in plan.statements:
             if statement.container or statement.test:
-                found.append(_callables(statement, roots, variables) or [None])
+                known = _callables(statement, roots, variables)
+                found.append([None] if known is None else [*known])
             else:
                 found.append([self._likely(call, roots, variables) for call in statement.calls])
         return found
