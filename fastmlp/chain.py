@@ -23,7 +23,7 @@ from fastmlp import functional
 
 __all__ = [
     "ROLES",
-    "STOPPED",
+    "Stopped",
     "Bound",
     "Layers",
     "Method",
@@ -156,8 +156,11 @@ Layers = tuple[list[Tensor], list[Tensor | None], list[functional.Activation | N
 #: What to do with a callable that is no layer, with its input, and the layers that are to come before it.
 Other = Callable[[Any, Any, Layers], Any]
 
-#: What an `Other` returns for the walk to end, and the walk then.
-STOPPED = object()
+
+class Stopped(NamedTuple):
+    """What an `Other` returns for the walk to end, and the walk then: what there was to call."""
+
+    input: Any
 
 
 def parameters(layers: Layers) -> Iterator[Tensor]:
@@ -234,15 +237,15 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
                 continue
             elif name == "sequential":
                 input = walk(own["_modules"].values(), input, layers, other)
-                if input is STOPPED:
-                    return STOPPED
+                if type(input) is Stopped:
+                    return input
                 continue
             elif name == "chain":
                 parts = kind._parts(module)
                 if parts is not None:
                     input = walk(parts, input, layers, other)
-                    if input is STOPPED:
-                        return STOPPED
+                    if type(input) is Stopped:
+                        return input
                     continue
             elif name != "dropout" and weights and activations[-1] is None:
                 activations[-1] = name
@@ -253,8 +256,8 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
                 parts = own and module.__func__ in own and own[module.__func__].parts(module.__self__)
                 if parts:
                     input = walk(parts, input, layers, other)
-                    if input is STOPPED:
-                        return STOPPED
+                    if type(input) is Stopped:
+                        return input
                     continue
             elif kind is Method and module.args and not weights:
                 try:
@@ -271,8 +274,8 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
                     activations[-1] = name  # type: ignore[call-overload]
                     continue
         input = other(module, input, layers)
-        if input is STOPPED:
-            return STOPPED
+        if type(input) is Stopped:
+            return input
     return input
 
 

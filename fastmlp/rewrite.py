@@ -219,18 +219,19 @@ def run(plan: Plan, first: int, value: Any, variables: dict[str, Any], *roots: A
     callables, ends = _known(plan, first, roots, variables)
     layers: Layers = ([], [], [])
     called = iter(callables)
-    output = chain.walk(called, value, layers, _stop) if ends else value
-    if output is chain.STOPPED:
+    output = chain.walk(called, value, layers, _stop)
+    if type(output) is chain.Stopped:
         count = len(callables) - length_hint(called) - 1
-        ends = ends[: bisect_right(ends, count)]
-        if not ends:
-            statement = plan.statements[first]
-            if not statement.may_call:
+        done = bisect_right(ends, count)
+        if done == 0:
+            if not plan.statements[first].may_call:
                 return first, value
-            known = _callables(statement, roots, variables)
-            return (first, value) if known is None else (first + 1, chain.run(known, value))
-        layers = ([], [], [])
-        output = chain.walk(callables[: ends[-1]], value, layers, _stop)
+            return first + 1, callables[0](value) if ends[0] == 1 else chain.run(callables[: ends[0]], value)
+        ends = ends[:done]
+        output = output.input
+        if count > ends[-1]:  # a statement has begun that will not be done
+            layers = ([], [], [])
+            output = chain.walk(callables[: ends[-1]], value, layers, _stop)
     if layers[0]:
         try:
             output = functional.network(output, *layers)
@@ -260,7 +261,7 @@ def _known(
 
 
 def _stop(module: Any, input: Any, layers: Layers) -> Any:
-    return chain.STOPPED
+    return chain.Stopped(input)
 
 
 def call(*items: Any) -> Any:
