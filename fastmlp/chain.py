@@ -7,7 +7,7 @@ patched is no longer the one that is known here.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ __all__ = [
     "role_of",
     "run",
     "run_sequential",
+    "stop",
     "walk",
 ]
 
@@ -98,6 +99,7 @@ FUNCTIONS: dict[Any, str] = {
     for suffix in ("", "_")
     if hasattr(holder, name + suffix)
 } | {F.dropout: "dropout"}
+_ACTIVATIONS = functional.COMPOSITES.keys()
 _FUNCTION_TYPES = frozenset({FunctionType, BuiltinFunctionType})
 _OF_TENSOR = vars(Tensor)
 _linear, _relu, _dropout = F.linear, F.relu, F.dropout
@@ -128,11 +130,8 @@ class Bound(NamedTuple):
 
 
 def _role_of_function(function: Any) -> str | None:
-    """The activation that a function or method is, or "identity"."""
+    """The activation that a function with arguments or a method is, or "identity"."""
     kind = type(function)
-    if kind in _FUNCTION_TYPES:
-        name = FUNCTIONS.get(function)
-        return None if name == "dropout" or name in _OF_TENSOR else name
     if kind is Method and not function.args:
         name = function.name.removesuffix("_")
         return name if name in functional.COMPOSITES and function.name not in _OF_TENSOR else None
@@ -157,10 +156,14 @@ Layers = tuple[list[Tensor], list[Tensor | None], list[functional.Activation | N
 Other = Callable[[Any, Any, Layers], Any]
 
 
-class Stopped(NamedTuple):
+class Stopped:
     """What an `Other` returns for the walk to end, and the walk then: what there was to call."""
 
-    input: Any
+    __slots__ = ("input",)
+
+    def __init__(self, input: Any) -> None:
+        """See the class."""
+        self.input = input
 
 
 def parameters(layers: Layers) -> Iterator[Tensor]:
@@ -241,24 +244,26 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
                     return input
                 continue
             elif name == "chain":
-                parts = kind._parts(module)
-                if parts is not None:
-                    input = walk(parts, input, layers, other)
-                    if type(input) is Stopped:
-                        return input
+                output = _taken(kind._parts(module), input, layers)
+                if type(output) is not Stopped:
+                    input = output
                     continue
             elif name != "dropout" and weights and activations[-1] is None:
                 activations[-1] = name
                 continue
         else:
-            if kind is MethodType:
-                own = type(module.__self__).__dict__.get("_wholes")  # of a class made by fastmlp.fuse
-                parts = own and module.__func__ in own and own[module.__func__].parts(module.__self__)
-                if parts:
-                    input = walk(parts, input, layers, other)
-                    if type(input) is Stopped:
-                        return input
+            if kind in _FUNCTION_TYPES:
+                name = FUNCTIONS.get(module)
+                if name in _ACTIVATIONS and weights and activations[-1] is None and name not in _OF_TENSOR:
+                    activations[-1] = name  # type: ignore[call-overload]
                     continue
+            elif kind is MethodType:
+                own = type(module.__self__).__dict__.get("_wholes")  # of a class made by fastmlp.fuse
+                if own is not None and module.__func__ in own:
+                    output = _taken(own[module.__func__].parts(module.__self__), input, layers)
+                    if type(output) is not Stopped:
+                        input = output
+                        continue
             elif kind is Method and module.args and not weights:
                 try:
                     input = module(input)
@@ -277,6 +282,25 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
         if type(input) is Stopped:
             return input
     return input
+
+
+def _taken(parts: Sequence[Any] | None, input: Any, layers: Layers) -> Any:
+    """As `walk`, where all parts are layers. They have been found at once: no code of the user's may run between."""
+    if parts is None:
+        return Stopped(input)
+    count, last = len(layers[0]), layers[2][-1] if layers[2] else None
+    output = walk(parts, input, layers, stop)
+    if type(output) is Stopped:
+        for each in layers:
+            del each[count:]
+        if count:
+            layers[2][-1] = last
+    return output
+
+
+def stop(module: Any, input: Any, layers: Layers) -> Any:
+    """Ends the walk before what is no layer."""
+    return Stopped(input)
 
 
 def _is_rate(p: object) -> bool:

@@ -219,7 +219,7 @@ def run(plan: Plan, first: int, value: Any, variables: dict[str, Any], *roots: A
     callables, ends = _known(plan, first, roots, variables)
     layers: Layers = ([], [], [])
     called = iter(callables)
-    output = chain.walk(called, value, layers, _stop)
+    output = chain.walk(called, value, layers, chain.stop)
     if type(output) is chain.Stopped:
         count = len(callables) - length_hint(called) - 1
         done = bisect_right(ends, count)
@@ -231,7 +231,7 @@ def run(plan: Plan, first: int, value: Any, variables: dict[str, Any], *roots: A
         output = output.input
         if count > ends[-1]:  # a statement has begun that will not be done
             layers = ([], [], [])
-            output = chain.walk(callables[: ends[-1]], value, layers, _stop)
+            output = chain.walk(callables[: ends[-1]], value, layers, chain.stop)
     if layers[0]:
         try:
             output = functional.network(output, *layers)
@@ -258,10 +258,6 @@ def _known(
         callables += known
         ends.append(len(callables))
     return callables, ends
-
-
-def _stop(module: Any, input: Any, layers: Layers) -> Any:
-    return chain.Stopped(input)
 
 
 def call(*items: Any) -> Any:

@@ -323,6 +323,16 @@ class OneModuleOfTwoNames(Parts):
         return self.fc2(torch.relu(x)) * (2 if self.same == self.fc1 else 1)
 
 
+class ExchangedInAMethod(Exchanged):
+    def encode(self, x):
+        x = self.exchange(x)
+        return self.mid(x)
+
+    def forward(self, x):
+        x = torch.relu(self.fc1(x))
+        return self.fc2(self.encode(x)).relu()
+
+
 class Pops(Parts):
     def __init__(self):
         super().__init__()
@@ -347,7 +357,7 @@ class OwnClass(Parts):
         return super(self.__class__, self).forward(x)
 
 
-DURING = [Subtracts, Exchanged, ExchangedInOneExpression, PropertyBetween, PropertyBefore]
+DURING = [Subtracts, Exchanged, ExchangedInOneExpression, ExchangedInAMethod, PropertyBetween, PropertyBefore]
 DURING += [OneModuleOfTwoNames, Pops, Prints, OwnClass]
 
 
