@@ -1,6 +1,7 @@
 """The extension: importing it registers the ops."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -18,3 +19,8 @@ def network(
     activations: Sequence[str | None],
 ) -> Tensor: ...
 def train_step(*arguments: object) -> Tensor: ...
+def attribute(object: object, name: object, getattr: object, getattribute: object) -> Any: ...
+def find(
+    paths: tuple[Any, ...], roots: tuple[Any, ...], variables: object, getattr: object, getattribute: object
+) -> list[Any] | None: ...
+def is_unchanged(function: object, code: object, other: object) -> bool: ...

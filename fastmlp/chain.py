@@ -1,20 +1,43 @@
-"""Chains: modules of which each takes the last one's output, and the runs of layers in them that are one op.
+"""Chains: callables of which each takes the last one's output, and the runs of layers that are one op.
 
-What is one op is decided from the modules as they are at each call, so a part may be swapped, hooked,
-parametrized or put into another mode at any time: it is then called as torch would call it. A class whose
-forward or call has been patched is no longer the one that is known here.
+A callable is a module, or a function or method that is an activation by itself. What is one op is decided
+from the modules as they are at each call, so a part may be swapped, hooked, parametrized or put into
+another mode at any time: it is then called as torch would call it. A class whose forward or call has been
+patched is no longer the one that is known here.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import _global_backward_hooks as _backward_hooks
+from torch.nn.modules.module import _global_backward_pre_hooks as _backward_pre_hooks
+from torch.nn.modules.module import _global_forward_hooks as _hooks
+from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
 
 from fastmlp import functional
 
-__all__ = ["ROLES", "Layers", "Role", "is_called_plainly", "parameters", "run", "run_sequential", "walk"]
+__all__ = [
+    "ROLES",
+    "Stopped",
+    "Bound",
+    "Layers",
+    "Method",
+    "Role",
+    "called",
+    "is_called_plainly",
+    "is_unwatched",
+    "parameters",
+    "role_of",
+    "run",
+    "run_sequential",
+    "stop",
+    "walk",
+]
 
 
 class Role(NamedTuple):
@@ -62,11 +85,85 @@ ROLES: dict[type[nn.Module], Role] = {
 }
 
 
+def role_of(cls: Any) -> str | None:
+    """The name of the role of a class, one made by ``fastmlp.fuse`` included."""
+    role = ROLES.get(cls) or vars(cls).get("_role")
+    return None if role is None else role.name
+
+
+#: What functions of one tensor are to a chain. One that has been exchanged in torch is another function.
+FUNCTIONS: dict[Any, str] = {
+    getattr(holder, name + suffix): name
+    for name in functional.COMPOSITES
+    for holder in (torch, F)
+    for suffix in ("", "_")
+    if hasattr(holder, name + suffix)
+} | {F.dropout: "dropout"}
+_ACTIVATIONS = functional.COMPOSITES.keys()
+_FUNCTION_TYPES = frozenset({FunctionType, BuiltinFunctionType})
+_OF_TENSOR = vars(Tensor)
+_linear, _relu, _dropout = F.linear, F.relu, F.dropout
+_torchs_relu, _torchs_relu_, _sigmoid, _tanh = torch.relu, torch.relu_, torch.sigmoid, torch.tanh
+
+
+class Method(NamedTuple):
+    """A method of the value that a chain has come to."""
+
+    name: str
+    args: tuple[Any, ...] = ()
+
+    def __call__(self, value: Any) -> Any:
+        """What the method makes of the value."""
+        return getattr(value, self.name)(*self.args)
+
+
+class Bound(NamedTuple):
+    """A function, with what it is called with beside the value that a chain has come to."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, value: Any) -> Any:
+        """What the function makes of the value."""
+        return self.function(value, *self.args, **self.kwargs)
+
+
+def _role_of_function(function: Any) -> str | None:
+    """The activation that a function with arguments or a method is, or "identity"."""
+    kind = type(function)
+    if kind is Method and not function.args:
+        name = function.name.removesuffix("_")
+        return name if name in functional.COMPOSITES and function.name not in _OF_TENSOR else None
+    if kind is Bound and type(function.function) in _FUNCTION_TYPES:
+        name, arguments = FUNCTIONS.get(function.function), function.kwargs
+        if name == "relu" and len(function.args) + len(arguments) == 1:
+            return "relu" if type(arguments.get("inplace", *function.args)) is bool else None
+        if name == "dropout" and len(function.args) <= 2 and arguments.keys() <= {"p", "training"}:
+            given = dict(zip(("p", "training"), function.args, strict=False))
+            if not given.keys() & arguments.keys():
+                given |= arguments
+                p = given.get("p", 0.5)
+                if type(p) is float and 0 <= p <= 1 and given.get("training") is False:
+                    return "identity"
+    return None
+
+
 #: Linear layers in their order: the weights, the biases, and the activations after them.
 Layers = tuple[list[Tensor], list[Tensor | None], list[functional.Activation | None]]
 
-#: What to do with a module that is no layer, with its input, and the layers that are to come before it.
-Other = Callable[[nn.Module, Any, Layers], Any]
+#: What to do with a callable that is no layer, with its input, and the layers that are to come before it.
+Other = Callable[[Any, Any, Layers], Any]
+
+
+class Stopped:
+    """What an `Other` returns for the walk to end, and the walk then: what there was to call."""
+
+    __slots__ = ("input",)
+
+    def __init__(self, input: Any) -> None:
+        """See the class."""
+        self.input = input
 
 
 def parameters(layers: Layers) -> Iterator[Tensor]:
@@ -89,14 +186,34 @@ def is_called_plainly(module: nn.Module) -> bool:
     )
 
 
-def walk(modules: Iterable[nn.Module], input: Any, layers: Layers, other: Other) -> Any:
+def is_unwatched(input: object) -> bool:
+    """Whether a chain may go other ways than through torch's functions, which are what they have been."""
+    return (
+        type(input) in functional.TENSORS
+        and not (_hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks)  # global ones
+        and (not torch._C._len_torch_function_stack() or functional.is_plain(input))
+        and not torch.compiler._is_exporting_flag
+        and F.linear is _linear
+        and F.relu is _relu
+        and F.dropout is _dropout
+        and torch.relu is _torchs_relu
+        and torch.relu_ is _torchs_relu_
+        and torch.sigmoid is _sigmoid
+        and torch.tanh is _tanh
+    )
+
+
+def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> Any:
     """Collects layers, which are still to be computed from the tensor that it returns.
 
-    Where no global hooks are to see the modules.
+    Where the input is unwatched.
     """
     weights, biases, activations = layers
     for module in modules:
-        role: Any = ROLES.get(type(module))
+        kind = type(module)
+        role: Any = ROLES.get(kind)
+        if role is None and kind not in _FUNCTION_TYPES:
+            role = kind.__dict__.get("_role")  # of a class made by fastmlp.fuse
         if role is not None:
             name, owner, forward, call = role
             # Past Module.__getattr__, which costs more than a small layer: is_called_plainly, without a call.
@@ -119,19 +236,80 @@ def walk(modules: Iterable[nn.Module], input: Any, layers: Layers, other: Other)
                     biases.append(parameters["bias"])
                     activations.append(own["activation"] if name == "layer" else None)
                     continue
-            elif name == "identity" or (name == "dropout" and not own["training"]):
+            elif name == "identity" or (name == "dropout" and not own["training"] and _is_rate(own["p"])):
                 continue
             elif name == "sequential":
                 input = walk(own["_modules"].values(), input, layers, other)
+                if type(input) is Stopped:
+                    return input
                 continue
+            elif name == "chain":
+                output = _taken(kind._parts(module), input, layers)
+                if type(output) is not Stopped:
+                    input = output
+                    continue
             elif name != "dropout" and weights and activations[-1] is None:
                 activations[-1] = name
                 continue
+        else:
+            if kind in _FUNCTION_TYPES:
+                name = FUNCTIONS.get(module)
+                if name in _ACTIVATIONS and weights and activations[-1] is None and name not in _OF_TENSOR:
+                    activations[-1] = name  # type: ignore[call-overload]
+                    continue
+            elif kind is MethodType:
+                own = type(module.__self__).__dict__.get("_wholes")  # of a class made by fastmlp.fuse
+                if own is not None and module.__func__ in own:
+                    output = _taken(own[module.__func__].parts(module.__self__), input, layers)
+                    if type(output) is not Stopped:
+                        input = output
+                        continue
+            elif kind is Method and module.args and not weights:
+                try:
+                    input = module(input)
+                except Exception:  # which will be raised again, where it belongs
+                    pass
+                else:
+                    continue
+            else:
+                name = _role_of_function(module)
+                if name == "identity":
+                    continue
+                if name is not None and weights and activations[-1] is None:
+                    activations[-1] = name  # type: ignore[call-overload]
+                    continue
         input = other(module, input, layers)
+        if type(input) is Stopped:
+            return input
     return input
 
 
-def _called(module: nn.Module, input: Any, layers: Layers) -> Any:
+def _taken(parts: Sequence[Any] | None, input: Any, layers: Layers) -> Any:
+    """As `walk`, where all parts are layers. They have been found at once: no code of the user's may run between."""
+    if parts is None:
+        return Stopped(input)
+    count, last = len(layers[0]), layers[2][-1] if layers[2] else None
+    output = walk(parts, input, layers, stop)
+    if type(output) is Stopped:
+        for each in layers:
+            del each[count:]
+        if count:
+            layers[2][-1] = last
+    return output
+
+
+def stop(module: Any, input: Any, layers: Layers) -> Any:
+    """Ends the walk before what is no layer."""
+    return Stopped(input)
+
+
+def _is_rate(p: object) -> bool:
+    """Whether dropout accepts it."""
+    return type(p) in (float, int) and 0 <= p <= 1  # type: ignore[operator]
+
+
+def called(module: Any, input: Any, layers: Layers) -> Any:
+    """Computes the layers, and calls."""
     if layers[0]:
         input = functional.network(input, *layers)
         for part in layers:
@@ -139,15 +317,15 @@ def _called(module: nn.Module, input: Any, layers: Layers) -> Any:
     return module(input)
 
 
-def run(modules: Iterable[nn.Module], input: Any) -> Any:
-    """What the modules make of the input, one after the other, where no global hooks are to see them."""
+def run(modules: Iterable[Any], input: Any) -> Any:
+    """What the callables make of the input, one after the other, where it is unwatched."""
     layers: Layers = ([], [], [])
-    input = walk(modules, input, layers, _called)
+    input = walk(modules, input, layers, called)
     return functional.network(input, *layers) if layers[0] else input
 
 
 def run_sequential(self: nn.Sequential, input: Any) -> Any:
     """``nn.Sequential.forward``, with its layers in as few ops as can be."""
-    if functional.is_plain(input) and not _has_any_global_hook():  # type: ignore[no-untyped-call]
+    if is_unwatched(input):
         return run(self._modules.values(), input)
     return nn.Sequential.forward(self, input)  # type: ignore[no-untyped-call]

@@ -32,8 +32,8 @@ COMPOSITES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 # Other tensor types carry semantics of their own, which torch's operations know and ours do not.
-_TENSORS = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
-_OPTIONAL = _TENSORS | {type(None)}
+TENSORS = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
+_OPTIONAL = TENSORS | {type(None)}
 
 _cross_entropy = torch.ops.fastmlp.cross_entropy.default
 _linear = torch.ops.fastmlp.linear.default
@@ -46,7 +46,7 @@ def is_plain(input: object) -> bool:
 
     torch.export, and a TorchFunctionMode that does more than to set a device, are to see torch's functions.
     """
-    if type(input) not in _TENSORS or torch.compiler.is_exporting():
+    if type(input) not in TENSORS or torch.compiler.is_exporting():
         return False
     if not torch._C._len_torch_function_stack():
         return True
@@ -157,7 +157,7 @@ def network(
             y = _C.network(input, weights, biases, activations)
             if y is not NotImplemented:
                 return y
-        elif _TENSORS.issuperset(map(type, weights)) and _OPTIONAL.issuperset(map(type, biases)):
+        elif TENSORS.issuperset(map(type, weights)) and _OPTIONAL.issuperset(map(type, biases)):
             return _traced(input, weights, biases, activations)
     for weight, bias, activation in zip(weights, biases, activations, strict=True):
         input = torch.nn.functional.linear(input, weight, bias)
@@ -233,7 +233,7 @@ def cross_entropy(
                 [-0.4404,  0.4404]])
     """
     if (
-        type(target) in _TENSORS
+        type(target) in TENSORS
         and type(weight) in _OPTIONAL
         and size_average is None
         and reduce is None
@@ -255,7 +255,7 @@ def why_not_fused(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         'the CPU kernels cover float32 and bfloat16'
     """
     for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
-        if type(tensor) not in (_TENSORS if name != "bias" else _OPTIONAL):
+        if type(tensor) not in (TENSORS if name != "bias" else _OPTIONAL):
             return f"{name} is of a tensor type of its own, {type(tensor).__name__}"
     reason: str = _why_not_fused(input, weight, bias)
     return reason or None

@@ -1,39 +1,41 @@
 """Fused kernels for a model that is already there: its modules change class, and nothing else."""
 
-import contextlib
 import copy
+import inspect
+import threading
+from abc import ABCMeta
 from collections.abc import Callable, Iterator
-from functools import cache, wraps
+from functools import wraps
+from types import FunctionType, MethodType
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from fastmlp import chain, functional
+from fastmlp import _C, chain, functional
 from fastmlp.nn import Linear
-from fastmlp.trace import Refused, Trace, is_sequential, original_class, trace
+from fastmlp.rewrite import Refused, Rewritten, rewrite
 
 __all__ = ["fuse", "unfuse", "why_not_fused"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-#: How often a forward is traced anew because something that it reads has changed.
-_MOST_TRACES = 8
-
 
 def fuse(model: Model, inplace: bool = True) -> Model:
     """Lets a model compute Linear layers, and the ReLU, Sigmoid or Tanh after them, in fused kernels.
 
-    Chains of such layers become one op. They are found in every nn.Sequential, and in every forward of a
-    module's own that can be traced safely; what is not found stays as it is, and :func:`why_not_fused` tells
-    why. Dropout counts as nothing in eval mode, as Identity does.
+    Chains of such layers become one op. They are found in every nn.Sequential, and in the source of every
+    forward of a module's own, which runs as it is written in all else; where the source does not tell what
+    runs, it is left alone, and :func:`why_not_fused` tells why. Dropout counts as nothing in eval mode, as
+    Identity does.
 
-    Modules change their class, to one that is derived from it and prints with "Fused" before its name; an
-    nn.Linear does only where no other module runs it. Parameters, ``state_dict``, hooks, modes and all else
-    are untouched. What is fused is decided at each call: parts may be swapped, hooked, pruned, parametrized
-    or set to other modes at any time. Under ``torch.compile`` a forward of a module's own runs as it was
-    written. Call :func:`unfuse` before ``torch.jit.script``, or where a module's very type counts.
+    Modules change their class, to one that is derived from it and prints with "Fused" before its name;
+    ``module.__class__`` is what it was. An nn.Linear changes only where no other module runs it. Parameters,
+    ``state_dict``, hooks, modes and all else are untouched. What is fused is decided at each call: parts may
+    be swapped, hooked, pruned, parametrized or set to other modes at any time. Under ``torch.compile`` a
+    forward of a module's own runs as it was written. Call :func:`unfuse` before ``torch.jit.script``, or
+    where a module's very type counts.
 
     Args:
         model: any module.
@@ -60,11 +62,8 @@ def fuse(model: Model, inplace: bool = True) -> Model:
     if not inplace:
         model = copy.deepcopy(model)
     changes, _ = _plan(model)
-    for module, traced in changes.items():
-        if traced is not None:
-            module.__dict__[_TRACES] = _Traces([traced])
-        cls: Any = type(module)
-        object.__setattr__(module, "__class__", _fused_class(cls))
+    for module, fused in changes.items():
+        _set_class(module, fused)
     return model
 
 
@@ -88,8 +87,7 @@ def unfuse(model: Model) -> Model:
     _check(model)
     for module in model.modules():
         if isinstance(module, _Fused):
-            module.__dict__.pop(_TRACES, None)
-            object.__setattr__(module, "__class__", _unfused_class(type(module)))
+            _set_class(module, _unfused_class(type(module)))
     return model
 
 
@@ -134,9 +132,9 @@ def _check(model: object) -> None:
 # ---- what there is to fuse
 
 
-def _plan(model: nn.Module) -> tuple[dict[nn.Module, Trace | None], dict[str, str]]:
-    """The modules that are to change, with the traces of those that have one; why others are not, by name."""
-    changes: dict[nn.Module, Trace | None] = {}
+def _plan(model: nn.Module) -> tuple[dict[nn.Module, Any], dict[str, str]]:
+    """The modules that are to change, and their new classes; why others are not, by name."""
+    changes: dict[nn.Module, Any] = {}
     reasons: dict[str, str] = {}
     run_by_others: set[nn.Module] = set()
     modules = dict(_modules(model, "", set()))
@@ -151,27 +149,46 @@ def _plan(model: nn.Module) -> tuple[dict[nn.Module, Trace | None], dict[str, st
         elif is_sequential(module):
             run_by_others.update(module.children())
             if cls.forward is nn.Sequential.forward:
-                changes[module] = None
-        elif not isinstance(module, nn.ModuleList | nn.ModuleDict):
+                changes[module] = _fused_class(cls)
+        elif cls.forward is not nn.Sequential.forward and not isinstance(
+            module, nn.ModuleList | nn.ModuleDict
+        ):
             try:
-                traced = trace(module)
+                fused = _fused_class(original_class(module))
             except Refused as refusal:
                 reasons[name] = f"its forward {refusal}"
                 continue
-            if traced.fuses:
-                run_by_others.update(module.get_submodule(path) for path in traced.layers)
+            layers, is_worth_it = _layers(module, [*fused._rewritten.values(), *fused._inherited.values()])
+            if is_worth_it:
+                run_by_others |= layers
                 if cls is original_class(module):
-                    changes[module] = traced
+                    changes[module] = fused
     for name, module in modules.items():
         if not isinstance(module, nn.Linear) or isinstance(module, Linear):
             continue
-        if type(module) not in chain.ROLES:
+        if chain.role_of(type(module)) is None:
             reasons[name] = f"is a {type(module).__name__}, not an nn.Linear"
         elif not chain.is_called_plainly(module):
             reasons[name] = "has a forward set on it" if "forward" in module.__dict__ else "has hooks"
         elif type(module) is nn.Linear and module not in run_by_others:
-            changes[module] = None
+            changes[module] = _fused_class(nn.Linear)
     return changes, reasons
+
+
+def _layers(module: nn.Module, functions: list[Rewritten]) -> tuple[set[nn.Module], bool]:
+    """The linear layers in the runs of its functions, and whether more is one op than they by themselves."""
+    layers: set[nn.Module] = set()
+    is_worth_it = False
+    for rewritten in functions:
+        for plan in rewritten.plans:
+            called = [each for calls in rewritten.callables(plan, module) for each in calls]
+            parts = [each for each in called if isinstance(each, nn.Module)]
+            own = {part for part in parts if chain.role_of(type(part)) in ("linear", "layer")}
+            layers |= own
+            is_worth_it |= bool(own) or (
+                len(called) > 1 and any(isinstance(m, nn.Linear) for part in parts for m in part.modules())
+            )
+    return layers, is_worth_it
 
 
 def _modules(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -218,78 +235,170 @@ def _reasons_of_inputs(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, s
 # ---- the classes
 
 
-class _Traces(list[Trace]):
-    """A module's traces, which its copies and pickles go without: they trace for themselves."""
+class _Meta(type):
+    """Writes to a fused class go to the original: `type(self).calls += 1` counts for all its modules."""
 
-    attempts = 0
+    def __setattr__(cls, name: str, value: object) -> None:
+        if "_unfused" in vars(cls):
+            setattr(vars(cls)["_unfused"], name, value)
+        else:
+            super().__setattr__(name, value)
 
-    def __reduce__(self) -> tuple[type["_Traces"], tuple[()]]:
-        """An empty one."""
-        return _Traces, ()
+    def __delattr__(cls, name: str) -> None:
+        if "_unfused" in vars(cls):
+            delattr(vars(cls)["_unfused"], name)
+        else:
+            super().__delattr__(name)
 
 
-_TRACES = "_fastmlp_traces"
+_class: Any = vars(object)["__class__"]
+
+
+def _set_class(module: nn.Module, cls: Any) -> None:
+    _class.__set__(module, cls)
 
 
 class _Fused:
     """What the fused classes have in common."""
 
-    _unfused: type[nn.Module]
+    _unfused: Any
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keeps the fused class from classes that register theirs."""
+        if "_unfused" not in vars(cls):
+            super().__init_subclass__(**kwargs)
+
+    @property
+    def __class__(self) -> Any:
+        """The original: what `super(self.__class__, self)` means, and what others derive classes from."""
+        cls = type(self)
+        return vars(cls).get("_unfused", cls)
+
+    @__class__.setter
+    def __class__(self, cls: Any) -> None:
+        _set_class(self, cls)  # type: ignore[arg-type]
+
+    def _get_name(self) -> str:
+        name: str = super()._get_name()  # type: ignore[misc]
+        return f"Fused{name}" if "_unfused" in vars(type(self)) else name
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the original class would be pickled, whose name can be imported, and fused again."""
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         make, arguments, *state = reduced
-        if arguments[:1] == (type(self),):
+        if arguments[:1] == (type(self),) and "_unfused" in vars(type(self)):
             return _restored, (make, self._unfused, *arguments[1:]), *state
         return self._unfused if make is type(self) else make, arguments, *state
 
 
 def _restored(make: Callable[..., nn.Module], cls: Any, *arguments: Any) -> nn.Module:
-    return make(_fused_class(cls), *arguments)
+    try:
+        return make(_fused_class(cls), *arguments)
+    except Refused:  # another source than where it was pickled
+        return make(cls, *arguments)
 
 
-@cache
+class _Rewritten:
+    """A method of the original class, rewritten, as long as it is still the one that it was."""
+
+    def __init__(self, cls: Any, name: str, rewritten: Rewritten) -> None:
+        self.cls, self.name, self.rewritten = cls, name, rewritten
+        self.original, self.code, self.function, *_ = rewritten
+        self.is_plain = rewritten.within is None
+        self.fused: Any = None
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        if module is None:
+            return getattr(self.cls, self.name)
+        if not torch.compiler.is_dynamo_compiling() and getattr(self.cls, self.name) is self.original:
+            if self.is_plain and _C.is_unchanged(self.original, self.code, self.function):
+                return MethodType(self.function, module)
+            if self.rewritten.is_current():
+                return MethodType(self.rewritten.bound_as_original(), module)
+        return getattr(super(self.fused, module), self.name)
+
+
+_lock = threading.RLock()
+_classes: WeakKeyDictionary[Any, Callable[[], Any]] = WeakKeyDictionary()
+
+
 def _fused_class(cls: Any) -> Any:
-    """The class that computes the same in fused kernels."""
-    if cls is nn.Linear:
-        forward: Callable[..., Any] = _linear_forward
-    elif issubclass(cls, nn.Sequential) and cls.forward is nn.Sequential.forward:
-        forward = _sequential_forward
-    else:
-        forward = _traced_forward(cls)
-    name = f"Fused{cls.__name__}"
-    attributes = {
+    """The class that computes the same in fused kernels.
+
+    Raises:
+        Refused: where its forward is left as it is.
+    """
+    with _lock:
+        known = _classes.get(cls)
+        fused = known and known()
+        if fused is None or not all(each.holds(cls, name) for name, each in fused._rewritten.items()):
+            fused = _make_class(cls)
+            _classes[cls] = ref(fused)
+        return fused
+
+
+def _make_class(cls: Any) -> Any:
+    attributes: dict[str, Any] = {
         "_unfused": cls,
-        "forward": wraps(cls.forward)(forward),
+        "_rewritten": {},
         "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__.removesuffix(cls.__name__) + name,
+        "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    fused = type(cls)(name, (_Fused, cls), attributes)
     if cls is nn.Linear:
-        chain.ROLES[fused] = chain.ROLES[cls]
-    elif forward is _sequential_forward:
-        chain.ROLES[fused] = chain.Role.of(cls, "sequential")
+        attributes |= {"forward": wraps(cls.forward)(_linear_forward), "_role": chain.ROLES[cls]}
+    elif _is_sequential(cls):
+        attributes |= {
+            "forward": wraps(cls.forward)(_sequential_forward),
+            "_role": chain.Role.of(cls, "sequential"),
+        }
+    else:
+        functions, inherited = _functions(cls)
+        attributes |= {name: _Rewritten(cls, name, each) for name, each in functions.items()}
+        attributes |= {"_rewritten": functions, "_inherited": inherited}
+        attributes["_wholes"] = {each.function: each for each in functions.values() if each.is_whole}
+        if functions["forward"].is_whole:
+            attributes |= {
+                "_role": chain.Role.of(cls, "chain"),
+                "_parts": staticmethod(functions["forward"].parts),
+            }
+    base: Any = type(cls)
+    meta: Any = type(base.__name__, (_Meta, base) if base is not type else (_Meta,), {})
+    # Past the class's own metaclass, which may keep a list of the classes that it makes.
+    make: Any = ABCMeta.__new__ if issubclass(meta, ABCMeta) else type.__new__
+    fused = make(meta, cls.__name__, (_Fused, cls), attributes)
+    for method in attributes.values():
+        if isinstance(method, _Rewritten):
+            method.fused = fused
     return fused
 
 
-def _unfused_class(cls: Any) -> Any:
-    if "_unfused" in vars(cls):
-        return cls._unfused
-    if not issubclass(cls, _Fused):
-        return cls
-    # A class made of a fused one, as torch.nn.utils.parametrize makes them: the same, made of the original.
-    attributes = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    bases = tuple(map(_unfused_class, cls.__bases__))
-    return type(cls)(cls.__name__.replace("Fused", "", 1), bases, attributes)
+def _functions(cls: Any) -> tuple[dict[str, Rewritten], dict[Any, Rewritten]]:
+    """The class's forward rewritten, and what methods forward may call, where they can be; so of parents."""
+    functions = {"forward": rewrite(inspect.getattr_static(cls, "forward"))}
+    if functions["forward"].code.co_name != "forward" and functions["forward"].within is None:
+        raise Refused(f"is another function, {functions['forward'].code.co_name}: it may be decorated")
+    inherited: dict[Any, Rewritten] = {}
+    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
+    names = ["forward", *functions["forward"].names()]
+    for name in names:
+        found = [vars(base)[name] for base in bases if name in vars(base)]
+        for method in found if "super" in names else found[:1]:
+            if type(method) is not FunctionType or method in inherited:
+                continue
+            try:
+                rewritten = functions[name] if name in functions and method is found[0] else rewrite(method)
+            except Refused:
+                continue
+            inherited[method] = rewritten
+            names += [each for each in rewritten.names() if each not in names]
+            if rewritten.plans and method is found[0]:
+                functions[name] = rewritten
+    return functions, inherited
 
 
 def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
-    if nn.Linear.forward is chain.ROLES[nn.Linear].forward:
+    if nn.Linear.forward is chain.ROLES[nn.Linear].forward and chain.is_unwatched(input):
         return functional.linear(input, self.weight, self.bias)
     return nn.Linear.forward(self, input)
 
@@ -300,35 +409,44 @@ def _sequential_forward(self: nn.Sequential, input: Any) -> Any:
     return nn.Sequential.forward(self, input)  # type: ignore[no-untyped-call]
 
 
-def _traced_forward(cls: Any) -> Callable[..., Any]:
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if (
-            not kwargs
-            and all(map(functional.is_plain, args))
-            and not _has_any_global_hook()  # type: ignore[no-untyped-call]
-            and not torch.compiler.is_compiling()
-        ):
-            traced, arguments = _traced(self)
-            if traced is not None and traced.inputs == len(args):
-                return traced.function(*arguments, *args)
-        return cls.forward(self, *args, **kwargs)
+def rewritten_forward(module: nn.Module, known: dict[Any, Rewritten]) -> Rewritten:
+    """The module's forward, rewritten, of those known or else to be known.
 
-    return forward
+    Raises:
+        Refused: where it is left as it is.
+    """
+    cls = original_class(module)
+    if cls not in known or not known[cls].holds(cls, "forward"):
+        known[cls] = _fused_class(cls)._rewritten["forward"]
+    return known[cls]
 
 
-def _traced(module: nn.Module) -> tuple[Trace | None, Any]:
-    """The trace that is true to the module as it is, a new one if need be, and what its function takes."""
-    traces = module.__dict__.get(_TRACES)
-    if traces is None:
-        traces = module.__dict__[_TRACES] = _Traces()
-    for traced in traces:
-        arguments = traced.arguments(module)
-        if arguments is not None:
-            return traced, arguments
-    if traces.attempts < _MOST_TRACES:
-        traces.attempts += 1
-        with contextlib.suppress(Refused):
-            traces.append(trace(module))
-            arguments = traces[-1].arguments(module)
-            return (None if arguments is None else traces[-1]), arguments
-    return None, None
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class before :func:`fuse`."""
+    cls = type(module)
+    unfused: type[nn.Module] = vars(cls).get("_unfused", cls)
+    return unfused
+
+
+def is_sequential(module: nn.Module) -> bool:
+    """Whether the module runs its children one after the other, as nn.Sequential does."""
+    return isinstance(module, nn.Sequential) and _is_sequential(original_class(module))
+
+
+def _is_sequential(cls: Any) -> bool:
+    return (
+        issubclass(cls, nn.Sequential)
+        and cls.__iter__ is nn.Sequential.__iter__
+        and cls.__call__ is nn.Module.__call__
+        and any(chain.role_of(base) == "sequential" and cls.forward is base.forward for base in cls.__mro__)
+    )
+
+
+def _unfused_class(cls: Any) -> Any:
+    if "_unfused" in vars(cls):
+        return cls._unfused
+    if not issubclass(cls, _Fused):
+        return cls
+    # A class made of a fused one: the same, made of the original.
+    attributes = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, tuple(map(_unfused_class, cls.__bases__)), attributes)

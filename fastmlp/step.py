@@ -10,10 +10,11 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import _C, chain, functional
 from .chain import Layers, Role, is_called_plainly
+from .fuse import is_sequential, rewritten_forward
 from .graph import Graphs
 from .nn import CrossEntropyLoss
 from .optim import SGD, has_step_hooks
-from .trace import Refused, Trace, is_sequential, trace
+from .rewrite import Pending, Refused, Rewritten
 
 __all__ = ["TrainStep"]
 
@@ -60,7 +61,8 @@ class TrainStep:
     Args:
         model: an nn.Sequential of Linear layers and ReLU, Sigmoid or Tanh (fastmlp.MLP is one), float32;
             nested ones, nn.Identity, and nn.Flatten() at the beginning are understood. So is a module whose
-            forward calls such a chain, after operations without parameters that reshape its input, say.
+            forward ends by returning such a chain; what it does before, without parameters, it does itself at
+            every call.
         loss: nn.CrossEntropyLoss, with classes as targets, nn.MSELoss, or nn.BCEWithLogitsLoss, whose weight
             and pos_weight are the same for the whole batch; mean or sum.
         optimizer: torch.optim.SGD or fastmlp.SGD. Parameters that it does not know stay as they are.
@@ -115,13 +117,13 @@ class TrainStep:
 
     def _forget(self) -> None:
         """Drops what is kept for the next call alone."""
-        self._traces: dict[nn.Module, Trace] = {}
+        self._rewritten: dict[Any, Rewritten] = {}
         self._graphs: Graphs | None = None
         self._workspace = torch.empty(0, dtype=torch.uint8)  # as large as the largest batch has needed
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take: not what is kept for the next call alone."""
-        names = ("_traces", "_graphs", "_workspace")
+        names = ("_rewritten", "_graphs", "_workspace")
         return {name: value for name, value in self.__dict__.items() if name not in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -201,11 +203,15 @@ class TrainStep:
             raise TypeError("model: expected an nn.Linear or more, got none")
         return layers, x
 
-    def _other(self, module: nn.Module, x: Any, layers: Layers) -> Any:
+    def _other(self, module: Any, x: Any, layers: Layers) -> Any:
         """What a chain does with x before its first layer, or the layers of a module with its own forward."""
+        if module is not None and not isinstance(module, nn.Module):
+            if isinstance(module, chain.Method) and module.args and not layers[0]:
+                return x if x is None else module(x)
+            raise TypeError(f"model: {_EXPECTED}, got {getattr(module, '__name__', module)}; {_OTHERS}")
         if module is not None and is_called_plainly(module):
             if is_sequential(module):
-                return chain.walk(module._modules.values(), x, layers, self._other)  # type: ignore[arg-type]
+                return chain.walk(module._modules.values(), x, layers, self._other)
             if type(module) is nn.Flatten and not layers[0] and (module.start_dim, module.end_dim) == (1, -1):
                 return x if x is None else module(x)
         name = next((name for name, each in self.model.named_modules() if each is module), "")
@@ -221,19 +227,33 @@ class TrainStep:
             )
         if role is not None or not module._modules:
             raise TypeError(f"{where}: {_EXPECTED}, got {kind}; {_OTHERS}")
-        traced = self._traces.get(module)
+        x, callables = self._chain_of(module, x, layers, f"{where}: {_EXPECTED}, got {kind}, whose forward")
+        return chain.walk(callables, x, layers, self._other)
+
+    def _chain_of(self, module: nn.Module, x: Any, layers: Layers, words: str) -> tuple[Any, list[Any]]:
+        """What a module's forward, which ends by returning a chain, does with x before, and the chain."""
         try:
-            if traced is None or traced.modules(module) is None:
-                traced = self._traces[module] = trace(module)
+            rewritten = rewritten_forward(module, self._rewritten)
         except Refused as refusal:
-            raise TypeError(f"{where}: {_EXPECTED}, got {kind}, whose forward {refusal}; {_OTHERS}") from None
-        found = traced.chain(module)
-        if found is None or (layers[0] and found[0] is not None):
-            raise TypeError(f"{where}: {_EXPECTED}, got {kind}, whose forward does more; {_OTHERS}")
-        first, parts = found
-        if first is not None and x is not None:
-            x = first(x)
-        return chain.walk(parts, x, layers, self._other)
+            raise TypeError(f"{words} {refusal}; {_OTHERS}") from None
+        more = TypeError(f"{words} does more than to end by a chain; {_OTHERS}")
+        if rewritten.ending is None or rewritten.later is None or (layers[0] and not rewritten.is_whole):
+            raise more
+        if x is None:
+            callables = _flat(rewritten.callables(rewritten.ending, module))
+            others = [_flat(rewritten.callables(plan, module)) for plan in rewritten.plans]
+            if None in callables or any(
+                isinstance(each, nn.Linear) and each not in callables for other in others for each in other
+            ):
+                raise more
+            return x, callables
+        rewritten.later.__defaults__ = rewritten.original.__defaults__
+        pending = rewritten.later(module, x)
+        if type(pending) is not Pending or (
+            isinstance(pending.input, Tensor) and pending.input.requires_grad and not x.requires_grad
+        ):
+            raise more
+        return pending
 
     def _constants(self, layers: Layers) -> Hashable:
         """What the loss of a batch depends on, besides parameters."""
@@ -379,6 +399,10 @@ def _check_parameters(layers: Layers) -> None:
         if p.data_ptr() < ends:
             raise ValueError("model: expected layers that share no parameters, nor the memory of any")
         ends = p.data_ptr() + p.nbytes
+
+
+def _flat(lists: list[list[Any]]) -> list[Any]:
+    return [each for inner in lists for each in inner]
 
 
 _EXPECTED = "expected nn.Linear, or nn.ReLU, nn.Sigmoid or nn.Tanh after it"

@@ -5,6 +5,7 @@
 
 #include "../kernels.h"
 #include "call.h"
+#include "lookup.h"
 
 namespace py = pybind11;
 
@@ -27,7 +28,10 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
-PyMethodDef functions[] = {{"network", fast(fastmlp::network), METH_FASTCALL, nullptr},
+PyMethodDef functions[] = {{"attribute", fast(fastmlp::attribute), METH_FASTCALL, nullptr},
+                           {"find", fast(fastmlp::find), METH_FASTCALL, nullptr},
+                           {"is_unchanged", fast(fastmlp::is_unchanged), METH_FASTCALL, nullptr},
+                           {"network", fast(fastmlp::network), METH_FASTCALL, nullptr},
                            {"train_step", fast(fastmlp::train_step), METH_FASTCALL, nullptr},
                            {nullptr, nullptr, 0, nullptr}};
 
