@@ -375,24 +375,23 @@ def _make_class(cls: Any) -> Any:
 def _functions(cls: Any) -> tuple[dict[str, Rewritten], dict[Any, Rewritten]]:
     """The class's forward rewritten, and what methods forward may call, where they can be; so of parents."""
     functions = {"forward": rewrite(inspect.getattr_static(cls, "forward"))}
+    if functions["forward"].code.co_name != "forward":
+        raise Refused(f"is another function, {functions['forward'].code.co_name}: it may be decorated")
     inherited: dict[Any, Rewritten] = {}
+    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
     names = ["forward", *functions["forward"].code.co_names]
     for name in names:
-        for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
-            method = vars(base).get(name)
-            if (
-                type(method) is not FunctionType
-                or method in inherited
-                or method.__module__.startswith("torch.")
-            ):
+        found = [vars(base)[name] for base in bases if name in vars(base)]
+        for method in found if "super" in names else found[:1]:
+            if type(method) is not FunctionType or method in inherited:
                 continue
             try:
-                rewritten = rewrite(method)
+                rewritten = functions[name] if name in functions and method is found[0] else rewrite(method)
             except Refused:
                 continue
             inherited[method] = rewritten
             names += [each for each in rewritten.code.co_names if each not in names]
-            if rewritten.plans and method is inspect.getattr_static(cls, name):
+            if rewritten.plans and method is found[0]:
                 functions[name] = rewritten
     return functions, inherited
 

@@ -22,9 +22,12 @@ import copy
 import linecache
 import threading
 import warnings
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
+from operator import length_hint
 from types import CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -90,6 +93,18 @@ class Plan:
             )
             for each in statements
         )
+
+        #: From each statement on, where that is all there is: the paths, and where each statement's end.
+        self.paths: list[tuple[tuple[Any, ...], Sequence[int]]] = []
+        for first in range(len(statements)):
+            rest = self.statements[first:]
+            are_paths = all(each.has_paths_alone and each.container is each.test is None for each in rest)
+            self.paths.append(
+                (
+                    tuple(call for each in rest for call in each.calls),
+                    list(accumulate(len(each.calls) for each in rest)) if are_paths else (),
+                )
+            )
 
     @property
     def returns(self) -> bool:
@@ -201,43 +216,47 @@ def run(plan: Plan, first: int, value: Any, variables: dict[str, Any], *roots: A
     """Runs statements from the first on; the number of the next, and the value that the last has assigned."""
     if not chain.is_unwatched(value):
         return first, value
+    callables, ends = _known(plan, first, roots, variables)
     layers: Layers = ([], [], [])
-    weights, biases, activations = layers
-    number, input = first, value
-    kept: tuple[Any, Layers] | None = None  # what there is after a statement that had to be called
-    for statement in plan.statements[first:] if first else plan.statements:
-        callables = _callables(statement, roots, variables)
-        if callables is None:
-            break
-        count, last = len(weights), activations[-1] if activations else None
-        output = chain.walk(callables, input, layers, _stop)
-        if output is chain.STOPPED:
-            if count:
-                activations[-1] = last
-            if count < len(weights):
-                del weights[count:], biases[count:], activations[count:]
-            if number > first or not statement.may_call:
-                break
-            if len(callables) == 1:
-                output = callables[0](input)
-            else:
-                output = chain.walk(callables, input, layers, chain.called)
-            kept = output, ([*weights], [*biases], [*activations]) if weights else layers
-            if not chain.is_unwatched(output):
-                input, number = output, number + 1
-                break
-        input = output
-        number += 1
-    if not weights:
-        return number, input
-    try:
-        output = _C.network(input, weights, biases, activations)
-        return number, functional.network(input, *layers) if output is NotImplemented else output
-    except Exception:
-        if kept is None:
+    called = iter(callables)
+    output = chain.walk(called, value, layers, _stop) if ends else value
+    if output is chain.STOPPED:
+        count = len(callables) - length_hint(called) - 1
+        ends = ends[: bisect_right(ends, count)]
+        if not ends:
+            statement = plan.statements[first]
+            if not statement.may_call:
+                return first, value
+            known = _callables(statement, roots, variables)
+            return (first, value) if known is None else (first + 1, chain.run(known, value))
+        layers = ([], [], [])
+        output = chain.walk(callables[: ends[-1]], value, layers, _stop)
+    if layers[0]:
+        try:
+            output = functional.network(output, *layers)
+        except Exception:
             return first, value  # the statement that it comes from will raise it again
-    input, kept_layers = kept
-    return first + 1, functional.network(input, *kept_layers) if kept_layers is not layers else input
+    return first + len(ends), output
+
+
+def _known(
+    plan: Plan, first: int, roots: tuple[Any, ...], variables: dict[str, Any]
+) -> tuple[Sequence[Any], Sequence[int]]:
+    """What the statements from the first on call, as far as that is known, and where each one's calls end."""
+    paths, ends = plan.paths[first]
+    if ends:
+        found = _C.find(paths, roots, variables, *_LOOKUPS)
+        if found is not None:
+            return found, ends
+    callables: list[Any] = []
+    ends = []
+    for statement in plan.statements[first:]:
+        known = _callables(statement, roots, variables)
+        if known is None:
+            break
+        callables += known
+        ends.append(len(callables))
+    return callables, ends
 
 
 def _stop(module: Any, input: Any, layers: Layers) -> Any:
@@ -513,7 +532,7 @@ class _Rewriter(ast.NodeTransformer):
 
     def argument(self, node: ast.AST) -> Any:
         if _constant(node):
-            return ast.literal_eval(node)  # type: ignore[arg-type]
+            return ast.literal_eval(node)
         path = self.path(node)
         return _MISSING if path is None else path
 
@@ -545,7 +564,8 @@ class _Rewriter(ast.NodeTransformer):
                 calls = tuple(each for part in body for each in part.calls)
                 return Statement(body[0].input, body[0].target, calls, container=container)
         if isinstance(node, ast.If) and not node.orelse:
-            test, expects = node.test, ("true", True)
+            test: Any = node.test
+            expects = ("true", True)
             if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
                 test, expects = test.operand, ("true", False)
             elif (
@@ -618,7 +638,7 @@ class _Rewriter(ast.NodeTransformer):
                 self.ending = Plan([Statement(input, None, tuple(calls[::-1]))])
             nested = self.nested(node.value, call_later, 1) if self.later and ends else None
             if nested is not None:
-                node.value = nested
+                node.value = nested  # type: ignore[assignment]  # an expression
                 return node
         is_in_try = in_try or isinstance(node, ast.Try | ast.TryStar)
         goes_on = ends and isinstance(node, ast.If)
@@ -642,8 +662,6 @@ class _Rewriter(ast.NodeTransformer):
         """The statements, each with the helper before it."""
         plan = Plan(group)
         self.plans.append(plan)
-        if plan.returns and ends:
-            self.ending = plan
         helper = run_later if self.later and plan.returns and ends else run
         number, value = f".n{len(self.plans)}", f".x{len(self.plans)}"
 
@@ -694,6 +712,8 @@ class _Rewriter(ast.NodeTransformer):
                         node,
                     )
                 )
+        if plan.returns and ends:
+            self.ending = plan
         if not plan.returns:
             result.append(assign(value, ast.Constant(None), nodes[-1]))  # which holds a tensor else
         return result
@@ -716,16 +736,18 @@ class Rewritten(NamedTuple):
 
     def holds(self, cls: Any, name: str) -> bool:
         """Whether it is still made of the function that the class has under the name."""
-        return getattr(cls, name, None) is self.original and self.original.__code__ is self.code
+        found: Any = getattr(cls, name, None)
+        return found is self.original and found.__code__ is self.code
 
     def callables(self, plan: Plan, module: nn.Module) -> list[list[Any]]:
         """What each statement of a run calls, None for what is not known but in the run."""
         roots = (module if self.is_method else _MISSING, *(_MISSING,) * self.code.co_argcount)
         variables = self.original.__globals__
-        found = []
+        found: list[list[Any]] = []
         for statement in plan.statements:
             if statement.container or statement.test:
-                found.append(_callables(statement, roots, variables) or [None])
+                known = _callables(statement, roots, variables)
+                found.append([None] if known is None else [*known])
             else:
                 found.append([self._likely(call, roots, variables) for call in statement.calls])
         return found
@@ -789,6 +811,16 @@ def _is_same(a: CodeType, b: CodeType) -> bool:
     )
 
 
+def _definitions(node: ast.AST) -> Iterator[tuple[list[Any], int, ast.FunctionDef]]:
+    """Every function in a tree, and where it stands."""
+    for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+        block = getattr(node, name, None)
+        for index, each in enumerate(block if isinstance(block, list) else ()):
+            if isinstance(each, ast.FunctionDef):
+                yield block, index, each  # type: ignore[misc]
+            yield from _definitions(each)
+
+
 def _only(found: list[Any], code: CodeType) -> Any:
     if len(found) != 1:
         raise Refused("is not what its source says")
@@ -839,13 +871,9 @@ def rewrite(function: Any) -> Rewritten:
 
 def _compiled(tree: ast.Module, code: CodeType, later: bool) -> tuple[CodeType, _Rewriter]:
     places = [
-        (block, block.index(node), node)
-        for parent in ast.walk(tree)
-        for block in (getattr(parent, name, None) for name in ("body", "orelse", "finalbody"))
-        if isinstance(block, list)
-        for node in block
-        if isinstance(node, ast.FunctionDef)
-        and node.name == code.co_name
+        (block, index, node)
+        for block, index, node in _definitions(tree)
+        if node.name == code.co_name
         and min([node.lineno, *(each.lineno for each in node.decorator_list)]) == code.co_firstlineno
     ]
     block, index, node = _only(places, code)

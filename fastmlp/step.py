@@ -211,7 +211,7 @@ class TrainStep:
             raise TypeError(f"model: {_EXPECTED}, got {getattr(module, '__name__', module)}; {_OTHERS}")
         if module is not None and is_called_plainly(module):
             if is_sequential(module):
-                return chain.walk(module._modules.values(), x, layers, self._other)  # type: ignore[arg-type]
+                return chain.walk(module._modules.values(), x, layers, self._other)
             if type(module) is nn.Flatten and not layers[0] and (module.start_dim, module.end_dim) == (1, -1):
                 return x if x is None else module(x)
         name = next((name for name, each in self.model.named_modules() if each is module), "")
