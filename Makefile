@@ -75,8 +75,8 @@ bench-integrations: extension .venv-integrations/installed
 extension: $(environment)
 	$(python) setup.py --quiet build_ext --inplace
 
-wheel: $(environment)
-	$(python) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+wheel: $(environment)  # for the GPUs of others: none is in sight
+	CUDA_VISIBLE_DEVICES= $(python) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 cuda: .venv-cuda/installed
 	FASTMLP_CUDA=1 .venv-cuda/bin/python setup.py --quiet build --build-base build/cuda --build-lib build/cuda/lib
