@@ -304,15 +304,16 @@ class _Rewritten:
     def __init__(self, cls: Any, name: str, rewritten: Rewritten) -> None:
         self.cls, self.name, self.rewritten = cls, name, rewritten
         self.original, self.code, self.function, *_ = rewritten
+        self.is_plain = rewritten.within is None
         self.fused: Any = None
 
     def __get__(self, module: Any, owner: Any = None) -> Any:
         if module is None:
             return getattr(self.cls, self.name)
         if not torch.compiler.is_dynamo_compiling() and getattr(self.cls, self.name) is self.original:
-            if _C.is_unchanged(self.original, self.code, self.function):
+            if self.is_plain and _C.is_unchanged(self.original, self.code, self.function):
                 return MethodType(self.function, module)
-            if self.original.__code__ is self.code:
+            if self.rewritten.is_current():
                 return MethodType(self.rewritten.bound_as_original(), module)
         return getattr(super(self.fused, module), self.name)
 
@@ -375,11 +376,11 @@ def _make_class(cls: Any) -> Any:
 def _functions(cls: Any) -> tuple[dict[str, Rewritten], dict[Any, Rewritten]]:
     """The class's forward rewritten, and what methods forward may call, where they can be; so of parents."""
     functions = {"forward": rewrite(inspect.getattr_static(cls, "forward"))}
-    if functions["forward"].code.co_name != "forward":
+    if functions["forward"].code.co_name != "forward" and functions["forward"].within is None:
         raise Refused(f"is another function, {functions['forward'].code.co_name}: it may be decorated")
     inherited: dict[Any, Rewritten] = {}
     bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
-    names = ["forward", *functions["forward"].code.co_names]
+    names = ["forward", *functions["forward"].names()]
     for name in names:
         found = [vars(base)[name] for base in bases if name in vars(base)]
         for method in found if "super" in names else found[:1]:
@@ -390,7 +391,7 @@ def _functions(cls: Any) -> tuple[dict[str, Rewritten], dict[Any, Rewritten]]:
             except Refused:
                 continue
             inherited[method] = rewritten
-            names += [each for each in rewritten.code.co_names if each not in names]
+            names += [each for each in rewritten.names() if each not in names]
             if rewritten.plans and method is found[0]:
                 functions[name] = rewritten
     return functions, inherited

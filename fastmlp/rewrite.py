@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from operator import length_hint
-from types import CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -289,7 +289,7 @@ def inherited(method: Any) -> Any:
     """`super().forward`, rewritten, where it belongs to a module whose class holds that."""
     if type(method) is MethodType:
         rewritten = type(method.__self__).__dict__.get("_inherited", {}).get(method.__func__)
-        if rewritten is not None and method.__func__.__code__ is rewritten.code:
+        if rewritten is not None and rewritten.is_current():
             return MethodType(rewritten.bound_as_original(), method.__self__)
     return method
 
@@ -729,14 +729,30 @@ class Rewritten(NamedTuple):
     ending: Plan | None
     is_whole: bool  # whether it does nothing but that
     is_method: bool  # whether the first root is the first argument
+    within: "Rewritten | None" = None  # what it decorates, where only that has been rewritten
 
     def holds(self, cls: Any, name: str) -> bool:
         """Whether it is still made of the function that the class has under the name."""
         found: Any = getattr(cls, name, None)
-        return found is self.original and found.__code__ is self.code
+        return found is self.original and self.is_current()
+
+    def is_current(self) -> bool:
+        """Whether it is still what the original does."""
+        if self.original.__code__ is not self.code:
+            return False
+        within = self.within
+        return within is None or (
+            any(each is within.original for each in _contents(self.original)) and within.is_current()
+        )
+
+    def names(self) -> tuple[str, ...]:
+        """The names of attributes and global variables in its source."""
+        return self.code.co_names if self.within is None else self.within.names()
 
     def callables(self, plan: Plan, module: nn.Module) -> list[list[Any]]:
         """What each statement of a run calls, None for what is not known but in the run."""
+        if self.within is not None:
+            return self.within.callables(plan, module)
         roots = (module if self.is_method else _MISSING, *(_MISSING,) * self.code.co_argcount)
         variables = self.original.__globals__
         found: list[list[Any]] = []
@@ -755,6 +771,8 @@ class Rewritten(NamedTuple):
             function.__defaults__ = original.__defaults__
         if original.__kwdefaults__ is not function.__kwdefaults__:
             function.__kwdefaults__ = original.__kwdefaults__
+        if self.within is not None:
+            self.within.bound_as_original()
         return function
 
     def _likely(self, call: Any, roots: tuple[Any, ...], variables: dict[str, Any]) -> Any:
@@ -836,6 +854,9 @@ def rewrite(function: Any) -> Rewritten:
     if type(function) is not FunctionType:
         raise Refused("is not a Python function")
     code = function.__code__
+    decorated = vars(function).get("__wrapped__")
+    if type(decorated) is FunctionType and sum(each is decorated for each in _contents(function)) == 1:
+        return _around(function, rewrite(decorated))
     linecache.checkcache(code.co_filename)
     source = "".join(linecache.getlines(code.co_filename, function.__globals__))
     if not source:
@@ -865,6 +886,30 @@ def rewrite(function: Any) -> Rewritten:
     )
 
 
+def _contents(function: Any) -> list[Any]:
+    """What the variables of enclosing functions hold."""
+    contents = []
+    for cell in function.__closure__ or ():
+        try:
+            contents.append(cell.cell_contents)
+        except ValueError:  # nothing by now
+            contents.append(None)
+    return contents
+
+
+def _around(function: Any, within: Rewritten) -> Rewritten:
+    """A function made by a decorator with functools.wraps, around a rewritten one."""
+    contents = _contents(function)
+    cells = [
+        CellType(within.function) if content is within.original else cell
+        for cell, content in zip(function.__closure__, contents, strict=True)
+    ]
+    made = _function(function.__code__, function, tuple(cells))
+    return Rewritten(
+        function, function.__code__, made, None, within.plans, None, False, within.is_method, within
+    )
+
+
 def _compiled(tree: ast.Module, code: CodeType, later: bool) -> tuple[CodeType, _Rewriter]:
     places = [
         (block, index, node)
@@ -888,10 +933,14 @@ def _compiled(tree: ast.Module, code: CodeType, later: bool) -> tuple[CodeType, 
     return _marked(made, rewriter.constants), rewriter
 
 
-def _function(code: CodeType, original: FunctionType) -> FunctionType:
+def _function(code: CodeType, original: FunctionType, closure: Any = None) -> FunctionType:
     """A function of that code which is the original in all else."""
     made = FunctionType(
-        code, original.__globals__, original.__name__, original.__defaults__, original.__closure__
+        code,
+        original.__globals__,
+        original.__name__,
+        original.__defaults__,
+        original.__closure__ if closure is None else closure,
     )
     for name in (
         "__kwdefaults__",

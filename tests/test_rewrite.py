@@ -1,6 +1,7 @@
 """A forward is rewritten in its source: its own code runs at every call, and runs of layers in it are one op."""
 
 import copy
+import functools
 import gc
 import linecache
 import sys
@@ -166,6 +167,21 @@ class Walrus(Parts):
             return y
 
 
+def doubled(function):
+    @functools.wraps(function)
+    def wrapper(self, x):
+        return 2 * function(self, x)
+
+    return wrapper
+
+
+class Wrapped(Parts):
+    @doubled
+    @doubled
+    def forward(self, x):
+        return self.fc2(torch.relu(self.fc1(x)))
+
+
 class Tries(Parts):
     def forward(self, x):
         try:
@@ -193,6 +209,7 @@ ONE_OP = {
     InAnExpression: [("relu", None)],
     Walrus: [("relu", None)],
     Tries: [("relu", None)],
+    Wrapped: [("relu", None)],
 }
 
 
