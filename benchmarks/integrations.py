@@ -186,7 +186,7 @@ def tokens() -> Tensor:
 
 
 def opt() -> Job:
-    """Every Linear by itself: a decorator stands before the forward of a block, so its ReLU is stock's."""
+    """The feed-forward of a block, with its ReLU: one op; every other Linear by itself."""
     from transformers import OPTConfig, OPTForCausalLM
 
     config = OPTConfig(

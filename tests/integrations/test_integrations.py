@@ -22,9 +22,9 @@ FUSED = {
     "rtdl_mlp": ["", "blocks.0", "blocks.1", "blocks.2"],
     "rtdl_resnet": ["input_projection", "blocks.0", "blocks.1", "output"],
     "opt": [
-        f"model.decoder.layers.{layer}.{name}"
+        f"model.decoder.layers.{layer}{name}"
         for layer in range(2)
-        for name in (*(f"self_attn.{part}_proj" for part in ("k", "v", "q", "out")), "fc1", "fc2")
+        for name in ("", *(f".self_attn.{part}_proj" for part in ("k", "v", "q", "out")))
     ]
     + ["lm_head"],
     "t5": [
@@ -85,6 +85,7 @@ class Ops(TorchDispatchMode):
     [
         ("lightning", {("relu", None)}),
         ("rtdl_mlp", {("relu", "relu", "relu", None)}),
+        ("opt", {("relu", None), (None,)}),
         ("t5", {("relu",), (None,)}),
     ],
 )
