@@ -35,7 +35,6 @@ __all__ = [
     "role_of",
     "run",
     "run_sequential",
-    "stop",
     "walk",
 ]
 
@@ -241,10 +240,10 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
             elif name == "chain":
                 parts = kind._parts(module)
                 if parts is not None:
-                    output = _walk_parts(parts, input, layers)
-                    if output is not STOPPED:
-                        input = output
-                        continue
+                    input = walk(parts, input, layers, other)
+                    if input is STOPPED:
+                        return STOPPED
+                    continue
             elif name != "dropout" and weights and activations[-1] is None:
                 activations[-1] = name
                 continue
@@ -253,10 +252,10 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
                 own = type(module.__self__).__dict__.get("_wholes")  # of a class made by fastmlp.fuse
                 parts = own and module.__func__ in own and own[module.__func__].parts(module.__self__)
                 if parts:
-                    output = _walk_parts(parts, input, layers)
-                    if output is not STOPPED:
-                        input = output
-                        continue
+                    input = walk(parts, input, layers, other)
+                    if input is STOPPED:
+                        return STOPPED
+                    continue
             elif kind is Method and module.args and not weights:
                 try:
                     input = module(input)
@@ -275,23 +274,6 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
         if input is STOPPED:
             return STOPPED
     return input
-
-
-def _walk_parts(parts: list[Any], input: Any, layers: Layers) -> Any:
-    """Walks what a forward calls, if all are layers: another call could change what comes after."""
-    weights, biases, activations = layers
-    count, last = len(weights), activations[-1] if activations else None
-    output = walk(parts, input, layers, stop)
-    if output is STOPPED:
-        if count:
-            activations[-1] = last
-        del weights[count:], biases[count:], activations[count:]
-    return output
-
-
-def stop(module: Any, input: Any, layers: Layers) -> Any:
-    """Ends the walk."""
-    return STOPPED
 
 
 def _is_rate(p: object) -> bool:

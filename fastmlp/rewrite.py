@@ -219,7 +219,7 @@ def run(plan: Plan, first: int, value: Any, variables: dict[str, Any], *roots: A
     callables, ends = _known(plan, first, roots, variables)
     layers: Layers = ([], [], [])
     called = iter(callables)
-    output = chain.walk(called, value, layers, chain.stop) if ends else value
+    output = chain.walk(called, value, layers, _stop) if ends else value
     if output is chain.STOPPED:
         count = len(callables) - length_hint(called) - 1
         ends = ends[: bisect_right(ends, count)]
@@ -230,7 +230,7 @@ def run(plan: Plan, first: int, value: Any, variables: dict[str, Any], *roots: A
             known = _callables(statement, roots, variables)
             return (first, value) if known is None else (first + 1, chain.run(known, value))
         layers = ([], [], [])
-        output = chain.walk(callables[: ends[-1]], value, layers, chain.stop)
+        output = chain.walk(callables[: ends[-1]], value, layers, _stop)
     if layers[0]:
         try:
             output = functional.network(output, *layers)
@@ -257,6 +257,10 @@ def _known(
         callables += known
         ends.append(len(callables))
     return callables, ends
+
+
+def _stop(module: Any, input: Any, layers: Layers) -> Any:
+    return chain.STOPPED
 
 
 def call(*items: Any) -> Any:
