@@ -2,28 +2,34 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
+from threading import Thread
 
 from setuptools import setup
 
-# pip builds in an isolated environment, which does not see the torch of the environment it installs into.
-# Torch is no build requirement: another release could be fetched, and the extension would not load with the
-# user's.
+TORCH = "torch>=2.11,<2.16"
+
+# pip builds in an isolated environment, which does not see the torch of the environment it installs into,
+# but runs that one's Python. Other installers tell nothing of where they install to. Torch is no build
+# requirement: another release could be fetched, and the extension would not load with the user's.
+sys.path.append(sysconfig.get_path("purelib"))
 try:
     import torch
 except ImportError:
-    sys.path.append(sysconfig.get_path("purelib"))
-    try:
-        import torch
-    except ImportError:
-        sys.exit(
-            "fastmlp is built against the torch it will run with, and none is installed here. Run:\n"
-            f"    {sys.executable} -m pip install 'torch>=2.11,<2.14'\nand then this command again."
-        )
+    temporary = Path(sys.prefix).is_relative_to(tempfile.gettempdir())
+    pip = "uv pip" if "UV" in os.environ else "pip" if temporary else f"{sys.executable} -m pip"
+    sys.exit(
+        f"fastmlp is built against the torch it will run with, and there is none in {sys.prefix}. Run:\n"
+        f"    {pip} install '{TORCH}' setuptools ninja\n"
+        f"    {pip} install --no-build-isolation .\n"
+        "README.md, Install, says what to write in a project of uv, Poetry or PDM."
+    )
 
 
 def output(*command: str) -> str:
@@ -36,18 +42,14 @@ nvcc = None if os.environ.get("CUDA_HOME") else shutil.which("nvcc")
 if nvcc and (top := re.search(r"TOP=(.+)", output(nvcc, "--dryrun", "file.cu"))):
     os.environ["CUDA_HOME"] = str(Path(top[1]).resolve())
 
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
-
-# Ampere to Blackwell, with PTX for what comes after. 9.0a by name: Hopper's own instructions need it.
-DEFAULT_ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0;12.0+PTX"
+from torch.utils import cpp_extension  # noqa: E402
 
 
 def nvcc_version() -> str | None:
     """The release of the CUDA compiler that torch would use, such as "13.0"."""
-    nvcc = shutil.which("nvcc", path=str(Path(CUDA_HOME, "bin"))) if CUDA_HOME else None
-    if nvcc is None:
-        return None
-    found = re.search(r"release (\d+\.\d+)", output(nvcc, "--version"))
+    home = cpp_extension.CUDA_HOME
+    nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None
+    found = nvcc and re.search(r"release (\d+\.\d+)", output(nvcc, "--version"))
     return found[1] if found else None
 
 
@@ -74,12 +76,79 @@ def builds_cuda() -> bool:
     return asked != "0" and reason is None
 
 
-sources = [*Path("csrc/torch").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]
-flags = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-arguments = {"extra_link_args": ["-fopenmp"], "depends": [str(p) for p in Path("csrc").rglob("*.*h")]}
+def architectures() -> str:
+    """Those of the GPUs in sight; where none is, Ampere to Blackwell. With PTX for what comes after."""
+    in_sight = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    # 9.0a by name: Hopper's own instructions need it. 8.6 and 8.9 run what is built for 8.0.
+    chosen = sorted(c for c in in_sight if c >= (8, 0)) or [(8, 0), (9, 0), (10, 0), (12, 0)]
+    return ";".join(f"{major}.{minor}{'a' * ((major, minor) == (9, 0))}" for major, minor in chosen) + "+PTX"
+
+
+def refuse_other_compilers() -> None:
+    """Clang's -fopenmp brings a second OpenMP beside torch's, and its target pragmas differ."""
+    compiler = cpp_extension.get_cxx_compiler()
+    try:
+        macros = output(*shlex.split(compiler), "-dM", "-E", "-x", "c++", os.devnull)
+        name = output(*shlex.split(compiler), "--version").split("\n")[0]
+    except OSError:
+        macros, name = "", "not there"
+    version = re.search(r"__GNUC__ (\d+)", macros)
+    if "__clang__" in macros or not version or int(version[1]) < 11:
+        sys.exit(
+            f"fastmlp is compiled by g++ 11 or newer, and {compiler} is {name}. "
+            "Name one, as in: CXX=g++-12 pip install ."
+        )
+
+
+def redirect(output: int, errors: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(output, 1)
+    os.dup2(errors, 2)
+
+
+def follow(reader: int, log: Path, terminal: int) -> None:
+    """Writes what is said to the log, and to the terminal which file each of ninja's steps has compiled."""
+    with open(reader, errors="replace") as said, log.open("w") as whole:
+        for line in said:
+            whole.write(line)
+            if step := re.match(r"(\[\d+/\d+\]) .* -c (\S+) -o ", line):
+                os.write(terminal, f"{step[1]} {os.path.relpath(step[2])}\n".encode())
+
+
+class Build(cpp_extension.BuildExtension):
+    """Prints one line a step. The compiler's own words go to a log, which an error names."""
+
+    def build_extensions(self) -> None:
+        refuse_other_compilers()
+        log = Path(self.build_temp, "compiler.log").resolve()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        reader, writer = os.pipe()
+        own = [os.dup(1), os.dup(2)]
+        thread = Thread(target=follow, args=(reader, log, own[0]))
+        thread.start()
+        redirect(writer, writer)  # what ninja and the linker inherit
+        os.close(writer)
+        failure = None
+        try:
+            super().build_extensions()
+        except Exception as error:
+            failure = error
+        finally:
+            redirect(*own)
+            thread.join()
+        if failure:
+            wrong = [line for line in log.read_text().splitlines() if re.search(r"\berror\b", line, re.I)]
+            sys.exit("\n".join([*wrong[:3], f"fastmlp could not be built: {failure}. See {log}"]))
+
+
+sources = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]
+flags = ["-O3", "-g0", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden"]
+flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"]
+arguments = {"extra_link_args": ["-fopenmp"], "depends": [str(p) for p in Path("csrc").rglob("*.*")]}
 if builds_cuda():
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
-    extension = CUDAExtension(
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
+    extension = cpp_extension.CUDAExtension(
         "fastmlp._C",
         [str(p) for p in sorted([*sources, *Path("csrc/cuda").glob("*.cu")])],
         define_macros=[("FASTMLP_WITH_CUDA", None)],
@@ -87,14 +156,10 @@ if builds_cuda():
         **arguments,
     )
 else:
-    extension = CppExtension(
+    extension = cpp_extension.CppExtension(
         "fastmlp._C", [str(p) for p in sorted(sources)], extra_compile_args=flags, **arguments
     )
 
 # The C++ interface of torch is stable within a release only: the package runs with the one it was built for.
 release = ".".join(torch.__version__.split(".")[:2])
-setup(
-    ext_modules=[extension],
-    cmdclass={"build_ext": BuildExtension},
-    install_requires=[f"torch=={release}.*"],
-)
+setup(ext_modules=[extension], cmdclass={"build_ext": Build}, install_requires=[f"torch=={release}.*"])

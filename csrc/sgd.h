@@ -12,13 +12,13 @@ namespace fastmlp {
 template <class V>
 FASTMLP_INLINE V updated(V w, V g, V* momentum, const Sgd& s) {
   if (s.maximize) g = -g;
-  if (s.weight_decay != 0) g = g + s.weight_decay * w;  // 0 · inf would be NaN
+  if (s.weight_decay != 0) g = fused(V{} + s.weight_decay, w, g);  // 0 · inf would be NaN
   if (momentum) {
-    const V m = s.first ? g : s.momentum * *momentum + s.undamped * g;
+    const V m = s.first ? g : fused(V{} + s.momentum, *momentum, s.undamped * g);
     *momentum = m;
-    g = s.nesterov ? g + s.momentum * m : m;
+    g = s.nesterov ? fused(V{} + s.momentum, m, g) : m;
   }
-  return w - s.lr * g;
+  return fused(V{} - s.lr, g, w);
 }
 
 }  // namespace fastmlp

@@ -62,8 +62,26 @@ inline uint16_t narrow(float v) {
 
 }  // namespace emulator
 
+inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+  for (int i = 0; i < 16; ++i) c[i] = std::fma(a[i], b[i], c[i]);
+  return c;
+}
 inline __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* p) {
   return emulator::load<__m512, float>(mask, p);
+}
+inline __m512i _mm512_cvtepu16_epi32(__m256i v) {
+  uint16_t lanes[16];
+  std::memcpy(lanes, &v, sizeof(v));
+  int32_t wide[16];
+  for (int i = 0; i < 16; ++i) wide[i] = lanes[i];
+  __m512i r;
+  std::memcpy(&r, wide, sizeof(r));
+  return r;
+}
+inline __m512i _mm512_castsi256_si512(__m256i v) { return __m512i{v[0], v[1], v[2], v[3]}; }
+inline __m512i _mm512_inserti64x4(__m512i to, __m256i v, int upper) {
+  std::memcpy(reinterpret_cast<char*>(&to) + 32 * upper, &v, sizeof(v));
+  return to;
 }
 inline __m512i _mm512_maskz_loadu_epi16(__mmask32 mask, const void* p) {
   return emulator::load<__m512i, uint16_t>(mask, p);

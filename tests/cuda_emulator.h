@@ -75,6 +75,8 @@ struct cudaLaunchConfig_t {
 
 #ifdef __aarch64__  // where g++ has _Float16 in C++ from release 13 on only
 using Float16 = __fp16;
+#elif __GNUC__ < 12  // which compiles the CPU's kernels alone: they know no float16
+using Float16 = float;
 #else
 using Float16 = _Float16;
 #endif

@@ -11,7 +11,7 @@ TOOLS = "aarch64-linux-gnu-"
 MISSING = [tool for tool in (f"{TOOLS}g++", f"{TOOLS}objdump", "qemu-aarch64") if shutil.which(tool) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")
 
-COMPILE = [f"{TOOLS}g++", "-std=c++17", "-O3", "-fopenmp"]  # optimised as the package is
+COMPILE = [f"{TOOLS}g++", "-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off"]  # optimised as the package is
 
 
 def run(*command: object) -> str:

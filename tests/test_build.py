@@ -50,12 +50,94 @@ def test_a_wheel_holds_the_package_and_runs_with_the_torch_it_was_built_for(whee
     assert f"Version: {fastmlp.__version__}\n" in metadata
 
 
-def test_without_torch_the_build_stops_with_the_command_to_type():
+@pytest.mark.parametrize(
+    ("installer", "environment"), [(f"{sys.executable} -m pip", {}), ("uv pip", {"UV": "/usr/bin/uv"})]
+)
+def test_without_torch_the_build_stops_with_the_commands_to_type(installer, environment):
     hidden = "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['setup.py', '--version']"
-    code, _, err = run("-c", f"{hidden}; runpy.run_path('setup.py')")
+    code, _, err = run("-c", f"{hidden}; runpy.run_path('setup.py')", **environment)
     assert code == 1
-    assert f"{sys.executable} -m pip install 'torch>=2.11,<2.14'" in err
+    assert f"{installer} install 'torch>=2.11,<2.16' setuptools ninja\n" in err
+    assert f"{installer} install --no-build-isolation .\n" in err
     assert "Traceback" not in err
+
+
+def compiler(folder: Path, macros: str, work: str) -> dict[str, str]:
+    """The environment that names a compiler which is of some version, and compiles by `work` in the shell."""
+    script = folder / "compiler"
+    script.write_text(
+        f"""#!/bin/sh
+case "$*" in
+  *-dM*) echo '{macros}' ;;
+  *--version) echo 'some compiler 1.2' ;;
+  *) echo 'many words'; {work} ;;
+esac"""
+    )
+    script.chmod(0o755)
+    return {"CXX": str(script), "FASTMLP_CUDA": "0", "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+
+
+def build(folder: Path, **environment: str) -> tuple[int, str, str]:
+    folders = ["--build-temp", folder / "build", "--build-lib", folder / "lib"]
+    return run("setup.py", "--quiet", "build_ext", *folders, **environment)
+
+
+@pytest.mark.parametrize("macros", ["#define __GNUC__ 10", "#define __GNUC__ 14\n#define __clang__ 1", ""])
+def test_a_compiler_that_cannot_do_it_is_refused_with_the_way_to_name_another(tmp_path, macros):
+    environment = compiler(tmp_path, macros, "exit 1")
+    code, _, err = build(tmp_path, **environment)
+    assert code == 1
+    assert err.splitlines()[-1] == (
+        f"fastmlp is compiled by g++ 11 or newer, and {environment['CXX']} is some compiler 1.2. "
+        "Name one, as in: CXX=g++-12 pip install ."
+    )
+
+
+def test_a_step_is_a_line_and_what_the_compiler_says_is_in_the_log(tmp_path):
+    writes = 'while [ $# -gt 0 ]; do case $1 in -o | -MF) : > "$2" ;; esac; shift; done'
+    code, out, err = build(tmp_path, **compiler(tmp_path, "#define __GNUC__ 11", writes))
+    assert code == 0, err
+    sources = {
+        str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
+    }
+    lines = [line.split() for line in out.splitlines()]
+    assert [number for number, _ in lines] == [f"[{i + 1}/{len(sources)}]" for i in range(len(sources))]
+    assert {source for _, source in lines} == sources
+    assert (tmp_path / "build/compiler.log").read_text().count("many words") == len(
+        sources
+    ) + 1  # and the link
+    assert "many words" not in err
+
+
+def test_a_failure_of_the_compiler_is_told_with_the_path_of_the_log(tmp_path):
+    code, _, err = build(
+        tmp_path, **compiler(tmp_path, "#define __GNUC__ 11", "echo 'x.h:1: error: wrong'; exit 1")
+    )
+    assert code == 1
+    assert "x.h:1: error: wrong\n" in err
+    assert err.endswith(f"See {tmp_path / 'build/compiler.log'}\n")
+    assert "many words" not in err
+
+
+@pytest.mark.parametrize(
+    ("in_sight", "expected"),
+    [
+        ([], "8.0;9.0a;10.0;12.0+PTX"),
+        ([(7, 5)], "8.0;9.0a;10.0;12.0+PTX"),  # too old for the kernels
+        ([(8, 9), (8, 9)], "8.9+PTX"),
+        ([(9, 0), (8, 0)], "8.0;9.0a+PTX"),
+    ],
+)
+def test_the_cuda_kernels_are_built_for_the_gpus_in_sight_or_for_all(in_sight, expected):
+    program = f"""
+import runpy, setuptools, torch
+setuptools.setup = lambda **arguments: None
+torch.cuda.device_count = lambda: len({in_sight})
+torch.cuda.get_device_capability = {in_sight}.__getitem__
+print(runpy.run_path("setup.py")["architectures"]())"""
+    code, out, err = run("-c", program)
+    assert code == 0, err
+    assert out.strip() == expected
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")

@@ -998,7 +998,7 @@ def test_a_module_that_is_hooked_parametrized_or_no_linear_is_named():
 
 
 def test_a_script_module_is_left_alone():
-    with pytest.warns(DeprecationWarning, match="script"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="script"):
         scripted = torch.jit.script(sequential())
     model = fastmlp.fuse(nn.Sequential(scripted, nn.Linear(4, 4)))
     assert type(model[0]) is type(scripted)
@@ -1061,7 +1061,7 @@ def test_what_was_done_while_fused_stays_when_unfused():
 
 def test_an_unfused_model_can_be_scripted():
     model, x = fastmlp.unfuse(fastmlp.fuse(Net())), inputs()
-    with pytest.warns(DeprecationWarning, match="script"):
+    with pytest.warns((DeprecationWarning, FutureWarning), match="script"):
         scripted = torch.jit.script(model)
     torch.testing.assert_close(scripted(x), model(x))
 

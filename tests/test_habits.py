@@ -185,7 +185,7 @@ class TestCompiling:
         assert_close(torch.from_numpy(y), stock(X))
 
     @habit_is("`torch.jit.trace`", "composite", "The graph holds PyTorch's own operations.")
-    @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:.*torch.jit")
     def test_a_model_can_be_traced_to_torchscript(self, habit, ours, stock):
         traced = torch.jit.trace(ours, X)
         assert "fastmlp::" not in str(traced.inlined_graph)
@@ -194,7 +194,7 @@ class TestCompiling:
         assert_close(y, stock(X[:4]))
 
     @habit_is("`torch.jit.script`", "refused", "`torch.export` or `torch.jit.trace` instead.")
-    @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:.*torch.jit")
     def test_a_model_cannot_be_scripted(self, habit, ours):
         with habit.refused(Exception, "Unsupported annotation"):
             torch.jit.script(ours)

@@ -78,12 +78,13 @@ FLAGS = {
     "cpu": ["-DFASTMLP_LEAST_PARALLEL_WORK=0"],
 }
 # The instruction sets that can be emulated, and the flag of a processor that has them.
+OLDEST = "g++-11"  # the oldest compiler that the package can be built with
 EMULATED = {"avx512bf16": "avx512_bf16", "avx512": "avx512vl"}
 
 
-def compile_backend(name: str, root: Path, output: Path, *flags: str) -> Path:
+def compile_backend(name: str, root: Path, output: Path, *flags: str, compiler: str = "g++") -> Path:
     def gxx(*arguments: object) -> None:
-        command = ["g++", "-std=c++17", "-fopenmp", *flags, *map(str, arguments)]
+        command = [compiler, "-std=c++17", "-fopenmp", "-ffp-contract=off", *flags, *map(str, arguments)]
         subprocess.run(command, check=True, capture_output=True, text=True)
 
     objects = []
@@ -135,17 +136,25 @@ def builds(tmp_path_factory):
         for name in SOURCES:
             flags = [*address, sanitizers[name]]
             futures[f"{name} driver"] = pool.submit(compile_backend, name, ROOT, folder / name, *flags)
+        if shutil.which(OLDEST):
+            options = [*library, "-O3"]  # optimised as the package is
+            output = folder / f"{OLDEST}.so"
+            futures[OLDEST] = pool.submit(compile_backend, "cpu", ROOT, output, *options, compiler=OLDEST)
         yield futures
 
 
 @pytest.fixture(scope="session", params=BACKENDS)
 def backend(request, builds: dict[str, Future]) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(builds["cuda" if request.param == "cuda" else "cpu"].result()))
-    for name in ("forward_workspace", "backward_workspace", "cross_entropy_workspace", "cross_entropy"):
-        getattr(library, name).restype = ctypes.c_int64
-    library.name = request.param
-    if not library.use(request.param.encode()):
-        pytest.skip(f"this processor has no {request.param}")
+    return loaded(builds["cuda" if request.param == "cuda" else "cpu"].result(), request.param)
+
+
+def loaded(path: Path, name: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    for function in ("forward_workspace", "backward_workspace", "cross_entropy_workspace", "cross_entropy"):
+        getattr(library, function).restype = ctypes.c_int64
+    library.name = name
+    if not library.use(name.encode()):
+        pytest.skip(f"this processor has no {name}")
     return library
 
 
@@ -370,6 +379,18 @@ sizes = st.one_of(st.integers(0, 20), st.sampled_from([63, 64, 65, 129]))
 def test_any_shape_and_stride_is_right(backend, dtype, activation, shape, gaps, bias, seed):
     layer = Layer(dtype, activation, shape, shape[2] + gaps[0], shape[2] + gaps[1], bias, seed)
     layer.check(backend, variant=seed)
+
+
+@pytest.mark.skipif(shutil.which(OLDEST) is None, reason=f"needs {OLDEST}")
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "cuda"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compilers_and_what_they_optimise_change_no_bit(builds, name, dtype):
+    libraries = [loaded(builds[build].result(), name) for build in ("cpu", OLDEST)]
+    for activation, shape in itertools.product(ACTIVATIONS, [(65, 67, 33), (300, 40, 600), (3, 5, 7)]):
+        layer = Layer(dtype, activation, shape)
+        ours, theirs = ({"y": layer.forward(library), **layer.backward(library)} for library in libraries)
+        for result in ours:
+            assert np.array_equal(ours[result], theirs[result]), (activation, shape, result)
 
 
 @every_kernel

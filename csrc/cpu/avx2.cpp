@@ -9,6 +9,8 @@
 // of an inline function for everyone.
 #pragma GCC target("avx2,fma")
 
+#define FASTMLP_FUSED(a, b, c) _mm256_fmadd_ps(__m256(a), __m256(b), __m256(c))
+
 #include "../activation.h"
 #include "../sgd.h"
 
@@ -20,6 +22,10 @@ typedef uint16_t Halves __attribute__((vector_size(16)));
 constexpr int inner_rows = 4, inner_columns = 3;  // 12 sums + 3 of W, x from memory
 constexpr int outer_rows = 6, outer_vectors = 2;  // 12 sums + 2 of B + 1 of A
 constexpr bool multiplies_pairs = false;
+
+FASTMLP_INLINE Integer<V>::type extend(Halves h) {
+  return Integer<V>::type(_mm256_cvtepu16_epi32(__m128i(h)));
+}
 
 FASTMLP_INLINE __m256i first(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

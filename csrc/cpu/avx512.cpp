@@ -12,6 +12,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
 #endif
 
+#define FASTMLP_FUSED(a, b, c) _mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))
+
 #include "../activation.h"
 #include "../sgd.h"
 

@@ -5,6 +5,10 @@ typedef float V __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 constexpr int inner_rows = 5, inner_columns = 5;  // 25 sums + 5 of W + 1 of x
 
+FASTMLP_INLINE Integer<V>::type extend(Halves h) {
+  return Integer<V>::type(_mm512_cvtepu16_epi32(__m256i(h)));
+}
+
 template <class R, class T>
 FASTMLP_INLINE R load_some(const T* p, int n) {
   if constexpr (sizeof(T) == sizeof(float)) return R(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));

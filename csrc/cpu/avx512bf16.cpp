@@ -12,6 +12,8 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 #endif
 
+#define FASTMLP_FUSED(a, b, c) _mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))
+
 #include "../activation.h"
 #include "../sgd.h"
 
@@ -25,6 +27,9 @@ constexpr bool multiplies_pairs = true;
 // Both take subnormal numbers for 0, and round to nearest even.
 FASTMLP_INLINE V add_pairs(V sum, V a, V b) {
   return V(_mm512_dpbf16_ps(__m512(sum), __m512bh(a), __m512bh(b)));
+}
+FASTMLP_INLINE V joined(Halves first, Halves second) {
+  return V(_mm512_inserti64x4(_mm512_castsi256_si512(__m256i(first)), __m256i(second), 1));
 }
 FASTMLP_INLINE Halves round(V v) { return Halves(_mm512_cvtneps_pbh(__m512(v))); }
 

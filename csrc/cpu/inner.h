@@ -17,8 +17,7 @@ void finish(const float* sums, int64_t ld, const T* bias, T* y, int64_t ldy, int
 template <int step, int... lane>
 FASTMLP_INLINE V add_pieces(V a, V b, std::integer_sequence<int, lane...>) {
   constexpr auto source = [](int i) { return i / step * 2 * step + i % step; };
-  return __builtin_shufflevector(a, b, source(lane)...) +
-         __builtin_shufflevector(a, b, source(lane) + step...);
+  return shuffled<source(lane)...>(a, b) + shuffled<source(lane) + step...>(a, b);
 }
 
 // Lane i of the result is the sum over the lanes of v[i], for i < n <= width: a tree, so that the order of

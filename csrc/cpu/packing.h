@@ -107,8 +107,8 @@ void pack_panels(float* to, const T* b, int64_t ld, int64_t depth, int64_t colum
 // Of a and b as rows of a matrix of blocks of `step` lanes: its transpose.
 template <int step, int... lane>
 FASTMLP_INLINE void interchange(V& a, V& b, std::integer_sequence<int, lane...>) {
-  const V upper = __builtin_shufflevector(a, b, (lane & step ? width + lane - step : lane)...);
-  b = __builtin_shufflevector(a, b, (lane & step ? width + lane : lane + step)...);
+  const V upper = shuffled<(lane & step ? width + lane - step : lane)...>(a, b);
+  b = shuffled<(lane & step ? width + lane : lane + step)...>(a, b);
   a = upper;
 }
 

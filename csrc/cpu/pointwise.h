@@ -7,13 +7,13 @@
 // log(1 + e) for 0 <= e <= 1, as 2 artanh(e / (2 + e)): the series to the 15th power is off by 1e-9 at most.
 FASTMLP_INLINE V log_of_1_and(V e) {
   const V s = e / (e + 2.0f), t = s * s;
-  V p = t * (1.0f / 15) + 1.0f / 13;
-  p = p * t + 1.0f / 11;
-  p = p * t + 1.0f / 9;
-  p = p * t + 1.0f / 7;
-  p = p * t + 1.0f / 5;
-  p = p * t + 1.0f / 3;
-  return (s + s) * (p * t + 1.0f);
+  V p = fused(t, V{} + 1.0f / 15, 1.0f / 13);
+  p = fused(p, t, 1.0f / 11);
+  p = fused(p, t, 1.0f / 9);
+  p = fused(p, t, 1.0f / 7);
+  p = fused(p, t, 1.0f / 5);
+  p = fused(p, t, 1.0f / 3);
+  return (s + s) * fused(p, t, 1.0f);
 }
 
 // The lanes of values [N] that belong to the n elements from i on of rows of N; ones where there are no values.
@@ -45,9 +45,9 @@ double pointwise_loss(const Pointwise& p, const float* y, float scale, float* gr
     } else {
       const V weight = over_outputs(p.weight, p.N, i, n), positive = over_outputs(p.pos_weight, p.N, i, n);
       const V zero{}, e = exponential(z < 0.0f ? z : -z), larger = 1.0f / (1.0f + e);
-      const V q = (positive - 1.0f) * t + 1.0f;
-      loss = weight * ((1.0f - t) * z + q * (log_of_1_and(e) + (z < 0.0f ? -z : zero)));
-      slope = weight * (q * (z < 0.0f ? e * larger : larger) - positive * t);
+      const V q = fused(positive - 1.0f, t, 1.0f);
+      loss = weight * fused(1.0f - t, z, q * (log_of_1_and(e) + (z < 0.0f ? -z : zero)));
+      slope = weight * fused(q, z < 0.0f ? e * larger : larger, -(positive * t));
     }
     store(grad + i, scale * slope, n);
     if (n >= width) sums += loss;

@@ -1,7 +1,13 @@
 // Any processor: registers of 4 floats, which every 64-bit x86 (SSE2) and Arm (NEON) has; tails by copies.
+#include "backend.h"
+
+#ifdef __aarch64__
+#include <arm_neon.h>
+#define FASTMLP_FUSED(a, b, c) vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b))
+#endif
+
 #include "../activation.h"
 #include "../sgd.h"
-#include "backend.h"
 
 namespace fastmlp::cpu {
 namespace portable {
@@ -11,6 +17,8 @@ typedef uint16_t Halves __attribute__((vector_size(8)));
 constexpr int inner_rows = 3, inner_columns = 3;  // 9 sums + 3 of W + 1 of x + 1 product, without FMA
 constexpr int outer_rows = 4, outer_vectors = 2;  // 8 sums + 2 of B + 1 of A + 1 product
 constexpr bool multiplies_pairs = false;
+
+FASTMLP_INLINE Integer<V>::type extend(Halves h) { return __builtin_convertvector(h, Integer<V>::type); }
 
 template <class R, class T>
 FASTMLP_INLINE R load_some(const T* p, int n) {

@@ -5,6 +5,7 @@
 //
 //   V                            a register of float32
 //   Halves                       half a register of uint16_t: as many bfloat16
+//   extend(h)                    the lanes of a Halves as integers of 32 bits: compilers make several steps of it
 //   load_some<R>(p, n)           an R of the first n elements at p; others are not read, their lanes are 0
 //   store_some(p, r, n)          the first n lanes of r to p
 //   inner_rows x inner_columns   the register tile of x Wᵀ, in outputs
@@ -12,9 +13,16 @@
 //   multiplies_pairs             whether the processor multiplies bfloat16, and there are
 //   add_pairs(sum, a, b)         to each lane of sum, the products of the lane's two bfloat16 in a and in b
 //   round(v)                     v as bfloat16
+//   joined(first, second)        the lanes of both, side by side along the sum
 
 constexpr int width = sizeof(V) / sizeof(float);
 using Bits = typename Integer<V>::type;
+
+// Lane i of the result is lane `lane[i]` of a and b, one after the other.
+template <int... lane>
+FASTMLP_INLINE V shuffled(V a, V b) {
+  return __builtin_shuffle(a, b, Bits{lane...});
+}
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
@@ -26,15 +34,11 @@ struct bfloat16 {
 };
 
 // A lane for each pair (first[i], second[i]), the first in its low half.
-template <int... lane>
-FASTMLP_INLINE V paired(Halves first, Halves second, std::integer_sequence<int, lane...>) {
-  return bit_cast<V>(__builtin_shufflevector(first, second, (lane / 2 + lane % 2 * width)...));
-}
 FASTMLP_INLINE V paired(Halves first, Halves second) {
-  return paired(first, second, std::make_integer_sequence<int, 2 * width>{});
+  return bit_cast<V>(extend(first) | extend(second) << 16);
 }
 
-FASTMLP_INLINE V widen(Halves h) { return paired(Halves{}, h); }
+FASTMLP_INLINE V widen(Halves h) { return bit_cast<V>(extend(h) << 16); }
 
 template <class R>
 FASTMLP_INLINE Halves narrow(R v) {
@@ -82,13 +86,6 @@ template <class T>
 constexpr int terms = multiplies_pairs && std::is_same_v<T, bfloat16> ? 2 : 1;
 
 // Elements that lie side by side along the sum, the first n of them.
-template <int... lane>
-FASTMLP_INLINE V joined(Halves first, Halves second, std::integer_sequence<int, lane...>) {
-  return bit_cast<V>(__builtin_shufflevector(first, second, lane...));
-}
-FASTMLP_INLINE V joined(Halves first, Halves second) {
-  return joined(first, second, std::make_integer_sequence<int, 2 * width>{});
-}
 template <int terms, class T>
 FASTMLP_INLINE V slots(const T* p, int64_t n) {
   if constexpr (terms == 1) return load(p, n);
@@ -100,7 +97,7 @@ FASTMLP_INLINE V slots(const T* p, int64_t n) {
 template <int terms, class R>
 FASTMLP_INLINE R multiply_add(R sum, R a, R b) {
   if constexpr (terms == 2) return add_pairs(sum, a, b);
-  else return sum + a * b;
+  else return fused(a, b, sum);
 }
 
 // Calls f(Count<n>{}) with n, 1 <= n <= most, as a compile-time constant: the size of a register tile.

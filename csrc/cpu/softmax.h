@@ -15,7 +15,7 @@ struct Sum {
 // In every lane, Op over all lanes.
 template <class Op, int step, int... lane>
 FASTMLP_INLINE V across(V v, std::integer_sequence<int, lane...> lanes) {
-  v = Op::of(v, __builtin_shufflevector(v, v, (lane ^ step)...));
+  v = Op::of(v, shuffled<(lane ^ step)...>(v, v));
   if constexpr (step > 1) return across<Op, step / 2>(v, lanes);
   else return v;
 }

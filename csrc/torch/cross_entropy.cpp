@@ -244,6 +244,7 @@ FASTMLP_IMPL(CPU, cross_entropy<Cpu>, cross_entropy_forward<Cpu>)
 FASTMLP_IMPL(CUDA, cross_entropy<Cuda>, cross_entropy_forward<Cuda>)
 #endif
 FASTMLP_IMPL(Meta, cross_entropy_meta, cross_entropy_forward_meta)
+#undef FASTMLP_IMPL
 
 #define FASTMLP_COMPOSITE(key) \
   TORCH_LIBRARY_IMPL(fastmlp, key, m) { m.impl("cross_entropy", cross_entropy_composite); }
@@ -251,6 +252,7 @@ FASTMLP_COMPOSITE(CompositeExplicitAutograd)
 FASTMLP_COMPOSITE(FuncTorchBatched)
 FASTMLP_COMPOSITE(Batched)
 FASTMLP_COMPOSITE(Tracer)
+#undef FASTMLP_COMPOSITE
 TORCH_LIBRARY_IMPL(fastmlp, AutocastCPU, m) {
   m.impl("cross_entropy", cross_entropy_autocast<c10::DispatchKey::AutocastCPU, c10::kCPU>);
 }
