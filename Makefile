@@ -1,7 +1,7 @@
 # What a developer does daily. The first call makes the environment and builds the extension.
 #
 #   make demo     train on real digits, stock PyTorch and fastmlp side by side
-#   make test     the tests
+#   make test     the tests; make test-all tries ten times as many random forwards
 #   make lint     what CI checks besides; make format mends what can be mended
 #   make bench    measure again: benchmarks/results/ and the README's figures
 #   make bench-peers   the same against JAX, in an environment of its own
@@ -33,13 +33,16 @@ endif
 
 cpp = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-integrations lint format bench bench-peers bench-integrations extension wheel cuda clean
+.PHONY: demo test test-all test-integrations lint format bench bench-peers bench-integrations extension wheel cuda clean
 
 demo: extension
 	$(python) benchmarks/train.py
 
 test: extension
 	$(python) -m pytest
+
+test-all: export FASTMLP_FUZZ_CASES := 2000
+test-all: test
 
 test-integrations: extension .venv-integrations/installed
 	.venv-integrations/bin/python -m pytest tests/integrations

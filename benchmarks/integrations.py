@@ -186,7 +186,7 @@ def tokens() -> Tensor:
 
 
 def opt() -> Job:
-    """Every Linear by itself: no block's forward can be traced, so its ReLU is stock's."""
+    """The feed-forward of a block, with its ReLU: one op; every other Linear by itself."""
     from transformers import OPTConfig, OPTForCausalLM
 
     config = OPTConfig(
@@ -202,7 +202,7 @@ def opt() -> Job:
 
 
 def t5() -> Job:
-    """Every Linear by itself: the feed-forward looks at types, so its ReLU is stock's."""
+    """Every Linear, with the ReLU of the feed-forwards."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(

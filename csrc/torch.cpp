@@ -3,6 +3,7 @@
 #include "torch/autograd.cpp"
 #include "torch/call.cpp"
 #include "torch/cross_entropy.cpp"
+#include "torch/lookup.cpp"
 #include "torch/mlp.cpp"
 #include "torch/module.cpp"
 #include "torch/ops.cpp"

@@ -23,11 +23,11 @@ from fastmlp import functional
 
 __all__ = [
     "ROLES",
-    "Stopped",
     "Bound",
     "Layers",
     "Method",
     "Role",
+    "Stopped",
     "called",
     "is_called_plainly",
     "is_unwatched",
@@ -285,7 +285,7 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
 
 
 def _taken(parts: Sequence[Any] | None, input: Any, layers: Layers) -> Any:
-    """As `walk`, where all parts are layers. They have been found at once: no code of the user's may run between."""
+    """As `walk`, where all parts are layers: they have been found at once, so no other code may run."""
     if parts is None:
         return Stopped(input)
     count, last = len(layers[0]), layers[2][-1] if layers[2] else None

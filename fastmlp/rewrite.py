@@ -413,7 +413,7 @@ class _Rewriter(ast.NodeTransformer):
         return self.call_of(helper, [*functions, self.visit(inner)], node)
 
     def calls(self, node: Any) -> tuple[list[ast.expr], list[Any], ast.AST]:
-        """What nested calls call, as expressions and as constants, the outermost first; the innermost's argument."""
+        """What nested calls call, as expressions and constants, the outermost first; the argument of all."""
         functions: list[ast.expr] = []
         calls: list[Any] = []
         line, are_layers = node.lineno, 0
@@ -826,17 +826,49 @@ def _is_same(a: CodeType, b: CodeType) -> bool:
     )
 
 
-def _definitions(node: ast.AST) -> Iterator[tuple[list[Any], int, ast.FunctionDef]]:
-    """Every function in a tree, and where it stands."""
+def _definitions(tree: ast.AST, code: CodeType) -> list[tuple[list[Any], int, ast.FunctionDef]]:
+    """The functions that the code may be of, and where they stand."""
+    found: list[tuple[list[Any], int, ast.FunctionDef]] = []
     for name in ("body", "orelse", "finalbody", "handlers", "cases"):
-        block = getattr(node, name, None)
-        for index, each in enumerate(block if isinstance(block, list) else ()):
-            if isinstance(each, ast.FunctionDef):
-                yield block, index, each  # type: ignore[misc]
-            yield from _definitions(each)
+        block: Any = getattr(tree, name, None)
+        for index, node in enumerate(block if isinstance(block, list) else ()):
+            if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
+                first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+                if first == code.co_firstlineno:
+                    found.append((block, index, node))
+            found += _definitions(node, code)
+    return found
 
 
-def _only(found: list[Any], code: CodeType) -> Any:
+def _tree(function: Any) -> ast.Module:
+    """The file that a function is from, which is what it says.
+
+    Raises:
+        Refused: where it is not.
+    """
+    code = function.__code__
+    linecache.checkcache(code.co_filename)
+    source = "".join(linecache.getlines(code.co_filename, function.__globals__))
+    if not source:
+        raise Refused("has no source that can be found")
+    try:
+        tree, whole = _parsed(code.co_filename, source)
+    except (SyntaxError, ValueError):
+        raise Refused("is not what its source says") from None
+    if not _is_same(_only(_same_place(whole, code)), code):
+        raise Refused("is not what its source says")
+    return tree
+
+
+def _same_place(whole: CodeType, code: CodeType) -> list[CodeType]:
+    return [
+        each
+        for each in _codes(whole)
+        if each.co_name == code.co_name and each.co_firstlineno == code.co_firstlineno
+    ]
+
+
+def _only(found: list[Any]) -> Any:
     if len(found) != 1:
         raise Refused("is not what its source says")
     return found[0]
@@ -856,23 +888,11 @@ def rewrite(function: Any) -> Rewritten:
         raise Refused("is not a Python function")
     code = function.__code__
     decorated = vars(function).get("__wrapped__")
-    if type(decorated) is FunctionType and sum(each is decorated for each in _contents(function)) == 1:
-        return _around(function, rewrite(decorated))
-    linecache.checkcache(code.co_filename)
-    source = "".join(linecache.getlines(code.co_filename, function.__globals__))
-    if not source:
-        raise Refused("has no source that can be found")
     with _lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user has seen them, and markers are called
-        try:
-            tree, whole = _parsed(code.co_filename, source)
-        except (SyntaxError, ValueError):
-            raise Refused("is not what its source says") from None
-        places = [
-            c for c in _codes(whole) if c.co_name == code.co_name and c.co_firstlineno == code.co_firstlineno
-        ]
-        if not _is_same(_only(places, code), code):
-            raise Refused("is not what its source says")
+        tree = _tree(function)
+        if type(decorated) is FunctionType:
+            return _around(function, decorated, _only(_definitions(tree, code))[2])
         made, rewriter = _compiled(tree, code, later=False)
         later = _compiled(tree, code, later=True)[0] if rewriter.ending else None
     return Rewritten(
@@ -898,11 +918,30 @@ def _contents(function: Any) -> list[Any]:
     return contents
 
 
-def _around(function: Any, within: Rewritten) -> Rewritten:
-    """A function made by a decorator with functools.wraps, around a rewritten one."""
+#: What a decorator may do with a function besides calling it, for another to be as good.
+_PARTIAL, _SAME_NAMES = ("partial", "functools.partial"), ("__name__", "__qualname__", "__doc__")
+
+
+def _around(function: Any, decorated: FunctionType, definition: ast.FunctionDef) -> Rewritten:
+    """A function made by a decorator with functools.wraps, around what it decorates, rewritten."""
     contents = _contents(function)
+    names = [
+        name
+        for name, content in zip(function.__code__.co_freevars, contents, strict=True)
+        if content is decorated
+    ]
+    nodes = list(ast.walk(definition))
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    known = {id(node.func) for node in calls}
+    known |= {id(node.args[0]) for node in calls if node.args and ast.unparse(node.func) in _PARTIAL}
+    known |= {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in _SAME_NAMES}
+    body = [node for each in definition.body for node in ast.walk(each)]
+    used = [node for node in body if isinstance(node, ast.Name) and [node.id] == names]
+    if not used or not all(id(node) in known for node in used):
+        raise Refused(f"is decorated by {function.__code__.co_name}, which may do more than to call it")
+    within = rewrite(decorated)
     cells = [
-        CellType(within.function) if content is within.original else cell
+        CellType(within.function) if content is decorated else cell
         for cell, content in zip(function.__closure__, contents, strict=True)
     ]
     made = _function(function.__code__, function, tuple(cells))
@@ -912,23 +951,14 @@ def _around(function: Any, within: Rewritten) -> Rewritten:
 
 
 def _compiled(tree: ast.Module, code: CodeType, later: bool) -> tuple[CodeType, _Rewriter]:
-    places = [
-        (block, index, node)
-        for block, index, node in _definitions(tree)
-        if node.name == code.co_name
-        and min([node.lineno, *(each.lineno for each in node.decorator_list)]) == code.co_firstlineno
-    ]
-    block, index, node = _only(places, code)
+    block, index, node = _only(_definitions(tree, code))
     block[index] = copy.deepcopy(node)
     try:
         rewriter = _Rewriter(block[index], code.co_freevars, later)
         whole = compile(tree, code.co_filename, "exec", dont_inherit=True)
     finally:
         block[index] = node
-    found = [
-        c for c in _codes(whole) if c.co_name == code.co_name and c.co_firstlineno == code.co_firstlineno
-    ]
-    made = _only(found, code)
+    made = _only(_same_place(whole, code))
     if made.co_freevars != code.co_freevars or made.co_cellvars != code.co_cellvars:
         raise Refused("has variables that do not stay what they are")
     return _marked(made, rewriter.constants), rewriter

@@ -28,6 +28,13 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 LOG, ACT, GAIN = [], torch.relu, 1.0
 
+def NOTE(name):
+    if name[:2] == 'fc':
+        LOG.append(name)
+
+def SEEN(m, a, y):
+    LOG.append(type(m).__name__)
+
 def scaled(x):
     LOG.append("scaled")
     return x * GAIN
@@ -89,7 +96,8 @@ class Base(nn.Module):
         self.seq = nn.Sequential(nn.Linear(6, 6), nn.Sigmoid(), nn.Linear(6, 6))
         self.own = Own(nn.Linear(6, 6), nn.ReLU())
         self.layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
-        self.mixed = nn.ModuleList([nn.Linear(6, 6), nn.ReLU(), nn.LayerNorm(6), nn.Linear(6, 6), nn.Dropout(0.2)])
+        self.mixed = nn.ModuleList([nn.Linear(6, 6), nn.ReLU(), nn.LayerNorm(6), nn.Linear(6, 6)])
+        self.mixed.append(nn.Dropout(0.2))
         self.blocks = nn.ModuleList([Block(), Residual()])
         self.by_name = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Tanh()})
         self.none, self.some, self.act = None, nn.Linear(6, 6), torch.relu
@@ -141,9 +149,26 @@ ACTS = [
     "torch.relu_",
     "self.held",
 ]
-OTHERS = ["self.norm", "self.mean", "self.exchanges", "self.prop", "self.encode", "scaled", "self.gelu", "self.own",
-          "self.blocks[1]", "F.gelu", "torch.abs", "self.none", "self.wide", "self.missing", "super().forward",
-          "x.add", "(lambda t: self.fc2(t) + x.sum())", "self.mean.fc"]  # fmt: skip
+OTHERS = [
+    "self.norm",
+    "self.mean",
+    "self.exchanges",
+    "self.prop",
+    "self.encode",
+    "scaled",
+    "self.gelu",
+    "self.own",
+    "self.blocks[1]",
+    "F.gelu",
+    "torch.abs",
+    "self.none",
+    "self.wide",
+    "self.missing",
+    "super().forward",
+    "x.add",
+    "(lambda t: self.fc2(t) + x.sum())",
+    "self.mean.fc",
+]
 METHODS = ["relu", "tanh", "sigmoid", "relu_", "sigmoid_", "abs", "clone"]
 FORMS = [
     "F.relu({}, inplace=True)",
@@ -342,8 +367,8 @@ CHANGES = [
     "type(m).held = staticmethod(torch.relu)",
     "Net.fc2 = property(lambda self: (LOG.append('fc2'), self.fc1)[1])",
     "Base.relu = property(lambda self: (LOG.append('relu'), self.fc3.weight.data.mul_(2), torch.tanh)[2])",
-    "Net.__getattr__ = lambda self, name: (name[:2] == 'fc' and LOG.append(name), Base.__getattr__(self, name))[1]",
-    "Net.__getattribute__ = lambda self, name: (name[:2] == 'fc' and LOG.append(name), Base.__getattribute__(self, name))[1]",
+    "Net.__getattr__ = lambda self, name: (NOTE(name), Base.__getattr__(self, name))[1]",
+    "Net.__getattribute__ = lambda self, name: (NOTE(name), Base.__getattribute__(self, name))[1]",
     "Net.__call__ = lambda self, *a: (LOG.append('call'), Base.__call__(self, *a))[1]",
     "Net.forward = lambda self, x, k=1.0: self.fc3(torch.relu(x))",
     "type(m).forward = lambda self, x, k=1.0: self.fc3(torch.tanh(x))",
@@ -364,7 +389,7 @@ CHANGES = [
     "PATCH(nn.Module, '__call__', lambda self, *a: self.forward(*a))",
     "PATCH(nn.Module, 'fc1', property(lambda self: torch.tanh))",
     "PATCH(torch.Tensor, 'relu', torch.abs)",
-    "HANDLES.append(nn.modules.module.register_module_forward_hook(lambda m, a, y: LOG.append(type(m).__name__)))",
+    "HANDLES.append(nn.modules.module.register_module_forward_hook(SEEN))",
 ]
 CALLS = [
     "m(X)",
@@ -483,7 +508,8 @@ def compared(ours, theirs, program):
                 equal_nan=True,
             )
         elif isinstance(b, (list, tuple)):
-            assert type(a) is type(b) and len(a) == len(b), (a, b)
+            assert type(a) is type(b)
+            assert len(a) == len(b), (a, b)
             for each, other in zip(a, b, strict=True):
                 same(each, other)
         elif isinstance(b, dict):

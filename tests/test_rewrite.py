@@ -1,4 +1,4 @@
-"""A forward is rewritten in its source: its own code runs at every call, and runs of layers in it are one op."""
+"""A forward is rewritten in its source: its own code runs at every call, and runs of layers are one op."""
 
 import copy
 import functools
@@ -375,7 +375,7 @@ def test_what_changes_during_a_call_is_seen_when_it_has_changed(make):
         y.sum().backward()
         expected.sum().backward()
     for own, right in zip(ours.parameters(), stock.parameters(), strict=True):
-        torch.testing.assert_close(own.grad, right.grad)
+        torch.testing.assert_close(own.grad, right.grad, rtol=1e-4, atol=1e-3)
 
 
 def test_a_wrong_number_of_values_to_unpack_is_an_error_still():
@@ -409,8 +409,12 @@ REBOUND = {
     "a global variable": lambda patch, cls: patch.setitem(globals(), "ACT", torch.tanh),
     "a function of torch's": lambda patch, cls: patch.setattr(F, "relu", torch.tanh),
     "what a function of torch's calls": lambda patch, cls: patch.setattr(torch, "relu", torch.tanh),
-    "a class's forward": lambda patch, cls: patch.setattr(nn.Linear, "forward", lambda self, x: F.linear(x, -self.weight)),
-    "the call of every module": lambda patch, cls: patch.setattr(nn.Module, "__call__", lambda self, x: self.forward(x) * 2),
+    "a class's forward": lambda patch, cls: patch.setattr(
+        nn.Linear, "forward", lambda self, x: F.linear(x, -self.weight)
+    ),
+    "the call of every module": lambda patch, cls: patch.setattr(
+        nn.Module, "__call__", lambda self, x: self.forward(x) * 2
+    ),
     "an attribute of the class": lambda patch, cls: setattr(cls, "factor", 3.0),
     "a property added later": lambda patch, cls: setattr(cls, "mid", property(lambda self: torch.abs)),
     "defaults": lambda patch, cls: setattr(cls.forward, "__defaults__", (5.0,)),
@@ -460,7 +464,7 @@ def test_an_emptied_variable_of_an_enclosing_function_is_an_error():
 
     class Encloses(Parts):
         def forward(self, x):
-            return self.fc2(act(self.fc1(x)))
+            return self.fc2(act(self.fc1(x)))  # noqa: F821
 
     model, x = fastmlp.fuse(Encloses()), inputs()
     model(x)
@@ -636,6 +640,26 @@ class Decorated(Parts):
         return self.fc2(torch.relu(self.fc1(x)))
 
 
+COUNTS = {}
+
+
+def counted(function):
+    COUNTS[function] = 0
+
+    @functools.wraps(function)
+    def wrapper(self, x):
+        COUNTS[function] += 1
+        return function(self, x)
+
+    return wrapper
+
+
+class Counted(Parts):
+    @counted
+    def forward(self, x):
+        return self.fc2(torch.relu(self.fc1(x)))
+
+
 class Locals(Parts):
     def forward(self, x):
         x = torch.relu(self.fc1(x))
@@ -649,12 +673,13 @@ class Generates(Parts):
 
 namespace = {"Parts": Parts, "torch": torch}
 exec(
-    "class WithoutSource(Parts):\n    def forward(self, x):\n        return self.fc2(torch.relu(self.fc1(x)))",
+    "class WithoutSource(Parts):\n    def forward(self, x): return self.fc2(torch.relu(self.fc1(x)))",
     namespace,
 )
 
 LEFT = {
     "a decorated forward": (Decorated, "is another function, wrapper: it may be decorated"),
+    "one whose decorator knows it": (Counted, "is decorated by wrapper, which may do more than to call it"),
     "one that looks at its variables": (Locals, "uses locals, which may see its variables"),
     "a generator": (Generates, "is a generator"),
     "one without a source": (namespace["WithoutSource"], "has no source that can be found"),

@@ -6,6 +6,7 @@ so is what it makes of the parameter.
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmlp
 
@@ -19,22 +20,22 @@ FUSED = {
         "value_net",
     ],
     "rtdl_mlp": ["", "blocks.0", "blocks.1", "blocks.2"],
-    "rtdl_resnet": ["", "blocks.0", "blocks.1", "output"],
+    "rtdl_resnet": ["input_projection", "blocks.0", "blocks.1", "output"],
     "opt": [
-        f"model.decoder.layers.{layer}.{name}"
+        f"model.decoder.layers.{layer}{name}"
         for layer in range(2)
-        for name in (*(f"self_attn.{part}_proj" for part in ("k", "v", "q", "out")), "fc1", "fc2")
+        for name in ("", *(f".self_attn.{part}_proj" for part in ("k", "v", "q", "out")))
     ]
     + ["lm_head"],
     "t5": [
-        f"{side}.block.{block}.layer.{layer}.{part}.{name}"
+        f"{side}.block.{block}.layer.{layer}.{part}{name}"
         for side, parts in (
             ("encoder", ("SelfAttention", "DenseReluDense")),
             ("decoder", ("SelfAttention", "EncDecAttention", "DenseReluDense")),
         )
         for block in range(2)
         for layer, part in enumerate(parts)
-        for name in (("wi", "wo") if part == "DenseReluDense" else "qkvo")
+        for name in (("", ".wo") if part == "DenseReluDense" else (".q", ".k", ".v", ".o"))
     ]
     + ["lm_head"],
     "keras": [""],
@@ -57,8 +58,42 @@ def parameters(job):
 
 def test_the_parts_that_are_named_are_fused(made, name):
     module = made(name, fused=True).module
-    fused = [part for part, child in module.named_modules() if type(child).__name__.startswith("Fused")]
+    fused = [part for part, child in module.named_modules() if child._get_name().startswith("Fused")]
     assert fused == FUSED[name]
+
+
+class Ops(TorchDispatchMode):
+    """Notes the activation of each layer of each op that computes some, and every ReLU of torch's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        own = args[3:4]  # the activation, where it is not the default
+        if function is torch.ops.fastmlp.linear.default:
+            self.seen.append(own or (None,))
+        elif function is torch.ops.fastmlp.mlp.default:
+            self.seen.append((own or ("relu",)) * (len(args[1]) - 1) + (None,))
+        elif function is torch.ops.aten.relu.default:
+            self.seen.append("relu")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("lightning", {("relu", None)}),
+        ("rtdl_mlp", {("relu", "relu", "relu", None)}),
+        ("opt", {("relu", None), (None,)}),
+        ("t5", {("relu",), (None,)}),
+    ],
+)
+def test_relus_that_a_forward_calls_are_in_the_op_of_their_layer(made, name, expected):
+    job = made(name, fused=True)
+    with Ops() as ops, torch.no_grad():
+        job.output()
+    assert set(ops.seen) == expected
 
 
 def test_the_outputs_stay_the_same(made, name):
@@ -82,6 +117,6 @@ def test_it_goes_on_after_it_is_unfused(made, name):
     job = made(name, fused=True)
     y = job.output()
     fastmlp.unfuse(job.module)
-    assert not any(type(part).__name__.startswith("Fused") for part in job.module.modules())
+    assert not any(part._get_name().startswith("Fused") for part in job.module.modules())
     torch.testing.assert_close(job.output(), y, rtol=1e-4, atol=1e-5)
     job.train(2)
