@@ -18,7 +18,7 @@ TORCH = "torch>=2.11,<2.16"
 # pip builds in an isolated environment, which does not see the torch of the environment it installs into,
 # but runs that one's Python. Other installers tell nothing of where they install to. Torch is no build
 # requirement: another release could be fetched, and the extension would not load with the user's.
-sys.path.append(sysconfig.get_path("purelib"))
+sys.path += [sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]  # on Red Hat two folders
 try:
     import torch
 except ImportError:

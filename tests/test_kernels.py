@@ -77,8 +77,8 @@ FLAGS = {
     "cuda": ["-DFASTMLP_EMULATE", "-DFASTMLP_MULTIPROCESSORS=8", "-fno-strict-aliasing", "-fno-gnu-unique"],
     "cpu": ["-DFASTMLP_LEAST_PARALLEL_WORK=0"],
 }
-# The instruction sets that can be emulated, and the flag of a processor that has them.
 OLDEST = "g++-11"  # the oldest compiler that the package can be built with
+# The instruction sets that can be emulated, and the flag of a processor that has them.
 EMULATED = {"avx512bf16": "avx512_bf16", "avx512": "avx512vl"}
 
 
