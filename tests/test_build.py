@@ -53,9 +53,10 @@ def test_a_wheel_holds_the_package_and_runs_with_the_torch_it_was_built_for(whee
 @pytest.mark.parametrize(
     ("installer", "environment"), [(f"{sys.executable} -m pip", {}), ("uv pip", {"UV": "/usr/bin/uv"})]
 )
-def test_without_torch_the_build_stops_with_the_commands_to_type(installer, environment):
+def test_without_torch_the_build_stops_with_the_commands_to_type(tmp_path, installer, environment):
     hidden = "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['setup.py', '--version']"
-    code, _, err = run("-c", f"{hidden}; runpy.run_path('setup.py')", **environment)
+    own = {"TMPDIR": str(tmp_path)}  # or this environment may lie where temporary ones do
+    code, _, err = run("-c", f"{hidden}; runpy.run_path('setup.py')", **own, **environment)
     assert code == 1
     assert f"{installer} install 'torch>=2.11,<2.16' setuptools ninja\n" in err
     assert f"{installer} install --no-build-isolation .\n" in err

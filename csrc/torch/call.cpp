@@ -37,8 +37,8 @@ std::string name_of(PyObject* activation) {
   return {text, size_t(size)};
 }
 
-Tensor run(const Tensor& input, const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases,
-           const std::vector<std::string>& activations) {
+Tensor output_of(const Tensor& input, const std::vector<Tensor>& weights,
+                 const std::vector<OptionalTensor>& biases, const std::vector<std::string>& activations) {
   Tensor h = input;
   const size_t L = weights.size();
   for (size_t begin = 0; begin < L;) {
@@ -108,7 +108,7 @@ PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Tensor y;
   {
     const pybind11::gil_scoped_release no_gil;
-    y = run(input, unpacked, unpacked_biases, names);
+    y = output_of(input, unpacked, unpacked_biases, names);
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS
