@@ -29,6 +29,8 @@ __all__ = [
     "Role",
     "Stopped",
     "called",
+    "dropped",
+    "drops",
     "is_called_plainly",
     "is_unwatched",
     "parameters",
@@ -301,6 +303,19 @@ def _taken(parts: Sequence[Any] | None, input: Any, layers: Layers) -> Any:
 def stop(module: Any, input: Any, layers: Layers) -> Any:
     """Ends the walk before what is no layer."""
     return Stopped(input)
+
+
+def drops(module: Any) -> bool:
+    """Whether it is a dropout that is called plainly, in training: :func:`dropped` is all that it does."""
+    role = ROLES.get(type(module))
+    if role is None or role.name != "dropout" or not (role.holds() and is_called_plainly(module)):
+        return False
+    return module.__dict__["training"] is True and _is_rate(module.__dict__["p"])
+
+
+def dropped(module: nn.Dropout, input: Tensor) -> Tensor:
+    """What a dropout makes of its input."""
+    return _dropout(input, module.p, True, module.inplace)
 
 
 def _is_rate(p: object) -> bool:

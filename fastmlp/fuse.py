@@ -304,17 +304,16 @@ class _Rewritten:
     def __init__(self, cls: Any, name: str, rewritten: Rewritten) -> None:
         self.cls, self.name, self.rewritten = cls, name, rewritten
         self.original, self.code, self.function, *_ = rewritten
-        self.is_plain = rewritten.within is None
         self.fused: Any = None
 
     def __get__(self, module: Any, owner: Any = None) -> Any:
         if module is None:
             return getattr(self.cls, self.name)
         if not torch.compiler.is_dynamo_compiling() and getattr(self.cls, self.name) is self.original:
-            if self.is_plain and _C.is_unchanged(self.original, self.code, self.function):
+            if _C.is_unchanged(self.original, self.code, self.function):
                 return MethodType(self.function, module)
             if self.rewritten.is_current():
-                return MethodType(self.rewritten.bound_as_original(), module)
+                return MethodType(self.rewritten.as_original(), module)
         return getattr(super(self.fused, module), self.name)
 
 

@@ -1,9 +1,10 @@
 """A forward of a module's own, rewritten in its source: runs of calls become one, all else stays.
 
-    x = torch.relu(self.fc1(x))              n, y = run(PLAN, 0, x, globals(), self)
-    return self.fc2(x)                       if n == 0: x = torch.relu(self.fc1(x)); n = 1
+    x = torch.relu(self.fc1(x))              n = 0
+    return self.fc2(x)                       n, y = run(PLAN, 0, x, globals(), (self,))
+                                             if n == 0: x = torch.relu(self.fc1(x)); n = 1
                                              elif n == 1: x = y
-                                             if n == 1: n, y = run(PLAN, 1, x, globals(), self)
+                                             if n == 1: n, y = run(PLAN, 1, x, globals(), (self,))
                                              if n == 1: return self.fc2(x)
                                              return y
 
@@ -19,14 +20,16 @@ Nothing is kept from call to call.
 import ast
 import builtins
 import copy
+import inspect
 import linecache
+import symtable
 import threading
 import warnings
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import accumulate, takewhile
 from operator import length_hint
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -50,10 +53,10 @@ class Path(NamedTuple):
     """`root.name.name[0]`: the root an argument (its number), a global variable, or a loop's variable."""
 
     root: int | str
-    names: tuple[Any, ...] = ()
+    names: tuple[Any, ...]
 
 
-_LOOP = -1  # as a root
+_LOOP, _OTHER = -1, ""  # as roots: the loop's variable, and a variable that only its expression finds
 
 
 class Arguments(NamedTuple):
@@ -61,22 +64,20 @@ class Arguments(NamedTuple):
 
     function: Path
     args: tuple[Any, ...]
-    kwargs: tuple[tuple[str, Any], ...]
+    kwargs: dict[str, Any]
 
 
 class Statement(NamedTuple):
-    """`target = f(g(input))`; in a loop over `container`, or where `test` is as expected."""
+    """`target = f(g(input))`; or some of them, on one variable, in a loop or under a condition."""
 
     input: str
     target: str | None  # None in a return statement
-    calls: tuple[Any, ...] = ()  # Path, Arguments or Method, the innermost first
-    container: Path | None = None
-    test: Path | None = None
-    expects: tuple[str, bool] = ("", True)  # "none": whether it is None; "true": whether it is true
-    body: tuple["Statement", ...] = ()
+    calls: tuple[Any, ...]  # Path, Arguments or Method, the innermost first
     may_call: bool = False  # an error of what is called would come from the right line
-    has_paths_alone: bool = False  # of attributes
-    has_methods_alone: bool = False
+    over: Path | None = None  # what the loop takes its items from
+    test: Path | None = None  # the condition: that this is true, or None
+    asks_none: bool = False
+    expected: bool = True  # or that it is not
 
 
 class Plan:
@@ -84,27 +85,15 @@ class Plan:
 
     def __init__(self, statements: Sequence[Statement]) -> None:
         """See the class."""
-        self.statements = tuple(
-            each._replace(
-                has_paths_alone=all(
-                    type(call) is Path and {*map(type, call.names)} <= {str} for call in each.calls
-                ),
-                has_methods_alone={*map(type, each.calls)} == {Method},
-            )
-            for each in statements
-        )
+        self.statements = tuple(statements)
 
-        #: From each statement on, where that is all there is: the paths, and where each statement's end.
-        self.paths: list[tuple[tuple[Any, ...], Sequence[int]]] = []
+        #: From each statement on, where no loop or condition follows: the calls, and where each one's end.
+        self.calls: list[tuple[tuple[Any, ...], Sequence[int]] | None] = []
         for first in range(len(statements)):
-            rest = self.statements[first:]
-            are_paths = all(each.has_paths_alone and each.container is each.test is None for each in rest)
-            self.paths.append(
-                (
-                    tuple(call for each in rest for call in each.calls),
-                    list(accumulate(len(each.calls) for each in rest)) if are_paths else (),
-                )
-            )
+            rest = statements[first:]
+            calls = tuple(call for each in rest for call in each.calls)
+            is_plain = all(each.over is each.test is None for each in rest)
+            self.calls.append((calls, [*accumulate(len(each.calls) for each in rest)]) if is_plain else None)
 
     @property
     def returns(self) -> bool:
@@ -123,6 +112,8 @@ class Pending(NamedTuple):
 
 _MISSING: Any = object()
 _LOOKUPS = vars(nn.Module)["__getattr__"], vars(object)["__getattribute__"]
+_KINDS = Path, Method, *_LOOKUPS
+_ITERATES = {cls: cls.__iter__ for cls in (nn.ModuleList, nn.Sequential)}
 
 
 def _found(path: Path, roots: tuple[Any, ...], variables: dict[str, Any]) -> Any:
@@ -135,64 +126,49 @@ def _found(path: Path, roots: tuple[Any, ...], variables: dict[str, Any]) -> Any
                 return _MISSING
         else:
             items = _items(found)
-            try:
-                found = _MISSING if items is None else list(items)[name]
-            except IndexError:
+            if not -len(items) <= name < len(items):
                 return _MISSING
+            found = items[name]
     return found
 
 
-_ITERATES = {cls: cls.__iter__ for cls in (nn.ModuleList, nn.Sequential)}
-
-
-def _items(container: Any) -> Any:
+def _items(container: Any) -> Sequence[Any]:
+    """The modules of a list of them; none where it iterates in a way of its own."""
     cls = type(container)
     cls = cls.__dict__.get("_unfused", cls)
     iterates = _ITERATES.get(cls)
-    return container._modules.values() if iterates is not None and cls.__iter__ is iterates else None
+    return [*container._modules.values()] if iterates is not None and cls.__iter__ is iterates else ()
 
 
 def _callables(
     statement: Statement, roots: tuple[Any, ...], variables: dict[str, Any]
 ) -> Sequence[Any] | None:
     """What the statement calls, in its order; None where it cannot be known before."""
-    if statement.container is not None:
-        callables: list[Any] = []
-        for item in _items(_found(statement.container, roots, variables)) or (_MISSING,):
-            found = None if item is _MISSING else _called_in(statement, (*roots, item), variables)
-            if found is None:
-                return None
-            callables += found
-        return callables
     if statement.test is not None:
-        value, (kind, expected) = _found(statement.test, roots, variables), statement.expects
-        if value is _MISSING or (kind == "true" and type(value) not in (bool, type(None))):
+        value = _found(statement.test, roots, variables)
+        if value is _MISSING or not (statement.asks_none or type(value) in (bool, type(None))):
             return None
-        callables = []
-        for part in (
-            statement.body if ((value is None) if kind == "none" else bool(value)) is expected else ()
-        ):
-            found = _callables(part, roots, variables)
-            if found is None:
-                return None
-            callables += found
-        return callables
-    return _called_in(statement, roots, variables)
-
-
-def _called_in(
-    statement: Statement, roots: tuple[Any, ...], variables: dict[str, Any]
-) -> Sequence[Any] | None:
-    if statement.has_paths_alone:
-        return _C.find(statement.calls, roots, variables, *_LOOKUPS)
-    if statement.has_methods_alone:
-        return statement.calls
-    callables = []
-    for call in statement.calls:
-        callables.append(_callable(call, roots, variables))
-        if callables[-1] is _MISSING:
+        if (value is None if statement.asks_none else bool(value)) is not statement.expected:
+            return ()
+    if statement.over is None:
+        return _called(statement.calls, roots, variables)
+    callables: list[Any] = []
+    for item in _items(_found(statement.over, roots, variables)) or (_MISSING,):
+        found = None if item is _MISSING else _called(statement.calls, (*roots, item), variables)
+        if found is None:
             return None
+        callables += found
     return callables
+
+
+def _called(
+    calls: tuple[Any, ...], roots: tuple[Any, ...], variables: dict[str, Any]
+) -> Sequence[Any] | None:
+    found: list[Any] | None = _C.find(calls, roots, variables, _KINDS)  # where all are plain
+    if found is None:
+        found = [_callable(call, roots, variables) for call in calls]
+        return None if any(each is _MISSING for each in found) else found
+    return found
 
 
 def _callable(call: Any, roots: tuple[Any, ...], variables: dict[str, Any]) -> Any:
@@ -201,54 +177,62 @@ def _callable(call: Any, roots: tuple[Any, ...], variables: dict[str, Any]) -> A
     if type(call) is Method:
         return call
     function, args, kwargs = call
-    args = tuple(_found(each, roots, variables) if type(each) is Path else each for each in args)
-    kwargs = {k: _found(each, roots, variables) if type(each) is Path else each for k, each in kwargs}
-    function = _found(function, roots, variables)
-    if any(each is _MISSING for each in (function, *args, *kwargs.values())):
-        return _MISSING
-    return Bound(function, args, kwargs)
+
+    def value(argument: Any) -> Any:
+        return _found(argument, roots, variables) if type(argument) is Path else argument
+
+    bound = Bound(
+        value(function), tuple(map(value, args)), {key: value(each) for key, each in kwargs.items()}
+    )
+    parts = bound.function, *bound.args, *bound.kwargs.values()
+    return _MISSING if any(each is _MISSING for each in parts) else bound
 
 
 # ---- the helpers
 
 
-def run(plan: Plan, first: int, value: Any, variables: dict[str, Any], *roots: Any) -> tuple[int, Any]:
+def run(
+    plan: Plan, first: int, value: Any, variables: dict[str, Any], roots: tuple[Any, ...]
+) -> tuple[int, Any]:
     """Runs statements from the first on; the number of the next, and the value that the last has assigned."""
     if not chain.is_unwatched(value):
         return first, value
     callables, ends = _known(plan, first, roots, variables)
-    layers: Layers = ([], [], [])
-    called = iter(callables)
-    output = chain.walk(called, value, layers, chain.stop)
-    if type(output) is chain.Stopped:
-        count = len(callables) - length_hint(called) - 1
-        done = bisect_right(ends, count)
-        if done == 0:
-            if not plan.statements[first].may_call:
-                return first, value
-            return first + 1, callables[0](value) if ends[0] == 1 else chain.run(callables[: ends[0]], value)
-        ends = ends[:done]
-        output = output.input
-        if count > ends[-1]:  # a statement has begun that will not be done
-            layers = ([], [], [])
-            output = chain.walk(callables[: ends[-1]], value, layers, chain.stop)
-    if layers[0]:
+    while ends:  # no code of the user's has run yet: what has been found is still what would be
+        layers: Layers = ([], [], [])
+        called = iter(callables)
+        output = chain.walk(called, value, layers, chain.stop)
+        count, at, dropout = len(ends), len(callables), None
+        if type(output) is chain.Stopped:
+            output, at = output.input, at - length_hint(called) - 1
+            if at + 1 in ends and chain.drops(callables[at]):
+                at, dropout = at + 1, callables[at]
+            count = bisect_right(ends, at)
+            if count == 0:
+                return _called_first(plan, first, callables[: ends[0]], value)
+            if at > ends[count - 1]:  # a statement has begun that will not be done
+                at, layers = ends[count - 1], ([], [], [])
+                output = chain.walk(callables[:at], value, layers, chain.stop)
         try:
-            output = functional.network(output, *layers)
-        except Exception:
-            return first, value  # the statement that it comes from will raise it again
-    return first + len(ends), output
+            if layers[0]:
+                output = functional.network(output, *layers)
+            if dropout is not None:
+                output = chain.dropped(dropout, output)
+        except Exception:  # the statement that it comes from will raise it again
+            break
+        first, value = first + count, output
+        callables, ends = callables[at:], [end - at for end in ends[count:]]
+    return first, value
 
 
 def _known(
     plan: Plan, first: int, roots: tuple[Any, ...], variables: dict[str, Any]
 ) -> tuple[Sequence[Any], Sequence[int]]:
     """What the statements from the first on call, as far as that is known, and where each one's calls end."""
-    paths, ends = plan.paths[first]
-    if ends:
-        found = _C.find(paths, roots, variables, *_LOOKUPS)
+    if (plain := plan.calls[first]) is not None:
+        found = _C.find(plain[0], roots, variables, _KINDS)
         if found is not None:
-            return found, ends
+            return found, plain[1]
     callables: list[Any] = []
     ends = []
     for statement in plan.statements[first:]:
@@ -258,6 +242,13 @@ def _known(
         callables += known
         ends.append(len(callables))
     return callables, ends
+
+
+def _called_first(plan: Plan, first: int, callables: Sequence[Any], value: Any) -> tuple[int, Any]:
+    """As `run`, where the first statement calls more than layers: what follows may be something else then."""
+    if not plan.statements[first].may_call:
+        return first, value
+    return first + 1, callables[0](value) if len(callables) == 1 else chain.run(callables, value)
 
 
 def call(*items: Any) -> Any:
@@ -270,7 +261,9 @@ def call(*items: Any) -> Any:
     return value
 
 
-def run_later(plan: Plan, first: int, value: Any, variables: dict[str, Any], *roots: Any) -> tuple[int, Any]:
+def run_later(
+    plan: Plan, first: int, value: Any, variables: dict[str, Any], roots: tuple[Any, ...]
+) -> tuple[int, Any]:
     """As `run`, but what is left up to the return statement is returned as it is, still to be done."""
     found: list[Any] = []
     for statement in plan.statements[first:]:
@@ -291,18 +284,8 @@ def inherited(method: Any) -> Any:
     if type(method) is MethodType:
         rewritten = type(method.__self__).__dict__.get("_inherited", {}).get(method.__func__)
         if rewritten is not None and rewritten.is_current():
-            return MethodType(rewritten.bound_as_original(), method.__self__)
+            return MethodType(rewritten.as_original(), method.__self__)
     return method
-
-
-class _With:
-    """Binds constant arguments to a function that an expression has found."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
-
-    def __call__(self, function: Any) -> Bound:
-        return Bound(function, self.args, self.kwargs)
 
 
 # ---- the source
@@ -313,8 +296,41 @@ _KNOWN = {name.__name__ for name in chain.FUNCTIONS}
 #: What of torch's a chain may hold although it is no layer: methods that only look at a tensor otherwise.
 _VIEWS = {"view", "flatten", "reshape"}
 _SEES_FRAMES = {"locals", "vars", "dir", "eval", "exec", "_getframe", "currentframe", "stack"}
-_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef, ast.ListComp, ast.SetComp)
-_SCOPES += (ast.DictComp, ast.GeneratorExp)  # type: ignore[assignment]
+_SCOPES = (
+    *(ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef),
+    *(ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
+)
+
+_ATTEMPT = """
+if NUMBER == INDEX:
+    NUMBER, VALUE = RUN(PLAN, INDEX, INPUT, GLOBALS(), ROOTS)
+if NUMBER == INDEX:
+    WRITTEN
+"""
+_ASSIGNED = """
+    NUMBER = NEXT
+elif NUMBER == NEXT:
+    TARGET = VALUE
+"""
+
+
+def _filled(template: str, at: ast.stmt, **parts: Any) -> list[ast.stmt]:
+    """Statements at the place of another: of a template, whose names stand for expressions or a statement."""
+
+    class Fill(ast.NodeTransformer):
+        def visit_Expr(self, node: ast.Expr) -> ast.AST:
+            statement: ast.AST = parts[node.value.id]  # type: ignore[attr-defined]
+            return statement
+
+        def visit_Name(self, node: ast.Name) -> ast.AST:
+            part: Any = parts[node.id]
+            return ast.copy_location(ast.Name(part, node.ctx) if isinstance(part, str) else part, at)
+
+    made = ast.parse(template)
+    for node in ast.walk(made):
+        if "lineno" in node._attributes:
+            ast.copy_location(node, at)
+    return [ast.fix_missing_locations(Fill().visit(each)) for each in made.body]
 
 
 def _constant(node: ast.AST) -> bool:
@@ -325,141 +341,133 @@ def _constant(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant)
 
 
+def _is_private(name: str) -> bool:
+    """Whether a class makes another name of it."""
+    return name[:2] == "__" != name[-2:]
+
+
+class _Link(NamedTuple):
+    """One of the calls of `f(g(x))`: what it calls, and the node of what that is called with."""
+
+    call: Path | Arguments | Method
+    node: ast.Call
+    input: ast.expr
+
+
 class _Rewriter(ast.NodeTransformer):
     """Rewrites one function; `plans` holds what it has found, `constants` what its markers stand for."""
 
-    def __init__(self, function: ast.FunctionDef, free: Sequence[str], later: bool) -> None:
-        self.later = later
-        self.constants: dict[str, Any] = {}
+    def __init__(self, function: ast.FunctionDef, code: CodeType, assigned: set[str]) -> None:
+        self.constants: dict[str, tuple[Any, Any]] = {}  # and what they stand for where the ending is pending
         self.plans: list[Plan] = []
         self.ending: Plan | None = None
-        arguments = function.args
-        named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
-        every = [*named, *(each for each in (arguments.vararg, arguments.kwarg) if each)]
+        self.ends = True  # whether a return statement here may end the function as a chain
         nodes = [node for each in function.body for node in ast.walk(each)]
         names = [node for node in nodes if isinstance(node, ast.Name)]
-        self.loads = Counter(node.id for node in names if isinstance(node.ctx, ast.Load))
-        stored = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
-        stored |= {
-            str(node.name)
-            for node in nodes
-            if isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar)
-        }
-        stored |= {
-            each.asname or each.name.split(".")[0]
-            for node in nodes
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            for each in node.names
-        }
-        stored |= {node.name for node in nodes if isinstance(node, (*_SCOPES[:2], ast.ClassDef))}
-        stored |= {str(node.rest) for node in nodes if isinstance(node, ast.MatchMapping)}
-        self.deleted = {node.id for node in names if isinstance(node.ctx, ast.Del)}
-        #: Names that other functions see too.
-        self.shared = {
-            name.id
-            for node in nodes
-            if isinstance(node, _SCOPES)
-            for name in ast.walk(node)
-            if isinstance(name, ast.Name)
-        } | {name for node in nodes if isinstance(node, ast.Global | ast.Nonlocal) for name in node.names}
-        self.roots = [each.arg for each in named if each.arg not in stored | self.shared]
-        self.parameters = {each.arg for each in every}
-        self.local = stored | self.parameters | set(free)
         used = {node.id for node in names} | {node.attr for node in nodes if isinstance(node, ast.Attribute)}
         if seen := sorted(used & _SEES_FRAMES):
             raise Refused(f"uses {seen[0]}, which may see its variables")
         if any(isinstance(node, ast.Await | ast.Yield | ast.YieldFrom) for node in nodes):
             raise Refused("is a generator")
+        self.loads = Counter(node.id for node in names if isinstance(node.ctx, ast.Load))
+        self.deleted = {node.id for node in names if isinstance(node.ctx, ast.Del)}
+        self.shared = {*code.co_cellvars, *code.co_freevars}  # with other functions
+        packed = (code.co_flags & inspect.CO_VARARGS > 0) + (code.co_flags & inspect.CO_VARKEYWORDS > 0)
+        self.parameters = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + packed]
+        self.roots = [name for name in self.parameters if name not in assigned]
+        self.local = {*code.co_varnames, *self.shared}
+        self.owner = ("", *code.co_qualname.split("."))[-2].lstrip("_")
         body = function.body
         has_text = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
-        count = len(body) - has_text
-        function.body = self.block(body, set(self.parameters), False, True)
+        count, last = len(body) - has_text, body[-1]
+        self.bound = set(self.parameters)
+        function.body = self.block(body)
         self.is_whole = bool(
             self.ending
             and len(self.ending.statements) == count
-            and isinstance(body[-1], ast.Return)
-            and [self.ending.statements[0].input] == [each.arg for each in every][1:]
-            and not arguments.defaults
-            and self.roots[:1] == [each.arg for each in every][:1]
+            and isinstance(last, ast.Return)
+            and (self.ending.statements[0].input,) == self.parameters[1:]
+            and not function.args.defaults
+            and self.roots[:1] == list(self.parameters[:1])
         )
-
-    # ---- expressions: nested calls, within one line
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        nested = self.nested(node, call)
-        if nested is not None:
-            return nested
-        self.generic_visit(node)
-        method = node.func
-        owner = (
-            method.value.func
-            if isinstance(method, ast.Attribute) and type(method.value) is ast.Call
-            else None
-        )
-        if isinstance(owner, ast.Name) and owner.id == "super":
-            node.func = self.call_of(inherited, [method], method)
-        return node
 
     def visit(self, node: ast.AST) -> Any:
         """Leaves functions within the function alone."""
         return node if isinstance(node, _SCOPES) else super().visit(node)
 
-    def nested(self, node: ast.AST, helper: Callable[..., Any], least: int = 2) -> ast.AST | None:
-        """The helper called with what the calls call, and with what the innermost is called with."""
-        functions, calls, inner = self.calls(node)
-        if len(functions) < least:
-            return None
-        self.plans.append(Plan([Statement("", None, tuple(calls[::-1]))]))
-        return self.call_of(helper, [*functions, self.visit(inner)], node)
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        """Rewrites the blocks of a statement as blocks."""
+        ends, self.ends = self.ends, self.ends and isinstance(node, ast.If | ast.Return)
+        for name, value in ast.iter_fields(node):
+            if isinstance(value, list) and value and isinstance(value[0], ast.stmt):
+                setattr(node, name, self.block(value))
+            elif isinstance(value, list):
+                value[:] = [self.visit(each) if isinstance(each, ast.AST) else each for each in value]
+            elif isinstance(value, ast.AST):
+                setattr(node, name, self.visit(value))
+        self.ends = ends
+        return node
 
-    def calls(self, node: Any) -> tuple[list[ast.expr], list[Any], ast.AST]:
-        """What nested calls call, as expressions and constants, the outermost first; the argument of all."""
-        functions: list[ast.expr] = []
-        calls: list[Any] = []
-        line, are_layers = node.lineno, 0
-        while isinstance(node, ast.Call) and node.end_lineno == node.lineno == line:
-            function = node.func
-            if isinstance(function, ast.Attribute) and self.is_method(node) and function.attr not in _VIEWS:
-                calls.append(Method(function.attr))
-                functions.append(self.marker(calls[-1]))
-                node = function.value
-                continue
-            path = self.path(function, any_local=True)
-            if path is None or not node.args or isinstance(node.args[0], ast.Starred):
-                break
-            name = path.names[-1] if path.names else path.root
-            is_global = bool(path.root) and type(path.root) is str and name not in _KNOWN
-            if is_global and (path.names or hasattr(builtins, str(path.root))):
-                break  # of another module, whose functions may ask who calls them
-            more = [*node.args[1:], *(each.value for each in node.keywords)]
-            if more:
-                if (
-                    name not in _KNOWN
-                    or not all(map(_constant, more))
-                    or any(not k.arg for k in node.keywords)
-                ):
-                    break
-                bound = _With(
-                    tuple(map(ast.literal_eval, node.args[1:])),
-                    {str(each.arg): ast.literal_eval(each.value) for each in node.keywords},
-                )
-                functions.append(self.call_of(bound, [function], function))
-            else:
-                functions.append(function)
-            are_layers += name not in _KNOWN
-            calls.append(path)
-            node = node.args[0]
-        return (functions, calls, node) if are_layers else ([], [], node)
-
-    def marker(self, value: Any) -> ast.Constant:
+    def marker(self, value: Any, pending: Any = None) -> ast.Constant:
         marker = f"\0fastmlp {len(self.constants)}"
-        self.constants[marker] = value
+        self.constants[marker] = value, pending or value
         return ast.Constant(marker)
 
-    def call_of(self, helper: Any, arguments: Sequence[ast.expr], node: ast.AST) -> ast.Call:
-        called = ast.Call(self.marker(helper), list(arguments), [])
-        ast.copy_location(called, node)
+    def call_of(self, helper: ast.expr, arguments: Sequence[ast.expr], node: ast.AST) -> ast.Call:
+        called = ast.copy_location(ast.Call(helper, list(arguments), []), node)
         return ast.fix_missing_locations(called)
+
+    # ---- calls
+
+    def path(self, node: ast.AST, loop: str | None = None) -> Path | None:
+        names: list[Any] = []
+        while not isinstance(node, ast.Name):
+            if isinstance(node, ast.Attribute):
+                names.append(
+                    f"_{self.owner}{node.attr}" if _is_private(node.attr) and self.owner else node.attr
+                )
+            elif isinstance(node, ast.Subscript) and _constant(node.slice):
+                names.append(ast.literal_eval(node.slice))
+            else:
+                return None
+            node = node.value
+        if not {*map(type, names)} <= {str, int} or _is_private(node.id):
+            return None
+        root: int | str = node.id
+        if node.id == loop:
+            root = _LOOP
+        elif node.id in self.roots:
+            root = self.roots.index(node.id)
+        elif node.id in self.local:
+            root = _OTHER
+        return Path(root, tuple(names[::-1]))
+
+    def argument(self, node: ast.AST) -> Any:
+        """A constant, or a path; _MISSING for what is neither."""
+        return ast.literal_eval(node) if _constant(node) else self.path(node) or _MISSING
+
+    def links(self, node: ast.AST, loop: str | None = None) -> list[_Link]:
+        """Nested calls, the outermost first."""
+        links: list[_Link] = []
+        while isinstance(node, ast.Call) and (link := self.link(node, loop)):
+            links.append(link)
+            node = link.input
+        return links
+
+    def link(self, node: ast.Call, loop: str | None) -> _Link | None:
+        function, more = node.func, [self.argument(each) for each in node.args[1:]]
+        if self.is_method(node):
+            assert isinstance(function, ast.Attribute)
+            return _Link(Method(function.attr, tuple(map(ast.literal_eval, node.args))), node, function.value)
+        path = self.path(function, loop)
+        if path is None or not node.args or isinstance(node.args[0], ast.Starred):
+            return None
+        keywords = {str(each.arg): self.argument(each.value) for each in node.keywords}
+        if not more and not keywords:
+            return _Link(path, node, node.args[0])
+        if not _is_known(path) or "None" in keywords or _MISSING in (*more, *keywords.values()):
+            return None
+        return _Link(Arguments(path, tuple(more), keywords), node, node.args[0])
 
     def is_method(self, node: ast.Call) -> bool:
         """Whether it is `value.relu()`, say."""
@@ -472,248 +480,207 @@ class _Rewriter(ast.NodeTransformer):
             return bool(node.args) and all(map(_constant, node.args))
         return function.attr.removesuffix("_") in functional.COMPOSITES and not node.args
 
-    def path(self, node: ast.AST, loop: str | None = None, any_local: bool = False) -> Path | None:
-        names: list[Any] = []
-        while not isinstance(node, ast.Name):
-            if isinstance(node, ast.Attribute) and not (node.attr[:2] == "__" != node.attr[-2:]):
-                names.insert(0, node.attr)
-                node = node.value
-            elif (
-                isinstance(node, ast.Subscript)
-                and _constant(node.slice)
-                and not isinstance(node.slice, ast.Tuple)
-            ):
-                index = ast.literal_eval(node.slice)
-                if type(index) is not int:
-                    return None
-                names.insert(0, index)
-                node = node.value
-            else:
-                return None
-        if node.id == loop:
-            return Path(_LOOP, tuple(names))
-        if node.id in self.roots:
-            return Path(self.roots.index(node.id), tuple(names))
-        if node.id in self.local:
-            return Path("", tuple(names)) if any_local else None  # what no variable is called
-        return Path(node.id, tuple(names))
+    # ---- expressions: nested calls, within one line
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if nested := self.nested(node, call):
+            return nested
+        self.generic_visit(node)
+        match node.func:
+            case ast.Attribute(value=ast.Call(func=ast.Name(id="super"))):
+                node.func = self.call_of(self.marker(inherited), [node.func], node.func)
+        return node
+
+    def nested(self, node: ast.AST, helper: Any, later: Any = None) -> ast.AST | None:
+        """The helper called with what the calls call, and with what the innermost is called with."""
+
+        def may_be_called(link: _Link) -> bool:
+            call, line = link.call, node.lineno  # type: ignore[attr-defined]
+            may = call.name not in _VIEWS if isinstance(call, Method) else not _is_foreign(_paths(call)[0])
+            return may and len(_paths(call)) <= 1 and link.node.lineno == link.node.end_lineno == line
+
+        links = list(takewhile(may_be_called, self.links(node)))
+        if not any(type(link.call) is Path and not _is_known(link.call) for link in links):
+            return None
+        statement = self.statement_of(links, None)
+        if len(links) > 1:
+            self.plans.append(Plan([statement]))
+        elif not later:
+            return None
+        if later:
+            self.ending = Plan([statement])
+        functions = [self.function(link) for link in links]
+        return self.call_of(self.marker(helper, later), [*functions, self.visit(links[-1].input)], node)
+
+    def function(self, link: _Link) -> ast.expr:
+        """The expression of what is called, as it stands."""
+        if isinstance(link.call, Method):
+            return self.marker(link.call)
+        if isinstance(link.call, Path):
+            return link.node.func
+        bound = partial(Bound, args=link.call.args, kwargs=link.call.kwargs)
+        return self.call_of(self.marker(bound), [link.node.func], link.node.func)
+
+    def visit_Return(self, node: ast.Return) -> ast.AST:
+        if self.ends and node.value and (nested := self.nested(node.value, call, call_later)):
+            node.value = nested  # type: ignore[assignment]  # an expression
+            return node
+        return self.generic_visit(node)
 
     # ---- statements
 
-    def unrolled(self, node: ast.AST, loop: str | None = None) -> tuple[list[Any], str] | None:
-        """The calls of an expression, the innermost first, and the variable that they are called with."""
-        calls: list[Any] = []
-        while isinstance(node, ast.Call):
-            if self.is_method(node):
-                assert isinstance(node.func, ast.Attribute)
-                calls.insert(0, Method(node.func.attr, tuple(map(ast.literal_eval, node.args))))
-                node = node.func.value
-                continue
-            path = self.path(node.func, loop)
-            if path is None or not node.args or isinstance(node.args[0], ast.Starred):
-                return None
-            if len(node.args) > 1 or node.keywords:
-                if not path.names or path.names[-1] not in _KNOWN:
+    def statement(self, node: ast.AST) -> Statement | None:
+        match node:
+            case ast.Return(value=ast.expr() as value):
+                return self.statement_in(value, None)
+            case ast.Assign(targets=[ast.Name(id=target)], value=value) if not _is_private(target):
+                return self.statement_in(value, target)
+            case ast.For(target=ast.Name(id=loop), iter=items, body=body, orelse=[]):
+                inside = Counter(n.id for n in ast.walk(node) if isinstance(n, ast.Name) and _is_load(n))
+                over, inner = self.path(items), self.together(body, loop)
+                if not over or over.root == _OTHER or not inner or inside[loop] != self.loads[loop]:
                     return None
-                values = [self.argument(each) for each in node.args[1:]]
-                keywords = [(str(each.arg), self.argument(each.value)) for each in node.keywords]
-                if _MISSING in values or any(value is _MISSING for _, value in keywords):
-                    return None
-                if any(each.arg is None for each in node.keywords):
-                    return None
-                calls.insert(0, Arguments(path, tuple(values), tuple(keywords)))
-            else:
-                calls.insert(0, path)
-            node = node.args[0]
-        return (calls, node.id) if isinstance(node, ast.Name) else None
-
-    def argument(self, node: ast.AST) -> Any:
-        if _constant(node):
-            return ast.literal_eval(node)
-        path = self.path(node)
-        return _MISSING if path is None else path
-
-    def statement(self, node: ast.stmt, loop: str | None = None) -> Statement | None:
-        if isinstance(node, ast.Return) and node.value is not None:
-            found = self.unrolled(node.value)
-            return found and Statement(
-                found[1], None, tuple(found[0]), may_call=node.end_lineno == node.lineno
-            )
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            found = self.unrolled(node.value, loop)
-            if not found or not found[0]:
-                return None
-            one_line = node.end_lineno == node.lineno
-            return Statement(found[1], node.targets[0].id, tuple(found[0]), may_call=one_line)
-        if isinstance(node, ast.For) and not node.orelse and isinstance(node.target, ast.Name):
-            variable, container = node.target.id, self.path(node.iter)
-            inner = sum(
-                isinstance(n, ast.Name) and n.id == variable and isinstance(n.ctx, ast.Load)
-                for n in ast.walk(node)
-            )
-            body = self.body(node.body, variable)
-            if (
-                container
-                and body
-                and inner == self.loads[variable]
-                and variable not in self.shared | self.parameters
-            ):
-                calls = tuple(each for part in body for each in part.calls)
-                return Statement(body[0].input, body[0].target, calls, container=container)
-        if isinstance(node, ast.If) and not node.orelse:
-            test: Any = node.test
-            expects = ("true", True)
-            if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-                test, expects = test.operand, ("true", False)
-            elif (
-                isinstance(test, ast.Compare)
-                and isinstance(test.ops[0], ast.Is | ast.IsNot)
-                and ast.dump(ast.Tuple(test.comparators)) == ast.dump(ast.Tuple([ast.Constant(None)]))
-            ):
-                test, expects = test.left, ("none", isinstance(test.ops[0], ast.Is))
-            path, body = self.path(test), self.body(node.body, None)
-            if path and path.names and body:
-                return Statement(body[0].input, body[0].target, test=path, expects=expects, body=tuple(body))
+                is_local = loop in self.local - self.shared - set(self.parameters)
+                return inner._replace(over=over) if is_local else None
+            case ast.If(test=test, body=body, orelse=[]):
+                is_none, expected = False, True
+                match test:
+                    case ast.UnaryOp(op=ast.Not(), operand=test):
+                        expected = False
+                    case ast.Compare(left=test, ops=[ast.Is() | ast.IsNot() as op], comparators=[none]):
+                        if not isinstance(none, ast.Constant) or none.value is not None:
+                            return None
+                        is_none, expected = True, isinstance(op, ast.Is)
+                path, inner = self.path(test), self.together(body)
+                if path and path.names and path.root != _OTHER and inner:
+                    return inner._replace(test=path, asks_none=is_none, expected=expected)
         return None
 
-    def body(self, nodes: Sequence[ast.stmt], loop: str | None) -> list[Statement]:
-        """The statements of a loop or a branch, if all of them are `x = f(x)`."""
-        found = [self.statement(node, loop) if isinstance(node, ast.Assign) else None for node in nodes]
-        statements = [each for each in found if each is not None]
-        names = {name for each in statements for name in (each.input, each.target)}
-        return statements if len(statements) == len(found) and len(names) == 1 else []
+    def statement_in(self, value: ast.expr, target: str | None, loop: str | None = None) -> Statement | None:
+        links = self.links(value, loop)
+        if any(type(each) is Path and each.root == _OTHER for link in links for each in _paths(link.call)):
+            return None
+        statement = self.statement_of(links, target, value)
+        return statement if statement.input and (links or target is None) else None
 
-    def block(self, nodes: Sequence[ast.stmt], bound: set[str], in_try: bool, ends: bool) -> list[ast.stmt]:
-        """A block of statements, rewritten. `ends` says whether its last may end the function as a chain."""
+    def statement_of(self, links: list[_Link], target: str | None, value: ast.AST | None = None) -> Statement:
+        input = links[-1].input if links else value
+        name = input.id if isinstance(input, ast.Name) and not _is_private(input.id) else ""
+        may_call = all(
+            link.node.lineno == link.node.end_lineno == links[0].node.lineno
+            and not any(map(_is_foreign, _paths(link.call)[:1]))
+            for link in links
+        )
+        return Statement(name, target, tuple(link.call for link in links[::-1]), may_call)
+
+    def together(self, nodes: Sequence[ast.stmt], loop: str | None = None) -> Statement | None:
+        """The statements of a loop or a branch as one, if all of them are `x = f(x)`."""
+        calls: list[Any] = []
+        names = set()
+        for node in nodes:
+            match node:
+                case ast.Assign(targets=[ast.Name(id=target)], value=value):
+                    part = self.statement_in(value, target, loop)
+                case _:
+                    part = None
+            if part is None:
+                return None
+            calls += part.calls
+            names |= {part.input, part.target}
+        return Statement(part.input, part.target, tuple(calls)) if part and len(names) == 1 else None
+
+    def block(self, nodes: list[ast.stmt]) -> list[ast.stmt]:
+        """A block of statements, rewritten."""
+        bound, self.bound = self.bound, set(self.bound)
         result: list[ast.stmt] = []
         index = 0
         while index < len(nodes):
-            group = self.group(nodes[index:], in_try) if self.can_begin(nodes[index], bound) else []
-            if sum(len(each.calls) + 2 * bool(each.container or each.test) for each in group) > 1:
-                result += self.run(group, nodes[index : index + len(group)], bound, in_try, ends)
-                index += len(group)
+            group = self.group(nodes[index:])
+            if sum(len(each.calls) + 2 * bool(each.over or each.test) for each in group) > 1:
+                count = len(group)
+                result += self.run(group, nodes[index : index + count])
             else:
-                node = nodes[index]
-                result.append(self.compound(node, bound, in_try, ends))
-                index += 1
-            for node in nodes[:index]:
+                count = 1
+                result.append(self.visit(nodes[index]))
+            for node in nodes[index : index + count]:
                 if isinstance(node, ast.Assign):
-                    bound |= {each.id for each in node.targets if isinstance(each, ast.Name)}
+                    self.bound |= {each.id for each in node.targets if isinstance(each, ast.Name)}
+            index += count
+        self.bound = bound
         return result
 
-    def can_begin(self, node: ast.stmt, bound: set[str]) -> bool:
-        statement = self.statement(node)
-        return statement is not None and statement.input in bound - self.deleted
-
-    def group(self, nodes: Sequence[ast.stmt], in_try: bool) -> list[Statement]:
+    def group(self, nodes: Sequence[ast.stmt]) -> list[Statement]:
+        """The statements from here on, while each takes the value of the one before, which no other sees."""
         group: list[Statement] = []
-        for node in nodes:
-            statement = self.statement(node)
-            if statement is None or (group and not self.follows(statement, group[-1], in_try)):
+        for statement in map(self.statement, nodes):
+            if statement is None:
+                break
+            if not group and statement.input not in self.bound - self.deleted:
+                break
+            if group and not self.follows(statement, group[-1]):
                 break
             group.append(statement)
             if statement.target is None:
                 break
         return group
 
-    def follows(self, statement: Statement, before: Statement, in_try: bool) -> bool:
-        """Whether the second takes the first one's value, which nobody else sees."""
+    def follows(self, statement: Statement, before: Statement) -> bool:
         name = before.target
-        if statement.input != name or name is None:
-            return False
-        if statement.target == name:
-            return True
-        return name not in self.shared and not in_try and (statement.target is None or self.loads[name] == 1)
+        is_seen = name in self.shared or (statement.target is not None and self.loads[str(name)] > 1)
+        return statement.input == name and (statement.target == name or not is_seen)
 
-    def compound(self, node: ast.stmt, bound: set[str], in_try: bool, ends: bool) -> ast.stmt:
-        if isinstance(node, _SCOPES):
-            return node
-        if isinstance(node, ast.Return) and node.value is not None:
-            _, calls, inner = self.calls(node.value)
-            if ends and calls:
-                input = inner.id if isinstance(inner, ast.Name) else ""
-                self.ending = Plan([Statement(input, None, tuple(calls[::-1]))])
-            nested = self.nested(node.value, call_later, 1) if self.later and ends else None
-            if nested is not None:
-                node.value = nested  # type: ignore[assignment]  # an expression
-                return node
-        is_in_try = in_try or isinstance(node, ast.Try | ast.TryStar)
-        goes_on = ends and isinstance(node, ast.If)
-        for name in ("body", "orelse", "finalbody"):
-            if block := getattr(node, name, None):
-                setattr(node, name, self.block(block, set(bound), is_in_try, goes_on))
-        for name in ("handlers", "cases"):
-            for part in getattr(node, name, ()):
-                part.body = self.block(part.body, set(bound), is_in_try, goes_on)
-        for name, value in ast.iter_fields(node):
-            if name not in ("body", "orelse", "finalbody", "handlers", "cases"):
-                if isinstance(value, ast.AST):
-                    setattr(node, name, self.visit(value))
-                elif isinstance(value, list):
-                    value[:] = [self.visit(each) if isinstance(each, ast.AST) else each for each in value]
-        return node
-
-    def run(
-        self, group: list[Statement], nodes: Sequence[ast.stmt], bound: set[str], in_try: bool, ends: bool
-    ) -> list[ast.stmt]:
+    def run(self, group: list[Statement], nodes: Sequence[ast.stmt]) -> list[ast.stmt]:
         """The statements, each with the helper before it."""
         plan = Plan(group)
         self.plans.append(plan)
-        helper = run_later if self.later and plan.returns and ends else run
+        is_ending = plan.returns and self.ends
         number, value = f".n{len(self.plans)}", f".x{len(self.plans)}"
-
-        def attempt(index: int, node: ast.stmt) -> ast.stmt:
-            arguments: list[ast.expr] = [
-                self.marker(plan),
-                ast.Constant(index),
-                ast.Name(group[index].input, ast.Load()),
-                self.call_of(globals, [], node),
-                *(ast.Name(name, ast.Load()) for name in self.roots),
-            ]
-            targets = ast.Tuple([ast.Name(number, ast.Store()), ast.Name(value, ast.Store())], ast.Store())
-            made = ast.Assign([targets], self.call_of(helper, arguments, node))
-            return ast.fix_missing_locations(ast.copy_location(made, node))
-
-        def where(index: int, body: list[ast.stmt], orelse: list[ast.stmt], node: ast.stmt) -> ast.stmt:
-            test = ast.Compare(ast.Name(number, ast.Load()), [ast.Eq()], [ast.Constant(index)])
-            return ast.fix_missing_locations(ast.copy_location(ast.If(test, body, orelse), node))
-
-        def assign(name: str, to: ast.expr, node: ast.stmt) -> ast.stmt:
-            made = ast.Assign([ast.Name(name, ast.Store())], to)
-            return ast.fix_missing_locations(ast.copy_location(made, node))
-
-        result: list[ast.stmt] = []
+        begin = "NUMBER = INDEX"
+        result = _filled(begin, nodes[0], NUMBER=number, INDEX=ast.Constant(0))
         for index, (statement, node) in enumerate(zip(group, nodes, strict=True)):
-            tried = attempt(index, node)
-            result.append(where(index, [tried], [], node) if index else tried)
-            written = self.compound(node, bound, in_try, ends)
-            if statement.target is None:
-                done = ast.Return(ast.Name(value, ast.Load()))
-                result += [
-                    where(index, [written], [], node),
-                    ast.fix_missing_locations(ast.copy_location(done, node)),
-                ]
-            else:
-                result.append(
-                    where(
-                        index,
-                        [written, assign(number, ast.Constant(index + 1), node)],
-                        [
-                            where(
-                                index + 1,
-                                [assign(statement.target, ast.Name(value, ast.Load()), node)],
-                                [],
-                                node,
-                            )
-                        ],
-                        node,
-                    )
-                )
-        if plan.returns and ends:
+            template = _ATTEMPT + ("return VALUE" if statement.target is None else _ASSIGNED)
+            result += _filled(
+                template,
+                node,
+                NUMBER=number,
+                VALUE=value,
+                INDEX=ast.Constant(index),
+                NEXT=ast.Constant(index + 1),
+                RUN=self.marker(run, run_later if is_ending else run),
+                PLAN=self.marker(plan),
+                INPUT=statement.input,
+                GLOBALS=self.marker(globals),
+                ROOTS=ast.Tuple([ast.Name(name, ast.Load()) for name in self.roots], ast.Load()),
+                TARGET=statement.target,
+                WRITTEN=self.visit(node),
+            )
+        if is_ending:
             self.ending = plan
-        if not plan.returns:
-            result.append(assign(value, ast.Constant(None), nodes[-1]))  # which holds a tensor else
+        if not plan.returns:  # it holds a tensor else
+            result += _filled("VALUE = None", nodes[-1], VALUE=value)
         return result
+
+
+def _is_load(node: ast.Name) -> bool:
+    return isinstance(node.ctx, ast.Load)
+
+
+def _paths(call: Path | Arguments | Method) -> list[Path]:
+    """What a call finds: the function first, then its arguments."""
+    if type(call) is Arguments:
+        return [call.function, *(each for each in (*call.args, *call.kwargs.values()) if type(each) is Path)]
+    return [call] if type(call) is Path else []
+
+
+def _is_known(path: Path) -> bool:
+    """Whether it is called as a function of torch's is."""
+    return (path.names[-1] if path.names else path.root) in _KNOWN
+
+
+def _is_foreign(path: Any) -> bool:
+    """Whether it is of another module, whose functions may ask who calls them."""
+    is_global = type(path.root) is str and path.root != _OTHER
+    return is_global and not _is_known(path) and bool(path.names or hasattr(builtins, str(path.root)))
 
 
 # ---- the code
@@ -725,7 +692,7 @@ class Rewritten(NamedTuple):
     original: Any  # functions, all three; as such mypy would bind them
     code: CodeType  # the original's
     function: Any
-    later: Any  # returns a Pending, where the function ends by returning a chain
+    later: Any  # returns a Pending, where the function ends by returning a chain; else None
     plans: tuple[Plan, ...]
     ending: Plan | None
     is_whole: bool  # whether it does nothing but that
@@ -741,14 +708,25 @@ class Rewritten(NamedTuple):
         """Whether it is still what the original does."""
         if self.original.__code__ is not self.code:
             return False
-        within = self.within
-        return within is None or (
-            any(each is within.original for each in _contents(self.original)) and within.is_current()
-        )
+        if self.within is None:
+            return True
+        held = any(each is self.within.original for each in _cells(self.original).values())
+        return held and self.within.is_current()
 
     def names(self) -> tuple[str, ...]:
         """The names of attributes and global variables in its source."""
         return self.code.co_names if self.within is None else self.within.names()
+
+    def as_original(self, later: bool = False) -> Any:
+        """The rewritten function, with the defaults that the original has by now."""
+        original, function = self.original, self.later if later else self.function
+        if original.__defaults__ is not function.__defaults__:
+            function.__defaults__ = original.__defaults__
+        if original.__kwdefaults__ is not function.__kwdefaults__:
+            function.__kwdefaults__ = original.__kwdefaults__
+        if self.within is not None:
+            self.within.as_original()
+        return function
 
     def callables(self, plan: Plan, module: nn.Module) -> list[list[Any]]:
         """What each statement of a run calls, None for what is not known but in the run."""
@@ -758,23 +736,12 @@ class Rewritten(NamedTuple):
         variables = self.original.__globals__
         found: list[list[Any]] = []
         for statement in plan.statements:
-            if statement.container or statement.test:
+            if statement.over or statement.test:
                 known = _callables(statement, roots, variables)
                 found.append([None] if known is None else [*known])
             else:
                 found.append([self._likely(call, roots, variables) for call in statement.calls])
         return found
-
-    def bound_as_original(self) -> Any:
-        """The rewritten function, with the defaults that the original has by now."""
-        original, function = self.original, self.function
-        if original.__defaults__ is not function.__defaults__:
-            function.__defaults__ = original.__defaults__
-        if original.__kwdefaults__ is not function.__kwdefaults__:
-            function.__kwdefaults__ = original.__kwdefaults__
-        if self.within is not None:
-            self.within.bound_as_original()
-        return function
 
     def _likely(self, call: Any, roots: tuple[Any, ...], variables: dict[str, Any]) -> Any:
         """What a call would call, as far as that can be told without running a __getattr__, say."""
@@ -787,7 +754,7 @@ class Rewritten(NamedTuple):
 
     def parts(self, module: nn.Module) -> list[Any] | None:
         """What it calls, one after the other, where it does nothing but that."""
-        if not self.is_whole or self.ending is None or self.original.__code__ is not self.code:
+        if not self.is_whole or self.ending is None or not self.is_current():
             return None
         parts: list[Any] = []
         for statement in self.ending.statements:
@@ -802,9 +769,10 @@ _lock = threading.RLock()  # the tree of a file is changed while it is compiled
 
 
 @lru_cache(maxsize=4)
-def _parsed(filename: str, source: str) -> tuple[ast.Module, CodeType]:
+def _parsed(filename: str, source: str) -> tuple[ast.Module, CodeType, symtable.SymbolTable]:
     tree = ast.parse(source, filename)
-    return tree, compile(tree, filename, "exec", dont_inherit=True)
+    whole = compile(tree, filename, "exec", dont_inherit=True)
+    return tree, whole, symtable.symtable(source, filename, "exec")
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -826,56 +794,58 @@ def _is_same(a: CodeType, b: CodeType) -> bool:
     )
 
 
-def _definitions(tree: ast.AST, code: CodeType) -> list[tuple[list[Any], int, ast.FunctionDef]]:
-    """The functions that the code may be of, and where they stand."""
-    found: list[tuple[list[Any], int, ast.FunctionDef]] = []
-    for name in ("body", "orelse", "finalbody", "handlers", "cases"):
-        block: Any = getattr(tree, name, None)
-        for index, node in enumerate(block if isinstance(block, list) else ()):
-            if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
-                first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
-                if first == code.co_firstlineno:
-                    found.append((block, index, node))
-            found += _definitions(node, code)
-    return found
+def _the_code(whole: CodeType, code: CodeType) -> CodeType:
+    """The code in a file's that stands where the other does."""
+    same: CodeType = _only(
+        each
+        for each in _codes(whole)
+        if each.co_name == code.co_name and each.co_firstlineno == code.co_firstlineno
+    )
+    return same
 
 
-def _tree(function: Any) -> ast.Module:
-    """The file that a function is from, which is what it says.
+def _assigned(table: symtable.SymbolTable) -> set[str]:
+    """The arguments of a function that are assigned to, also by functions within it."""
+    own = {each.get_name() for each in table.get_symbols() if each.is_assigned() or each.is_imported()}
+    inner = [child for child in _tables(table) if child is not table]
+    return own | {s.get_name() for child in inner for s in child.get_symbols() if s.is_nonlocal()}
 
-    Raises:
-        Refused: where it is not.
-    """
+
+def _tables(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    yield table
+    for child in table.get_children():
+        yield from _tables(child)
+
+
+def _only(found: Any) -> Any:
+    each, *others = [*found] or [None]
+    if each is None or others:
+        raise Refused("is not what its source says")
+    return each
+
+
+def _source(function: Any) -> tuple[ast.Module, symtable.SymbolTable, ast.FunctionDef]:
+    """The file that a function is from, and where it stands there; Refused where it is not what that says."""
     code = function.__code__
     linecache.checkcache(code.co_filename)
     source = "".join(linecache.getlines(code.co_filename, function.__globals__))
     if not source:
         raise Refused("has no source that can be found")
     try:
-        tree, whole = _parsed(code.co_filename, source)
+        tree, whole, table = _parsed(code.co_filename, source)
     except (SyntaxError, ValueError):
         raise Refused("is not what its source says") from None
-    if not _is_same(_only(_same_place(whole, code)), code):
+    if not _is_same(_the_code(whole, code), code):
         raise Refused("is not what its source says")
-    return tree
+    functions = [each for each in ast.walk(tree) if isinstance(each, ast.FunctionDef)]
+    same = (
+        each for each in functions if (each.name, _first_line(each)) == (code.co_name, code.co_firstlineno)
+    )
+    return tree, table, _only(same)
 
 
-def _same_place(whole: CodeType, code: CodeType) -> list[CodeType]:
-    return [
-        each
-        for each in _codes(whole)
-        if each.co_name == code.co_name and each.co_firstlineno == code.co_firstlineno
-    ]
-
-
-def _only(found: list[Any]) -> Any:
-    if len(found) != 1:
-        raise Refused("is not what its source says")
-    return found[0]
-
-
-def _marked(code: CodeType, constants: dict[str, Any]) -> CodeType:
-    return code.replace(co_consts=tuple(constants.get(c, c) if type(c) is str else c for c in code.co_consts))
+def _first_line(definition: ast.FunctionDef) -> int:
+    return min([definition.lineno, *(each.lineno for each in definition.decorator_list)])
 
 
 def rewrite(function: Any) -> Rewritten:
@@ -886,36 +856,46 @@ def rewrite(function: Any) -> Rewritten:
     """
     if type(function) is not FunctionType:
         raise Refused("is not a Python function")
-    code = function.__code__
-    decorated = vars(function).get("__wrapped__")
+    code, decorated = function.__code__, vars(function).get("__wrapped__")
     with _lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the user has seen them, and markers are called
-        tree = _tree(function)
+        tree, table, node = _source(function)
         if type(decorated) is FunctionType:
-            return _around(function, decorated, _only(_definitions(tree, code))[2])
-        made, rewriter = _compiled(tree, code, later=False)
-        later = _compiled(tree, code, later=True)[0] if rewriter.ending else None
+            return _around(function, decorated, node)
+        name_and_line = code.co_name, node.lineno
+        scope = _only(
+            each for each in _tables(table) if (each.get_name(), each.get_lineno()) == name_and_line
+        )
+        body, node.body = node.body, copy.deepcopy(node.body)
+        try:
+            rewriter = _Rewriter(node, code, _assigned(scope))
+            made = _the_code(compile(tree, code.co_filename, "exec", dont_inherit=True), code)
+        finally:
+            node.body = body
+    if made.co_freevars != code.co_freevars or made.co_cellvars != code.co_cellvars:
+        raise Refused("has variables that do not stay what they are")
+    now, pending = (_filled_in(made, {k: v[i] for k, v in rewriter.constants.items()}) for i in (0, 1))
     return Rewritten(
-        function,
-        code,
-        _function(made, function),
-        later and _function(later, function),
-        tuple(rewriter.plans),
-        rewriter.ending,
-        rewriter.is_whole,
-        rewriter.roots[:1] == list(code.co_varnames[:1]),
+        original=function,
+        code=code,
+        function=_function(now, function),
+        later=_function(pending, function) if rewriter.ending else None,
+        plans=tuple(rewriter.plans),
+        ending=rewriter.ending,
+        is_whole=rewriter.is_whole,
+        is_method=rewriter.roots[:1] == list(code.co_varnames[:1]),
     )
 
 
-def _contents(function: Any) -> list[Any]:
-    """What the variables of enclosing functions hold."""
-    contents = []
-    for cell in function.__closure__ or ():
+def _cells(function: Any) -> dict[str, Any]:
+    """What the variables of enclosing functions hold; None for nothing by now."""
+    cells = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
-            contents.append(cell.cell_contents)
-        except ValueError:  # nothing by now
-            contents.append(None)
-    return contents
+            cells[name] = cell.cell_contents
+        except ValueError:
+            cells[name] = None
+    return cells
 
 
 #: What a decorator may do with a function besides calling it, for another to be as good.
@@ -924,64 +904,45 @@ _PARTIAL, _SAME_NAMES = ("partial", "functools.partial"), ("__name__", "__qualna
 
 def _around(function: Any, decorated: FunctionType, definition: ast.FunctionDef) -> Rewritten:
     """A function made by a decorator with functools.wraps, around what it decorates, rewritten."""
-    contents = _contents(function)
-    names = [
-        name
-        for name, content in zip(function.__code__.co_freevars, contents, strict=True)
-        if content is decorated
-    ]
+    cells = _cells(function)
     nodes = list(ast.walk(definition))
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     known = {id(node.func) for node in calls}
     known |= {id(node.args[0]) for node in calls if node.args and ast.unparse(node.func) in _PARTIAL}
     known |= {id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in _SAME_NAMES}
+    names = [name for name, content in cells.items() if content is decorated]
     body = [node for each in definition.body for node in ast.walk(each)]
     used = [node for node in body if isinstance(node, ast.Name) and [node.id] == names]
     if not used or not all(id(node) in known for node in used):
         raise Refused(f"is decorated by {function.__code__.co_name}, which may do more than to call it")
     within = rewrite(decorated)
-    cells = [
-        CellType(within.function) if content is decorated else cell
-        for cell, content in zip(function.__closure__, contents, strict=True)
-    ]
-    made = _function(function.__code__, function, tuple(cells))
+    closure = (
+        CellType(within.function) if name in names else cell
+        for name, cell in zip(cells, function.__closure__, strict=True)
+    )
     return Rewritten(
-        function, function.__code__, made, None, within.plans, None, False, within.is_method, within
+        original=function,
+        code=function.__code__,
+        function=_function(function.__code__, function, tuple(closure)),
+        later=None,
+        plans=within.plans,
+        ending=None,
+        is_whole=False,
+        is_method=within.is_method,
+        within=within,
     )
 
 
-def _compiled(tree: ast.Module, code: CodeType, later: bool) -> tuple[CodeType, _Rewriter]:
-    block, index, node = _only(_definitions(tree, code))
-    block[index] = copy.deepcopy(node)
-    try:
-        rewriter = _Rewriter(block[index], code.co_freevars, later)
-        whole = compile(tree, code.co_filename, "exec", dont_inherit=True)
-    finally:
-        block[index] = node
-    made = _only(_same_place(whole, code))
-    if made.co_freevars != code.co_freevars or made.co_cellvars != code.co_cellvars:
-        raise Refused("has variables that do not stay what they are")
-    return _marked(made, rewriter.constants), rewriter
+def _filled_in(code: CodeType, constants: dict[str, Any]) -> CodeType:
+    return code.replace(co_consts=tuple(constants.get(c, c) if type(c) is str else c for c in code.co_consts))
 
 
 def _function(code: CodeType, original: FunctionType, closure: Any = None) -> FunctionType:
     """A function of that code which is the original in all else."""
-    made = FunctionType(
-        code,
-        original.__globals__,
-        original.__name__,
-        original.__defaults__,
-        original.__closure__ if closure is None else closure,
-    )
-    for name in (
-        "__kwdefaults__",
-        "__annotations__",
-        "__doc__",
-        "__module__",
-        "__qualname__",
-        "__type_params__",
-    ):
-        if hasattr(original, name):
-            setattr(made, name, getattr(original, name))
+    cells = original.__closure__ if closure is None else closure
+    made = FunctionType(code, original.__globals__, original.__name__, original.__defaults__, cells)
+    for name in ("kwdefaults", "annotations", "doc", "module", "qualname", "type_params"):
+        if hasattr(original, f"__{name}__"):
+            setattr(made, f"__{name}__", getattr(original, f"__{name}__"))
     made.__dict__ = original.__dict__
     return made

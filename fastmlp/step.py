@@ -247,8 +247,7 @@ class TrainStep:
             ):
                 raise more
             return x, callables
-        rewritten.later.__defaults__ = rewritten.original.__defaults__
-        pending = rewritten.later(module, x)
+        pending = rewritten.as_original(later=True)(module, x)
         if type(pending) is not Pending or (
             isinstance(pending.input, Tensor) and pending.input.requires_grad and not x.requires_grad
         ):

@@ -91,7 +91,7 @@ class Base(nn.Module):
         self.wide = nn.Linear(6, 7)
         self.relu, self.tanh, self.quick, self.gelu = nn.ReLU(), nn.Tanh(), nn.ReLU(inplace=True), nn.GELU()
         self.drop, self.id = nn.Dropout(0.3), nn.Identity()
-        self.same = self.fc1
+        self.same, self._Net__own = self.fc1, nn.Linear(6, 6)
         self.norm, self.mean, self.exchanges = nn.LayerNorm(6), Mean(), Exchanges(self)
         self.seq = nn.Sequential(nn.Linear(6, 6), nn.Sigmoid(), nn.Linear(6, 6))
         self.own = Own(nn.Linear(6, 6), nn.ReLU())
@@ -131,6 +131,7 @@ LAYERS = [
     "self.layers[-1]",
     "self.blocks[0]",
     "self.by_name['a']",
+    "self.__own",
 ]
 ACTS = [
     "torch.relu",
@@ -226,6 +227,7 @@ SIDE = [
     "x = x + k",
     "self.keep = x",
     "x = sum([f(x) for f in self.layers])",
+    "x = sum([self.fc2(x) for _ in range(2)])",
     "y = x",
     "x = x + y",
     "self.by_name.pop('b', None)",
@@ -308,15 +310,24 @@ def statements(draw, depth=0, loop=None):
     return f"for f in {items}:\n{textwrap.indent(body, '    ')}{after}"
 
 
+BEFORE = [
+    "global GAIN\nGAIN = 1.5",
+    "keep = lambda: x",
+    "keep = lambda: self.fc1",
+    "def other():\n    nonlocal self\n    self.count += 1\n    self = self.same and self\nother()",
+    "self, x = self, x * 2",
+    "'text'",
+    "locals()",
+]
+
+
 @st.composite
 def forwards(draw):
     lines = draw(st.lists(statements(), min_size=0, max_size=5))
     end = draw(st.sampled_from(["x", "{}", "{}", "{}", "({}, x)", "{{'y': {}}}", "{} * 2"]))
     lines.append("return " + end.format(draw(expressions("x"))))
     if draw(st.integers(0, 9)) == 0:
-        lines.insert(
-            0, draw(st.sampled_from(["global GAIN\nGAIN = 1.5", "keep = lambda: x", "'text'", "locals()"]))
-        )
+        lines.insert(0, draw(st.sampled_from(BEFORE)))
     return "class Net(Base):\n    def forward(self, x, k=1.0):\n" + textwrap.indent("\n".join(lines), " " * 8)
 
 

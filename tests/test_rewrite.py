@@ -182,6 +182,27 @@ class Wrapped(Parts):
         return self.fc2(torch.relu(self.fc1(x)))
 
 
+class Private(Parts):
+    """Python calls its attribute _Private__act."""
+
+    def __init__(self):
+        super().__init__()
+        self.__act = nn.ReLU()
+
+    def forward(self, x):
+        x = self.fc1(x)
+        x = self.__act(x)
+        return self.fc2(x)
+
+
+class Comprehends(Parts):
+    def forward(self, x):
+        x = torch.cat([self.fc1(each) for each in x.split(1)])
+        x = torch.relu(x)
+        x = self.mid(x)
+        return self.fc2(torch.relu(x))
+
+
 class Tries(Parts):
     def forward(self, x):
         try:
@@ -210,6 +231,8 @@ ONE_OP = {
     Walrus: [("relu", None)],
     Tries: [("relu", None)],
     Wrapped: [("relu", None)],
+    Private: [("relu", None)],
+    Comprehends: [(None,), (None,), (None,), (None,), (None,), ("relu", None)],
 }
 
 
