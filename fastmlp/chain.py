@@ -7,7 +7,7 @@ patched is no longer the one that is known here.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -241,10 +241,16 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
             elif name == "identity" or (name == "dropout" and not own["training"] and _is_rate(own["p"])):
                 continue
             elif name == "sequential":
-                input = walk(own["_modules"].values(), input, layers, other)
-                if type(input) is Stopped:
-                    return input
-                continue
+                parts = own["_modules"].values()
+                if other is not stop:
+                    input = walk(parts, input, layers, other)
+                    if type(input) is Stopped:
+                        return input
+                    continue
+                output = _taken(parts, input, layers)
+                if type(output) is not Stopped:
+                    input = output
+                    continue
             elif name == "chain":
                 output = _taken(kind._parts(module), input, layers)
                 if type(output) is not Stopped:
@@ -286,7 +292,7 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
     return input
 
 
-def _taken(parts: Sequence[Any] | None, input: Any, layers: Layers) -> Any:
+def _taken(parts: Iterable[Any] | None, input: Any, layers: Layers) -> Any:
     """As `walk`, where all parts are layers: they have been found at once, so no other code may run."""
     if parts is None:
         return Stopped(input)

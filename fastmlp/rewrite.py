@@ -198,6 +198,7 @@ def run(
     if not chain.is_unwatched(value):
         return first, value
     callables, ends = _known(plan, first, roots, variables)
+    begun = first
     while ends:  # no code of the user's has run yet: what has been found is still what would be
         layers: Layers = ([], [], [])
         called = iter(callables)
@@ -209,7 +210,9 @@ def run(
                 at, dropout = at + 1, callables[at]
             count = bisect_right(ends, at)
             if count == 0:
-                return _called_first(plan, first, callables[: ends[0]], value)
+                if first > begun or not plan.statements[first].may_call:
+                    break
+                return first + 1, chain.run(callables[: ends[0]], value)
             if at > ends[count - 1]:  # a statement has begun that will not be done
                 at, layers = ends[count - 1], ([], [], [])
                 output = chain.walk(callables[:at], value, layers, chain.stop)
@@ -242,13 +245,6 @@ def _known(
         callables += known
         ends.append(len(callables))
     return callables, ends
-
-
-def _called_first(plan: Plan, first: int, callables: Sequence[Any], value: Any) -> tuple[int, Any]:
-    """As `run`, where the first statement calls more than layers: what follows may be something else then."""
-    if not plan.statements[first].may_call:
-        return first, value
-    return first + 1, callables[0](value) if len(callables) == 1 else chain.run(callables, value)
 
 
 def call(*items: Any) -> Any:

@@ -380,8 +380,19 @@ class OwnClass(Parts):
         return super(self.__class__, self).forward(x)
 
 
-DURING = [Subtracts, Exchanged, ExchangedInOneExpression, ExchangedInAMethod, PropertyBetween, PropertyBefore]
-DURING += [OneModuleOfTwoNames, Pops, Prints, OwnClass]
+class LayersThatEndWithinASequential(Parts):
+    def __init__(self):
+        super().__init__()
+        self.seq = nn.Sequential(nn.Linear(9, 9), nn.Tanh(), nn.LayerNorm(9), nn.Linear(9, 9))
+
+    def forward(self, x):
+        x = torch.relu(self.fc1(x))
+        x = self.seq(x)
+        return self.fc2(x)
+
+
+DURING = [LayersThatEndWithinASequential, Subtracts, Exchanged, ExchangedInOneExpression, ExchangedInAMethod]
+DURING += [PropertyBetween, PropertyBefore, OneModuleOfTwoNames, Pops, Prints, OwnClass]
 
 
 @pytest.mark.parametrize("make", DURING, ids=lambda make: make.__name__)
@@ -511,11 +522,20 @@ def test_what_is_not_there_raises_what_stock_raises(change):
 
 
 @pytest.mark.parametrize("make", [Statements, ManyNames, OverLines, Loop, Optional], ids=lambda m: m.__name__)
-def test_an_error_comes_from_the_line_that_it_comes_from(make):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: (setattr(m, "fc2", nn.Linear(8, 4)), m.layers.insert(1, nn.Linear(8, 12))),
+        lambda m: (setattr(m, "fc2", None), m.layers.insert(1, None)),
+        lambda m: (setattr(m, "fc2", nn.Flatten(7)), m.layers.insert(1, nn.Flatten(7))),
+    ],
+    ids=["a layer", "nothing", "another module"],
+)
+def test_an_error_comes_from_the_line_that_it_comes_from(make, change):
     lines = []
     for model in (make(), fastmlp.fuse(make())):
-        model.fc2, model.layers[1] = nn.Linear(8, 4), nn.Linear(8, 12)
-        with pytest.raises(RuntimeError) as caught:
+        change(model)
+        with pytest.raises((RuntimeError, TypeError, IndexError)) as caught:
             model(inputs())
         frames = traceback.extract_tb(caught.value.__traceback__)
         lines.append([frame.lineno for frame in frames if frame.filename == __file__][1:])
