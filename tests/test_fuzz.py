@@ -219,7 +219,7 @@ SIDE = [
     "if self.count > 2: return x",
     "LOG.append(self.fc1 is self.same)",
     "LOG.append(self.fc1 == self.same)",
-    "LOG.append((lambda: float(x.detach().sum()) > 0)())",
+    "LOG.append((lambda: float(x.detach().sum()) > 0.1)())",
     "LOG.append(isinstance(self, Base))",
     "LOG.append(sum(p.numel() for p in self.parameters()))",
     "x = x @ self.fc1.weight",
@@ -271,7 +271,7 @@ def statements(draw, depth=0, loop=None):
             st.sampled_from(
                 [
                     "except RuntimeError:\n    x = x * 2",
-                    "finally:\n    LOG.append(float(x.detach().sum()) > 0)",
+                    "finally:\n    LOG.append(float(x.detach().sum()) > 0.1)",
                     "except Exception as e:\n    LOG.append(type(e).__name__)\n    x = x + 1",
                 ]
             )
