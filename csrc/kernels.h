@@ -48,27 +48,44 @@ struct Backward {
   void* grad_bias;    // [N]
 };
 
-// One step of stochastic gradient descent, as torch.optim.SGD defines it. For each element of a parameter w, whose
-// gradient is dW:
+// One step of an optimizer, as torch.optim defines it. For each element of a parameter w, whose gradient is dW:
 //
-//   g = dW + weight_decay · w     with −dW in place of dW to maximize
-//   where there is momentum       m = momentum · m + undamped · g     or g in the first step
-//                                 g = m, or g + momentum · m after Nesterov
-//   w = w − lr · g
+//   g = dW + weight_decay · w        with −dW in place of dW to maximize
+//
+//   sgd    m = momentum · m + undamped · g     or g in the first step, where there is a state m;
+//          g = m                               or g + momentum · m after Nesterov
+//          w = w − rate · g
+//   adam   m = m + undamped · (g − m)     v = momentum_square · v + undamped_square · g²
+//          u = max(u, v)                       where there is a third state, else v
+//          w = kept · w − rate · m / (√u · inverse_root + eps)
 //
 // It is computed in float32, whatever the dtype.
-struct Sgd {
+struct Optimizer {
+  enum Kind : int { sgd, adam };
+  Kind kind;
   Dtype dtype;
-  float lr, momentum, undamped, weight_decay;  // undamped = 1 − dampening
-  bool nesterov, maximize, first;
+  int states;  // tensors beside each parameter: 0 or 1 for sgd, 2 or 3 for adam
+  float weight_decay, momentum, undamped;
+  float momentum_square, undamped_square, eps, kept;  // of adam alone; kept = 1 − lr · decoupled weight decay
+  bool maximize, nesterov, first;                     // the last two of sgd alone
 };
+
+// What depends on the learning rate, and on how often a tensor has been changed: for sgd rate = lr; for adam
+// lr / (1 − beta1ᵗ), and inverse_root = 1 / √(1 − beta2ᵗ).
+struct Rates {
+  float rate, inverse_root;
+};
+
+inline constexpr int most_states = 3;
 
 // A tensor of the step. No two may overlap.
 struct Update {
   void* param;       // w [size]
   const void* grad;  // dW [size]
-  void* momentum;    // m [size], only written in the first step; null, then all of a call's are, for none
+  void* states
+      [most_states];  // [size] each, as many as the optimizer has; only written in the first step of sgd
   int64_t size;
+  Rates rates;
 };
 
 enum class Reduction : int { none, mean, sum };
@@ -105,11 +122,11 @@ struct Pointwise {
   bool mean;                         // or the sum
 };
 
-// A parameter of a step, which changes it as `sgd` says; where that is null it stays as it is.
+// A parameter of a step, which changes it as `optimizer` says; where that is null it stays as it is. Its gradient is the
+// step's.
 struct Trained {
-  const Sgd* sgd;
-  float* param;
-  float* momentum;  // as in Update
+  const Optimizer* optimizer;
+  Update update;
 };
 
 // A whole training step: forward, loss, backward, and the update of the parameters. float32.
@@ -142,7 +159,7 @@ int64_t forward_workspace(const Forward* layers, int64_t count, int threads);
 void forward(const Forward* layers, int64_t count, void* workspace, int threads);
 int64_t backward_workspace(const Backward* layers, int64_t count, int threads);
 void backward(const Backward* layers, int64_t count, void* workspace, int threads);
-void sgd(const Sgd&, const Update* updates, int64_t count, int threads);  // of `count` tensors
+void optimize(const Optimizer&, const Update* updates, int64_t count, int threads);  // of `count` tensors
 
 // Returns -1, or the first row whose target is neither a class nor ignore_index: nothing is written then.
 int64_t cross_entropy_workspace(const CrossEntropy&);
@@ -166,7 +183,7 @@ int64_t forward_workspace(const Forward* layers, int64_t count);
 int forward(const Forward* layers, int64_t count, void* workspace, void* stream);
 int64_t backward_workspace(const Backward* layers, int64_t count);
 int backward(const Backward* layers, int64_t count, void* workspace, void* stream);
-int sgd(const Sgd&, const Update* updates, int64_t count, void* stream);
+int optimize(const Optimizer&, const Update* updates, int64_t count, void* stream);
 
 // A target that is neither a class nor ignore_index fails an assertion on the device, as in torch.
 int64_t cross_entropy_workspace(const CrossEntropy&);

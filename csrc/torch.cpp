@@ -7,5 +7,5 @@
 #include "torch/mlp.cpp"
 #include "torch/module.cpp"
 #include "torch/ops.cpp"
-#include "torch/sgd.cpp"
+#include "torch/optimizer.cpp"
 #include "torch/step.cpp"

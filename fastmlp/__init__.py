@@ -31,12 +31,14 @@ from fastmlp import (
 )
 from fastmlp.fuse import fuse, unfuse, why_not_fused
 from fastmlp.nn import MLP, CrossEntropyLoss, Linear, LinearReLU
-from fastmlp.optim import SGD
+from fastmlp.optim import SGD, Adam, AdamW
 from fastmlp.step import TrainStep
 
 __all__ = [
     "MLP",
     "SGD",
+    "Adam",
+    "AdamW",
     "CrossEntropyLoss",
     "Linear",
     "LinearReLU",

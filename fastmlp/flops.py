@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from fastmlp.step import _TRAINED
-
 Shape = Sequence[int]
 
 _ops = torch.ops.fastmlp
@@ -77,18 +75,19 @@ def _train_step(
     input: Shape,
     target: Shape,
     params: Sequence[Shape],
-    momenta: Sequence[Shape],
+    states: Sequence[Shape],
+    counts: Sequence[Shape],
     workspace: Shape,
     has_bias: Sequence[int],
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    flags, start = args[-1], 0
+    is_trained, start = args[-1], 0
     weights, trained = [], []  # of each layer: the weight's shape, and whether weight and bias are trained
     for bias in has_bias:
         end = start + 1 + bias
         weights.append(params[start])
-        trained.append([bool(flag & _TRAINED) for flag in flags[start:end]])
+        trained.append(is_trained[start:end])
         start = end
     products = _products(input, weights)
     lowest = next((i for i, layer in enumerate(trained) if any(layer)), len(trained))

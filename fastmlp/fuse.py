@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from fastmlp import _C, chain, functional
 from fastmlp.nn import Linear
+from fastmlp.optim import fuse_optimizer, unfuse_optimizer
 from fastmlp.rewrite import Refused, Rewritten, rewrite
 
 __all__ = ["fuse", "unfuse", "why_not_fused"]
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model", bound=nn.Module | torch.optim.Optimizer)
 
 
 def fuse(model: Model, inplace: bool = True) -> Model:
@@ -37,15 +38,19 @@ def fuse(model: Model, inplace: bool = True) -> Model:
     forward of a module's own runs as it was written. Call :func:`unfuse` before ``torch.jit.script``, or
     where a module's very type counts.
 
+    An optimizer of torch.optim becomes that of the same name of fastmlp, where there is one: SGD, Adam,
+    AdamW. Its groups, its state, and the schedulers that hold it, are untouched.
+
     Args:
-        model: any module.
-        inplace: whether to change the model itself, or a deep copy.
+        model: any module, or an optimizer.
+        inplace: whether to change the model itself, or a deep copy. An optimizer changes itself.
 
     Returns:
-        The model.
+        The model, or the optimizer.
 
     Raises:
-        TypeError: if ``model`` is no nn.Module.
+        TypeError: if ``model`` is neither.
+        ValueError: for an optimizer whose ``step`` has been replaced by another than a scheduler's.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(784, 500), torch.nn.ReLU(), torch.nn.Linear(500, 10))
@@ -58,6 +63,9 @@ def fuse(model: Model, inplace: bool = True) -> Model:
         >>> model(torch.randn(64, 784)).shape
         torch.Size([64, 10])
     """
+    if isinstance(model, torch.optim.Optimizer):
+        fuse_optimizer(model)
+        return model
     _check(model)
     if not inplace:
         model = copy.deepcopy(model)
@@ -68,22 +76,25 @@ def fuse(model: Model, inplace: bool = True) -> Model:
 
 
 def unfuse(model: Model) -> Model:
-    """Undoes :func:`fuse`, in place: every module is of the class again that it was of.
+    """Undoes :func:`fuse`, in place: every module, or the optimizer, is of the class again that it was of.
 
     Args:
-        model: any module.
+        model: any module, or an optimizer.
 
     Returns:
-        The model.
+        The model, or the optimizer.
 
     Raises:
-        TypeError: if ``model`` is no nn.Module.
+        TypeError: if ``model`` is neither.
 
     Example:
         >>> model = fastmlp.fuse(torch.nn.Sequential(torch.nn.Linear(784, 10), torch.nn.Tanh()))
         >>> type(fastmlp.unfuse(model))
         <class 'torch.nn.modules.container.Sequential'>
     """
+    if isinstance(model, torch.optim.Optimizer):
+        unfuse_optimizer(model)
+        return model
     _check(model)
     for module in model.modules():
         if isinstance(module, _Fused):

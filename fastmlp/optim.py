@@ -1,9 +1,10 @@
-"""SGD: ``torch.optim.SGD``, with one kernel for all parameters."""
+"""The optimizers of torch.optim with one kernel for all parameters."""
 
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -16,18 +17,12 @@ from torch.optim.optimizer import (
 
 from fastmlp import _C  # noqa: F401  importing it registers the ops
 
-__all__ = ["SGD"]
+__all__ = ["SGD", "Adam", "AdamW", "fuse_optimizer", "has_step_hooks", "rule_of", "unfuse_optimizer"]
 
 # Other tensor types carry semantics of their own, which torch's operations know and ours do not.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
-_sgd = torch.ops.fastmlp.sgd_.default
-
-# Torch's own step, without the hooks that it runs once it has been patched: SGD.step has run them.
-_torch_step: Callable[..., Any] = inspect.unwrap(
-    torch.optim.SGD.step, stop=lambda step: not getattr(step, "hooked", False)
-)
-
+_optimize = torch.ops.fastmlp.optimize_.default
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,7 +54,130 @@ def _hooked(step: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-class SGD(torch.optim.SGD):
+class Rule(NamedTuple):
+    """What the kernels are to know of an optimizer: its name there, and what it keeps of each parameter."""
+
+    name: str
+    counter: str | None  # the key of a parameter's count of steps
+    options: Callable[[dict[str, Any]], list[Any]]  # of a group, in the kernels' order
+    numbers: int  # how many options
+    keys: Callable[[dict[str, Any]], tuple[str, ...]]  # of a parameter's state
+    most: int  # keys
+
+    def made(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The state of a parameter before its first step."""
+        if self.counter is None:  # the first step writes it, and reads nothing
+            return {key: torch.empty_like(parameter, requires_grad=False) for key in self.keys(group)}
+        is_double = torch.get_default_dtype() == torch.float64  # as torch has it
+        count = torch.zeros((), dtype=torch.float64 if is_double else torch.float32)
+        zeros = {key: torch.zeros_like(parameter, requires_grad=False) for key in self.keys(group)}
+        return {self.counter: count} | zeros
+
+
+def _options_of_sgd(group: dict[str, Any]) -> list[Any]:
+    return [
+        *(_number(group[name]) for name in ("lr", "momentum", "dampening", "weight_decay")),
+        *(group["nesterov"], group["maximize"], False),  # the last for whether it is the first step
+    ]
+
+
+def _options_of_adam(group: dict[str, Any]) -> list[Any]:
+    return [
+        *map(_number, (group["lr"], *group["betas"], group["eps"], group["weight_decay"])),
+        *(group["decoupled_weight_decay"], group["maximize"]),
+    ]
+
+
+def _keys_of_sgd(group: dict[str, Any]) -> tuple[str, ...]:
+    return () if group["momentum"] == 0 else ("momentum_buffer",)
+
+
+def _keys_of_adam(group: dict[str, Any]) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+
+
+_SGD = Rule("sgd", None, _options_of_sgd, 7, _keys_of_sgd, 1)
+_ADAM = Rule("adam", "step", _options_of_adam, 7, _keys_of_adam, 3)
+
+
+class _OneKernel(Optimizer):
+    """What the optimizers have in common: a step of a group by one kernel, or else by torch."""
+
+    _rule: Rule
+    _torchs: type[Optimizer]
+    _torch_step: Callable[..., Any]
+
+    def __init_subclass__(cls) -> None:
+        """Looks up torch's own step, without the hooks that it runs once patched: ours has run them."""
+        super().__init_subclass__()
+        if "_torchs" in vars(cls):
+            cls._torch_step = staticmethod(
+                inspect.unwrap(cls._torchs.step, stop=lambda step: not getattr(step, "hooked", False))
+            )
+
+    @_hooked
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step along the gradients; with a closure, which computes them, after it and with its result."""
+        if torch.compiler.is_compiling() or self.defaults["differentiable"]:
+            return self._torch_step(self, closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        for group in groups:
+            if self._update(group):
+                continue
+            self.param_groups = [group]
+            try:
+                self._torch_step(self)
+            finally:
+                self.param_groups = groups
+        return loss
+
+    def _update(self, group: dict[str, Any]) -> bool:
+        """One step of a group by the kernel; False, with nothing changed, where it does not cover it."""
+        if (
+            torch.compiler.is_compiling()
+            or group["foreach"] is not None
+            or group["fused"] is False
+            or group.get("capturable")
+            or getattr(self, "found_inf", None) is not None  # of a GradScaler, which torch's kernels read
+        ):
+            return False
+        rule = self._rule
+        options = rule.options(group)
+        if None in options:
+            return False
+        params = [param for param in group["params"] if param.grad is not None]
+        grads = [param.grad for param in params]
+        keys = rule.keys(group)
+        new: dict[Tensor, dict[str, Any]] = {}
+        states = []
+        for param in params if keys else ():
+            state = self.state.get(param)
+            if not state or state.get(keys[0]) is None:
+                state = new[param] = rule.made(param, group)
+            states.append(state)
+        if rule.counter is None and new:
+            if len(new) < len(params):  # the first step for some
+                return False
+            options[-1] = True
+        try:
+            tensors = [state[key] for key in keys for state in states]
+            counts = [state[rule.counter] for state in states] if rule.counter else []
+        except KeyError:  # which torch will raise
+            return False
+        if not _PLAIN.issuperset(map(type, (*params, *grads, *tensors, *counts))):
+            return False
+        if params and not _optimize(rule.name, params, grads, tensors, counts, options):
+            return False
+        for param, state in new.items():
+            self.state[param].update(state)
+        return True
+
+
+class SGD(_OneKernel, torch.optim.SGD):
     """``torch.optim.SGD`` with one kernel for all parameters of a group.
 
     The same arguments, defaults, hooks and ``state_dict``, the same numbers to within rounding: see
@@ -73,8 +191,8 @@ class SGD(torch.optim.SGD):
     A group takes the kernel where its parameters and gradients are dense, overlap nowhere, and are on one
     device and of one dtype: float32 or bfloat16, on CUDA also float16. It computes in float32, and makes no
     tensor but the momentum's. All else takes torch's own path, with torch's results: what ``foreach``,
-    ``fused`` and ``differentiable`` ask for where they are given, a learning rate that is on a GPU or
-    requires a gradient, and a step that ``torch.compile`` traces.
+    ``fused=False`` and ``differentiable`` ask for, a learning rate that is on a GPU or requires a gradient,
+    and a step that ``torch.compile`` traces.
 
     Args:
         params: parameters, named parameters, or dicts that define groups.
@@ -86,7 +204,7 @@ class SGD(torch.optim.SGD):
         maximize: whether to climb.
         foreach: asks for torch's implementation over lists of tensors, or not over lists.
         differentiable: whether autograd should see the step.
-        fused: asks for torch's fused implementation, or not for it.
+        fused: False asks for torch's implementation tensor by tensor.
 
     Raises:
         ValueError: without parameters; for a negative learning rate, momentum or weight decay; for Nesterov
@@ -103,59 +221,116 @@ class SGD(torch.optim.SGD):
         tensor([2., 4.])
     """
 
-    @_hooked
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step along the gradients; with a closure, which computes them, after it and with its result."""
-        if torch.compiler.is_compiling() or self.defaults["differentiable"]:
-            return _torch_step(self, closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        groups = self.param_groups
-        for group in groups:
-            if self._update(group):
-                continue
-            self.param_groups = [group]
-            try:
-                _torch_step(self)
-            finally:
-                self.param_groups = groups
-        return loss
+    _rule, _torchs = _SGD, torch.optim.SGD
 
-    def _update(self, group: dict[str, Any]) -> bool:
-        """One step of a group by the kernel; False, with nothing changed, where it does not cover it."""
-        if torch.compiler.is_compiling() or group["foreach"] is not None or group["fused"] is not None:
-            return False
-        numbers = [_number(group[name]) for name in ("lr", "momentum", "dampening", "weight_decay")]
-        if None in numbers:
-            return False
-        has_momentum = numbers[1] != 0
-        params, grads, buffers = [], [], []
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None:
-                continue
-            if type(param) not in _PLAIN or type(grad) not in _PLAIN:
-                return False
-            params.append(param)
-            grads.append(grad)
-            if has_momentum and (buffer := self.state[param].get("momentum_buffer")) is not None:
-                if type(buffer) not in _PLAIN:
-                    return False
-                buffers.append(buffer)
-        is_first = has_momentum and not buffers
-        if is_first:
-            buffers = [torch.empty_like(grad) for grad in grads]
-        if has_momentum and len(buffers) < len(params):  # the first step for some
-            return False
-        flags = (group["nesterov"], group["maximize"], is_first)
-        if params and not _sgd(params, grads, buffers, *numbers, *flags):
-            return False
-        if is_first:
-            for param, buffer in zip(params, buffers, strict=True):
-                self.state[param]["momentum_buffer"] = buffer
-        return True
+
+class Adam(_OneKernel, torch.optim.Adam):
+    """``torch.optim.Adam`` with one kernel for all parameters of a group.
+
+    The same arguments, defaults, hooks and ``state_dict``, the same numbers to within rounding: see
+    ``torch.optim.Adam``. For a parameter w, whose gradient is dW (-dW to maximize), in its step number t:
+
+        g = dW + weight_decay · w
+        m = beta1 · m + (1 - beta1) · g       v = beta2 · v + (1 - beta2) · g²
+        w = w - lr / (1 - beta1ᵗ) · m / (√(v / (1 - beta2ᵗ)) + eps)
+
+    With ``amsgrad`` the largest v so far takes v's place in the last line. What takes the kernel, and what
+    torch's own path, is as in :class:`SGD`; so does what ``capturable`` asks for.
+
+    Args:
+        params: parameters, named parameters, or dicts that define groups.
+        lr: learning rate, a number or a tensor of one element.
+        betas: beta1 and beta2, numbers or tensors of one element.
+        eps: what is added to the denominator.
+        weight_decay: factor of w in its own gradient.
+        amsgrad: whether v may only grow in the denominator.
+        foreach: asks for torch's implementation over lists of tensors, or not over lists.
+        maximize: whether to climb.
+        capturable: whether torch's implementation should be safe to capture in a CUDA graph.
+        differentiable: whether autograd should see the step.
+        fused: False asks for torch's implementation tensor by tensor.
+        decoupled_weight_decay: whether the decay is AdamW's.
+
+    Raises:
+        ValueError: without parameters; for a negative learning rate, eps or weight decay; for betas that are
+            not from 0 to less than 1.
+        RuntimeError: for a sparse gradient.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> optimizer = fastmlp.Adam([weight], lr=0.5)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.5000, 1.5000])
+        >>> list(optimizer.state[weight])
+        ['step', 'exp_avg', 'exp_avg_sq']
+    """
+
+    _rule, _torchs = _ADAM, torch.optim.Adam
+
+
+class AdamW(_OneKernel, torch.optim.AdamW):
+    """``torch.optim.AdamW`` with one kernel for all parameters of a group.
+
+    As :class:`Adam`, but for the weight decay, which is no part of the gradient: it takes
+    lr · weight_decay · w from w. The same arguments and defaults as ``torch.optim.AdamW``'s.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> optimizer = fastmlp.AdamW([weight], lr=0.5, weight_decay=0.1)
+        >>> weight.square().sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.4500, 1.4000])
+    """
+
+    _rule, _torchs = _ADAM, torch.optim.AdamW
+
+
+_OURS: dict[type[Optimizer], type[_OneKernel]] = {cls._torchs: cls for cls in (SGD, Adam, AdamW)}
+
+
+def rule_of(optimizer: Optimizer) -> Rule | None:
+    """What the kernels are to know of the optimizer, torch's or ours; None for one that they do not know."""
+    kind = type(optimizer)
+    ours = _OURS.get(kind, kind)
+    return ours._rule if issubclass(ours, _OneKernel) and ours in _OURS.values() else None
+
+
+def fuse_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer itself, one of torch's whose class has become ours; others stay as they are."""
+    if type(optimizer) in _OURS:
+        _set_class(optimizer, _OURS[type(optimizer)])
+    return optimizer
+
+
+def unfuse_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The inverse of :func:`fuse_optimizer`."""
+    if type(optimizer) in _OURS.values():
+        _set_class(optimizer, type(optimizer)._torchs)  # type: ignore[attr-defined]
+    return optimizer
+
+
+def _set_class(optimizer: Optimizer, cls: Any) -> None:
+    is_wrapped = "step" in vars(optimizer)
+    if is_wrapped and not getattr(optimizer.step, "_wrapped_by_lr_sched", False):
+        raise ValueError("optimizer: expected no step set on it, which would go on calling torch's own")
+    optimizer.__class__ = cls
+    if not is_wrapped:
+        return
+    # A scheduler has wrapped the class's step, to see whether it is called: torch's step by now, or ours.
+    del optimizer.step
+    function, held = cls.step, ref(optimizer)
+
+    @wraps(function)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        own = held()
+        own._opt_called = True  # type: ignore[union-attr]
+        return function(own, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = step  # type: ignore[method-assign]
 
 
 def _number(value: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""The whole training step, forward, loss, backward and SGD, in one call."""
+"""The whole training step, forward, loss, backward and the optimizer's update, in one call."""
 
 from collections.abc import Hashable
 from typing import Any
@@ -13,7 +13,7 @@ from .chain import Layers, Role, is_called_plainly
 from .fuse import is_sequential, rewritten_forward
 from .graph import Graphs
 from .nn import CrossEntropyLoss
-from .optim import SGD, has_step_hooks
+from .optim import has_step_hooks, rule_of
 from .rewrite import Pending, Refused, Rewritten
 
 __all__ = ["TrainStep"]
@@ -29,12 +29,11 @@ _LOSSES = {
         nn.BCEWithLogitsLoss: "bce_with_logits",
     }.items()
 }
-_TRAINED, _NESTEROV, _MAXIMIZE, _FIRST = 1, 2, 4, 8  # as in csrc/torch/step.cpp
-_CAPTURED = {"cuda"}  # the devices whose steps become graphs
+_CAPTURED = {"cuda"}  # the devices whose steps become graphs, with SGD
 
 
 class TrainStep:
-    """Forward, loss, backward and SGD's update in one call, which trains as the standard loop does.
+    """Forward, loss, backward and the optimizer's update in one call, which trains as the standard loop does.
 
     The same as
 
@@ -46,17 +45,17 @@ class TrainStep:
     to within rounding, and the same to the bit from run to run and for every number of threads. On the CPU
     it is one kernel that changes each weight while its gradient is in cache: no gradient outlives its layer
     (or, where many rows meet few weights, the call), and `.grad` stays as it is. The memory that a step works
-    in is kept for the next. Momentum is in `optimizer.state` under torch's own keys, options are read at each
-    call: checkpoints and learning-rate schedulers work as ever.
+    in is kept for the next. Its state is in `optimizer.state` under torch's own keys, options are read at
+    each call: checkpoints and learning-rate schedulers work as ever.
 
     With `max_grad_norm`, `accumulate` or `process_group`, and on a GPU, gradients do exist, in `.grad`: the
     step is then the standard loop itself, with fused layers.
 
-    On a GPU, without these, the loop becomes a CUDA graph once a batch of the same shape comes again, with
-    parameters and momentum in the same place and the same options; the learning rate may change at every
-    call. The graph keeps the memory of a step, and its next replay overwrites the gradients. The step stays
-    the loop under autocast, while the caller captures a graph, and where optimizer, loss or a parameter has
-    hooks.
+    On a GPU, without these, the loop with SGD becomes a CUDA graph once a batch of the same shape comes
+    again, with parameters and momentum in the same place and the same options; the learning rate may change
+    at every call. The graph keeps the memory of a step, and its next replay overwrites the gradients. The
+    step stays the loop under autocast, while the caller captures a graph, and where optimizer, loss or a
+    parameter has hooks.
 
     Args:
         model: an nn.Sequential of Linear layers and ReLU, Sigmoid or Tanh (fastmlp.MLP is one), float32;
@@ -65,7 +64,8 @@ class TrainStep:
             every call.
         loss: nn.CrossEntropyLoss, with classes as targets, nn.MSELoss, or nn.BCEWithLogitsLoss, whose weight
             and pos_weight are the same for the whole batch; mean or sum.
-        optimizer: torch.optim.SGD or fastmlp.SGD. Parameters that it does not know stay as they are.
+        optimizer: SGD, Adam or AdamW, of torch.optim or of fastmlp. Parameters that it does not know stay as
+            they are.
         max_grad_norm: where given, gradients are clipped as by torch.nn.utils.clip_grad_norm_.
         accumulate: parameters change once in so many calls, by the mean of their gradients.
         process_group: where given (torch.distributed.group.WORLD for all processes), parameters are made
@@ -164,6 +164,8 @@ class TrainStep:
         if self._is_plain and not torch.is_autocast_enabled(device.type):
             if device.type not in _CAPTURED:
                 return self._fused_step(x, target, layers)
+            if not isinstance(self.optimizer, torch.optim.SGD):
+                return self._standard_step(x, target, layers)
             if self._graphs is None or self._graphs.device != device:
                 self._graphs = Graphs(self.optimizer, device)
             if is_called_plainly(self.loss):
@@ -185,10 +187,10 @@ class TrainStep:
             TypeError or ValueError: where a step would not do what the standard loop does.
         """
         optimizer, loss = self.optimizer, self.loss
-        if type(optimizer) not in (torch.optim.SGD, SGD):
+        if rule_of(optimizer) is None:
             raise TypeError(
-                f"optimizer: expected torch.optim.SGD or fastmlp.SGD, got {type(optimizer).__name__}; "
-                "others train in the standard loop"
+                "optimizer: expected SGD, Adam or AdamW, of torch.optim or fastmlp, got "
+                f"{type(optimizer).__name__}; others train in the standard loop"
             )
         known = _LOSSES.get(type(loss))
         if known is None or not known.holds():
@@ -277,42 +279,53 @@ class TrainStep:
             raise ValueError("optimizer: expected no step hooks, which no step would call")
         if not is_called_plainly(loss):
             raise ValueError("loss: expected no hooks and no forward set on it, which no step would call")
-        groups: dict[int, dict[str, Any]] = {}
+        rule = rule_of(optimizer)
+        assert rule is not None  # _look has seen to that
+        groups: dict[int, tuple[dict[str, Any], list[Any], tuple[str, ...]]] = {}
         for group in optimizer.param_groups:
             if group["differentiable"]:
                 raise ValueError("optimizer: expected differentiable=False")
+            known = group, rule.options(group), rule.keys(group)
+            if None in known[1]:
+                raise ValueError(
+                    "optimizer: expected its options as numbers, or as tensors of one element on the CPU"
+                )
             for p in group["params"]:
-                groups[id(p)] = group
+                groups[id(p)] = known
         params: list[Tensor] = []
-        momenta: list[Tensor] = []
-        options: list[float] = []
-        flags: list[int] = []
+        states: list[Tensor] = []
+        counts: list[Tensor] = []
+        options: list[Any] = []
+        trained: list[bool] = []
         made = []
         requires_grad = is_known = False
+        nothing, zeros = [_NOTHING] * rule.most, [0.0] * rule.numbers
         for parameter in chain.parameters(layers):
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise ValueError("model: expected parameters without hooks, which no step would call")
             params.append(parameter)
             requires_grad |= parameter.requires_grad
-            group = groups.get(id(parameter))  # type: ignore[assignment]
-            is_known |= group is not None
-            if group is None or not parameter.requires_grad:
-                momenta.append(_NOTHING)
-                options += 0.0, 0.0, 0.0, 0.0
-                flags.append(0)
+            own = groups.get(id(parameter))
+            is_known |= own is not None
+            trained.append(own is not None and parameter.requires_grad)
+            if own is None or not trained[-1]:
+                states += nothing
+                options += zeros
+                if rule.counter is not None:
+                    counts.append(_NOTHING)
                 continue
-            momentum = group["momentum"]
-            flag = _TRAINED | _NESTEROV * group["nesterov"] | _MAXIMIZE * group["maximize"]
-            buffer = _NOTHING
-            if momentum != 0:
-                buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-                if buffer is None:
-                    buffer = torch.empty_like(parameter, requires_grad=False)
-                    made.append((parameter, buffer))
-                    flag |= _FIRST
-            momenta.append(buffer)
-            options += float(group["lr"]), momentum, group["dampening"], group["weight_decay"]
-            flags.append(flag)
+            group, numbers, keys = own
+            options += numbers
+            state = optimizer.state.get(parameter)
+            if keys and (not state or state.get(keys[0]) is None):
+                state = rule.made(parameter, group)
+                made.append((parameter, state))
+                if rule.counter is None:
+                    options[-1] = True
+            states += [state[key] for key in keys]  # type: ignore[index]  # there are keys
+            states += nothing[len(keys) :]
+            if rule.counter is not None:
+                counts.append(state[rule.counter])  # type: ignore[index]
         if not requires_grad:
             raise RuntimeError("model: expected a parameter or more that requires a gradient, got none")
         if not is_known:
@@ -327,21 +340,23 @@ class TrainStep:
             x,
             target,
             params,
-            momenta,
+            states,
+            counts,
             self._workspace,
             [bias is not None for bias in layers[1]],
             [activation or "identity" for activation in layers[2]],
             kind,
             loss.reduction == "mean",
             *of_loss,
+            rule.name,
             options,
-            flags,
+            trained,
         )
         value: Tensor = _C.train_step(*arguments)
         if value is NotImplemented:
             value = _train_step(*arguments)
-        for parameter, buffer in made:
-            optimizer.state[parameter]["momentum_buffer"] = buffer
+        for parameter, state in made:
+            optimizer.state[parameter].update(state)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
         return value
 

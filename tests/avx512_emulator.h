@@ -66,6 +66,10 @@ inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
   for (int i = 0; i < 16; ++i) c[i] = std::fma(a[i], b[i], c[i]);
   return c;
 }
+inline __m512 _mm512_sqrt_ps(__m512 a) {
+  for (int i = 0; i < 16; ++i) a[i] = std::sqrt(a[i]);
+  return a;
+}
 inline __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* p) {
   return emulator::load<__m512, float>(mask, p);
 }

@@ -32,9 +32,9 @@ int backward(const Backward* layers, int64_t count, void* workspace, unsigned va
   emulator::order = variant;
   return cuda::backward(layers, count, workspace, nullptr);
 }
-int sgd(const Sgd* s, const Update* updates, int64_t count, unsigned variant) {
+int optimize(const Optimizer* o, const Update* updates, int64_t count, unsigned variant) {
   emulator::order = variant;
-  return cuda::sgd(*s, updates, count, nullptr);
+  return cuda::optimize(*o, updates, count, nullptr);
 }
 int64_t forward_workspace(const Forward* layers, int64_t count, unsigned) {
   return cuda::forward_workspace(layers, count);
@@ -59,9 +59,9 @@ int backward(const Backward* layers, int64_t count, void* workspace, unsigned va
   cpu::backward(layers, count, workspace, threads(variant));
   return 0;
 }
-int sgd(const Sgd* s, const Update* updates, int64_t count, unsigned variant) {
+int optimize(const Optimizer* o, const Update* updates, int64_t count, unsigned variant) {
   omp_set_num_threads(threads(variant));
-  cpu::sgd(*s, updates, count, threads(variant));
+  cpu::optimize(*o, updates, count, threads(variant));
   return 0;
 }
 int64_t forward_workspace(const Forward* layers, int64_t count, unsigned variant) {
@@ -189,61 +189,116 @@ void check_cross_entropy(Dtype dtype, int64_t N, int64_t C, bool weighted, float
 
 // Two steps of tensors that begin at any address, the first of the momentum's.
 template <class T>
-void check_sgd(Dtype dtype, bool has_momentum, bool nesterov, bool maximize) {
-  const double lr = 0.5, momentum = 0.75, undamped = 0.25, weight_decay = 0.125;
-  std::vector<std::vector<T>> params, grads, momenta;
+void check_optimizer(Optimizer o) {
+  std::vector<std::vector<T>> params, grads, states[most_states];
   std::vector<Update> updates;
+  const double rate = 0.5, inverse_root = 2;
   for (int64_t size : {0, 1, 3, 17, 64, 1000, 5000}) {
     params.push_back(wave<T>(size + 1, 1));
     grads.push_back(wave<T>(size + 1, 2));
-    momenta.push_back(wave<T>(size + 1, 3));
-    updates.push_back({params.back().data() + 1, grads.back().data() + 1,
-                       has_momentum ? momenta.back().data() + 1 : nullptr, size});
+    Update u{};
+    u.param = params.back().data() + 1, u.grad = grads.back().data() + 1;
+    for (int k = 0; k < o.states; ++k) {
+      states[k].push_back(wave<T>(size + 1, 3 + k));
+      for (T& value : states[k].back())
+        if (k > 0 && decode(value) < 0) encode(value, -decode(value));  // a mean of squares
+      u.states[k] = states[k].back().data() + 1;
+    }
+    u.size = size, u.rates = {float(rate), float(inverse_root)};
+    updates.push_back(u);
   }
   for (bool first : {true, false}) {
-    const auto before = params, momenta_before = momenta;
-    const Sgd s{dtype, lr, momentum, undamped, weight_decay, nesterov, maximize, first};
-    if (sgd(&s, updates.data(), int64_t(updates.size()), 1)) ++failures;
+    o.first = first && o.kind == Optimizer::sgd;
+    const auto before = params;
+    const std::vector<std::vector<T>> states_before[] = {states[0], states[1], states[2]};
+    if (optimize(&o, updates.data(), int64_t(updates.size()), 1)) ++failures;
     for (size_t t = 0; t < params.size(); ++t)
       for (size_t i = 1; i < params[t].size(); ++i) {
-        const double w = decode(before[t][i]), dw = decode(grads[t][i]), m = decode(momenta_before[t][i]);
-        double g = (maximize ? -dw : dw) + weight_decay * w;
-        if (has_momentum) {
-          const double next = first ? g : momentum * m + undamped * g;
-          expect("momentum", momenta[t][i], next);
-          g = nesterov ? g + momentum * next : next;
+        const auto state = [&](int k) { return k < o.states ? double{decode(states_before[k][t][i])} : 0; };
+        const double w = decode(before[t][i]), dw = decode(grads[t][i]);
+        double g = (o.maximize ? -dw : dw) + o.weight_decay * w;
+        if (o.kind == Optimizer::adam) {
+          const double m = o.momentum * state(0) + o.undamped * g;
+          const double v = o.momentum_square * state(1) + o.undamped_square * g * g;
+          const double u = o.states > 2 ? std::max(v, state(2)) : v;
+          expect("exp_avg", states[0][t][i], m);
+          expect("exp_avg_sq", states[1][t][i], v);
+          expect("param", params[t][i], o.kept * w - rate * m / (std::sqrt(u) * inverse_root + o.eps));
+          continue;
         }
-        expect("param", params[t][i], w - lr * g);
+        if (o.states) {
+          const double next = o.first ? g : o.momentum * state(0) + o.undamped * g;
+          expect("momentum", states[0][t][i], next);
+          g = o.nesterov ? g + o.momentum * next : next;
+        }
+        expect("param", params[t][i], w - rate * g);
       }
   }
 }
 
 template <class T>
-void check_sgd(Dtype dtype) {
-  for (bool maximize : {false, true}) {
-    check_sgd<T>(dtype, false, false, maximize);
-    check_sgd<T>(dtype, true, false, maximize);
-    check_sgd<T>(dtype, true, true, maximize);
+void check_optimizers(Dtype dtype) {
+  Optimizer o{.kind = Optimizer::sgd,
+              .dtype = dtype,
+              .states = 0,
+              .weight_decay = 0.125f,
+              .momentum = 0.75f,
+              .undamped = 0.25f,
+              .momentum_square = 0.5f,
+              .undamped_square = 0.5f,
+              .eps = 0.5f,
+              .kept = 0.75f,
+              .maximize = false,
+              .nesterov = false,
+              .first = false};
+  for (o.maximize = false;; o.maximize = true) {
+    o.kind = Optimizer::sgd;
+    for (o.states = 0; o.states < 2; ++o.states)
+      for (const bool nesterov : {false, true}) o.nesterov = nesterov, check_optimizer<T>(o);
+    o.kind = Optimizer::adam;
+    for (o.states = 2; o.states < 4; ++o.states) check_optimizer<T>(o);
+    if (o.maximize) break;
   }
 }
 
 #ifndef FASTMLP_EMULATE
 // A step against its parts: the same forward, loss, backward and update one after the other.
-void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, bool has_momentum, int threads,
+void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, int states, int threads,
                 bool weighted = false) {
   const int64_t L = int64_t(sizes.size()) - 1, C = sizes.back();
-  const Sgd sgd{Dtype::float32, 0.5f, 0.75f, 0.25f, 0.125f, has_momentum, false, false};
+  const Optimizer optimizer{.kind = states > 1 ? Optimizer::adam : Optimizer::sgd,
+                            .dtype = Dtype::float32,
+                            .states = states,
+                            .weight_decay = 0.125f,
+                            .momentum = 0.75f,
+                            .undamped = 0.25f,
+                            .momentum_square = 0.5f,
+                            .undamped_square = 0.5f,
+                            .eps = 0.5f,
+                            .kept = 0.75f,
+                            .maximize = false,
+                            .nesterov = states == 1,
+                            .first = false};
+  const auto update_of = [&](std::vector<float>* p, const float* grad) {
+    Update u{p[0].data(), grad, {}, int64_t(p[0].size()), {0.5f, 2}};
+    for (int k = 0; k < states; ++k) u.states[k] = p[1 + k].data();
+    return u;
+  };
   const auto x = wave<float>(M * sizes[0], 1), target = wave<float>(M * C, 2);
   std::vector<int64_t> classes(M);
   for (int64_t i = 0; i < M; ++i) classes[i] = i % 5 == 4 ? -100 : i * 7 % C;
   struct Parameters {
-    std::vector<float> weight, bias, weight_momentum, bias_momentum;
+    std::vector<float> weight[1 + most_states], bias[1 + most_states];  // and their states
   };
   std::vector<Parameters> parameters, want;
   for (int64_t i = 0; i < L; ++i) {
     const int64_t N = sizes[i + 1], K = sizes[i];
-    parameters.push_back(
-        {wave<float>(N * K, 3), wave<float>(N, 4), wave<float>(N * K, 5), wave<float>(N, 6)});
+    Parameters& p = parameters.emplace_back();
+    for (int k = 0; k <= states; ++k) {
+      p.weight[k] = wave<float>(N * K, 3 + 2 * k), p.bias[k] = wave<float>(N, 4 + 2 * k);
+      for (float& value : p.weight[k]) value = k > 1 ? std::abs(value) : value;  // a mean of squares
+      for (float& value : p.bias[k]) value = k > 1 ? std::abs(value) : value;
+    }
   }
   want = parameters;
   const CrossEntropy entropy{
@@ -257,13 +312,13 @@ void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, bool has_momen
     const Activation g = i + 1 < L ? Activation::tanh : Activation::identity;
     const void* input = i ? y[i - 1].data() : x.data();
     forwards.push_back({Dtype::float32, false, g, M, sizes[i + 1], sizes[i], input, sizes[i],
-                        want[i].weight.data(), sizes[i], want[i].bias.data(), y[i].data()});
+                        want[i].weight->data(), sizes[i], want[i].bias->data(), y[i].data()});
     open.push_back(forwards.back());
     open.back().x = i ? nullptr : x.data(), open.back().y = nullptr;
-    open.back().weight = parameters[i].weight.data(), open.back().bias = parameters[i].bias.data();
+    open.back().weight = parameters[i].weight->data(), open.back().bias = parameters[i].bias->data();
     Parameters& p = parameters[i];
-    weights.push_back({&sgd, p.weight.data(), has_momentum ? p.weight_momentum.data() : nullptr});
-    biases.push_back({&sgd, p.bias.data(), has_momentum ? p.bias_momentum.data() : nullptr});
+    weights.push_back({&optimizer, update_of(p.weight, nullptr)});
+    biases.push_back({&optimizer, update_of(p.bias, nullptr)});
   }
   float value = 0;
   const auto weight = wave<float>(C, 7), pos_weight = wave<float>(C, 8);
@@ -306,7 +361,7 @@ void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, bool has_momen
                      y[i].data(),
                      forwards[i].x,
                      K,
-                     want[i].weight.data(),
+                     want[i].weight->data(),
                      K,
                      grad_x.data(),
                      grad_weight.data(),
@@ -314,16 +369,13 @@ void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, bool has_momen
     std::vector<char> own(cpu::backward_workspace(&b, 1, 1));
     cpu::backward(&b, 1, own.data(), 1);
     Parameters& p = want[i];
-    const Update updates[] = {
-        {p.weight.data(), grad_weight.data(), has_momentum ? p.weight_momentum.data() : nullptr, N * K},
-        {p.bias.data(), grad_bias.data(), has_momentum ? p.bias_momentum.data() : nullptr, N}};
-    cpu::sgd(sgd, updates, 2, 1);
+    const Update updates[] = {update_of(p.weight, grad_weight.data()), update_of(p.bias, grad_bias.data())};
+    cpu::optimize(optimizer, updates, 2, 1);
     grad = grad_x;
-    for (int64_t e = 0; e < N * K; ++e) {
-      expect("weight", parameters[i].weight[e], p.weight[e]);
-      expect("momentum", parameters[i].weight_momentum[e], p.weight_momentum[e]);
+    for (int k = 0; k <= states; ++k) {
+      for (int64_t e = 0; e < N * K; ++e) expect("weight", parameters[i].weight[k][e], p.weight[k][e]);
+      for (int64_t e = 0; e < N; ++e) expect("bias", parameters[i].bias[k][e], p.bias[k][e]);
     }
-    for (int64_t e = 0; e < N; ++e) expect("bias", parameters[i].bias[e], p.bias[e]);
   }
 }
 #endif
@@ -353,19 +405,19 @@ int main(int, char** arguments) {
         check_cross_entropy<__half>(Dtype::float16, N, C, weighted, smoothing);
 #endif
       }
-  check_sgd<float>(Dtype::float32);
-  check_sgd<__nv_bfloat16>(Dtype::bfloat16);
+  check_optimizers<float>(Dtype::float32);
+  check_optimizers<__nv_bfloat16>(Dtype::bfloat16);
 #ifdef FASTMLP_EMULATE
-  check_sgd<__half>(Dtype::float16);
+  check_optimizers<__half>(Dtype::float16);
 #endif
 #ifndef FASTMLP_EMULATE
   for (const Loss loss : {Loss::cross_entropy, Loss::mse, Loss::bce_with_logits})
-    for (const bool has_momentum : {false, true})
+    for (const int states : {0, 1, 2, 3})
       for (const int64_t M : {1, 20, 300, 1030})
-        for (const int threads : {1, 3}) check_step(M, {9, 33, 20, 5}, loss, has_momentum, threads);
-  check_step(300, {300, 450, 5}, Loss::cross_entropy, true, 2);
+        for (const int threads : {1, 3}) check_step(M, {9, 33, 20, 5}, loss, states, threads);
+  check_step(300, {300, 450, 5}, Loss::cross_entropy, 3, 2);
   for (const int64_t C : {1, 5, 16, 37})  // beside registers of 4 to 16
-    for (const int64_t M : {1, 20, 1030}) check_step(M, {9, C}, Loss::bce_with_logits, false, 3, true);
+    for (const int64_t M : {1, 20, 1030}) check_step(M, {9, C}, Loss::bce_with_logits, 0, 3, true);
 #endif
   std::printf("%d failures\n", failures);
   return failures != 0;

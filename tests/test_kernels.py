@@ -175,15 +175,17 @@ class Backward(ctypes.Structure):
     _fields_ += [(name, ctypes.c_void_p) for name in ("grad_x", "grad_weight", "grad_bias")]
 
 
-class Sgd(ctypes.Structure):
-    _fields_ = [("dtype", ctypes.c_int)]
-    _fields_ += [(name, ctypes.c_float) for name in ("lr", "momentum", "undamped", "weight_decay")]
-    _fields_ += [(name, ctypes.c_bool) for name in ("nesterov", "maximize", "first")]
+class Optimizer(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int) for name in ("kind", "dtype", "states")]
+    _fields_ += [(name, ctypes.c_float) for name in ("weight_decay", "momentum", "undamped")]
+    _fields_ += [(name, ctypes.c_float) for name in ("momentum_square", "undamped_square", "eps", "kept")]
+    _fields_ += [(name, ctypes.c_bool) for name in ("maximize", "nesterov", "first")]
 
 
 class Update(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("param", "grad", "momentum")]
-    _fields_ += [("size", ctypes.c_int64)]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("param", "grad")]
+    _fields_ += [("states", 3 * ctypes.c_void_p), ("size", ctypes.c_int64)]
+    _fields_ += [(name, ctypes.c_float) for name in ("rate", "inverse_root")]
 
 
 class Buffer:
@@ -613,17 +615,23 @@ def test_a_label_out_of_bounds_is_found_and_nothing_is_written(backend, rows, at
     assert np.isnan(grad).all()
 
 
-# ---- one step of gradient descent
+# ---- one step of an optimizer
 
+MOMENTUM = {"states": 1, "momentum": 0.75}
+ADAM = {"kind": 1, "states": 2, "momentum": 0.75, "undamped": 0.25, "momentum_square": 0.875}
+ADAM |= {"undamped_square": 0.125, "eps": 0.01, "kept": 1, "inverse_root": 2.5}
 STEPS = {
     "plain": {},
     "weight decay": {"weight_decay": 0.25},
     "maximize": {"maximize": True, "weight_decay": 0.25},
-    "first momentum": {"momentum": 0.75, "undamped": 0.5, "first": True},
-    "momentum": {"momentum": 0.75, "undamped": 1},
-    "dampening": {"momentum": 0.75, "undamped": 0.5, "weight_decay": 0.25},
-    "nesterov": {"momentum": 0.75, "undamped": 1, "weight_decay": 0.25, "nesterov": True},
-    "first nesterov": {"momentum": 0.75, "undamped": 1, "nesterov": True, "first": True},
+    "first momentum": {**MOMENTUM, "undamped": 0.5, "first": True},
+    "momentum": {**MOMENTUM, "undamped": 1},
+    "dampening": {**MOMENTUM, "undamped": 0.5, "weight_decay": 0.25},
+    "nesterov": {**MOMENTUM, "undamped": 1, "weight_decay": 0.25, "nesterov": True},
+    "first nesterov": {**MOMENTUM, "undamped": 1, "nesterov": True, "first": True},
+    "adam": ADAM,
+    "adam of little past": {**ADAM, "momentum": 0.25, "undamped": 0.75, "weight_decay": 0.25},
+    "amsgrad": {**ADAM, "states": 3, "kept": 0.75, "maximize": True},
 }
 
 
@@ -631,57 +639,73 @@ class Step:
     """A step of tensors of some sizes, drawn by a seed; guard bands of other lengths move their alignment."""
 
     def __init__(self, dtype: str, sizes: list[int], seed: int = 0, guard: int = 64, **options: float):
-        self.dtype, self.options = dtype, {"lr": 0.5, **options}
+        self.dtype, self.options = dtype, {"kind": 0, "states": 0, "rate": 0.5, **options}
         random = np.random.default_rng(seed)
 
-        def draw() -> list[Buffer]:
-            return [Buffer(dtype, (size,), random.standard_normal(size), guard) for size in sizes]
+        def draw(is_square: bool = False) -> list[Buffer]:
+            values = [random.standard_normal(size) for size in sizes]
+            return [Buffer(dtype, v.shape, np.square(v) if is_square else v, guard) for v in values]
 
         self.params, self.grads = draw(), draw()
-        self.momenta = draw() if options.get("momentum") else [None] * len(sizes)
+        self.states = [draw(is_square=kind > 0) for kind in range(self.options["states"])]
         if options.get("first"):  # not read: as it is when it has just been allocated
-            self.momenta = [Buffer(dtype, (size,), None, guard) for size in sizes]
+            self.states = [[Buffer(dtype, (size,), None, guard) for size in sizes]]
+
+    def written(self) -> list[list[Buffer]]:
+        """The parameters, and each kind of state."""
+        return [self.params, *self.states]
 
     def run(self, backend: ctypes.CDLL, variant: int = 0) -> None:
-        updates = [
-            Update(param.pointer, grad.pointer, momentum.pointer if momentum else None, param.size)
-            for param, grad, momentum in zip(self.params, self.grads, self.momenta, strict=True)
-        ]
-        sgd = Sgd(dtype=DTYPES.index(self.dtype), **self.options)
-        array = (Update * len(updates))(*updates)
-        error = backend.sgd(ctypes.byref(sgd), array, ctypes.c_int64(len(updates)), variant)
+        of_tensor = {name: self.options[name] for name in ("rate", "inverse_root") if name in self.options}
+        rest = {name: value for name, value in self.options.items() if name not in of_tensor}
+        optimizer = Optimizer(dtype=DTYPES.index(self.dtype), **rest)
+        updates = (Update * len(self.params))()
+        for index, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
+            updates[index] = Update(param.pointer, grad.pointer, size=param.size, **of_tensor)
+            for kind, tensors in enumerate(self.states):
+                updates[index].states[kind] = tensors[index].pointer
+        error = backend.optimize(
+            ctypes.byref(optimizer), updates, ctypes.c_int64(len(updates)), ctypes.c_uint(variant)
+        )
         assert error == 0, f"error {error}"
 
     def check(self, backend: ctypes.CDLL, variant: int = 0) -> None:
-        before = [[t and t.float64() for t in tensors] for tensors in (self.params, self.grads, self.momenta)]
+        before = [[t.float64() for t in tensors] for tensors in (self.params, self.grads, *self.states)]
         self.run(backend, variant)
-        for param, momentum, *values in zip(self.params, self.momenta, *before, strict=True):
-            results = zip((param, momentum), self.expected(*values), strict=True)
-            for tensor, (expected, size) in results:
-                if tensor:
-                    error = 8 * ROUNDING["float32"] * size + ROUNDING[self.dtype] * np.abs(expected)
-                    assert (np.abs(tensor.float64() - expected) <= 1.01 * error + UNDERFLOW[self.dtype]).all()
+        for tensors, *values in zip(zip(*self.written(), strict=True), *before, strict=True):
+            for tensor, (expected, size) in zip(tensors, self.expected(*values), strict=True):
+                error = 8 * ROUNDING["float32"] * size + ROUNDING[self.dtype] * np.abs(expected)
+                assert (np.abs(tensor.float64() - expected) <= 1.01 * error + UNDERFLOW[self.dtype]).all()
 
-    def expected(self, w: np.ndarray, g: np.ndarray, m: np.ndarray | None) -> list[tuple[np.ndarray, ...]]:
-        """The parameter and the momentum after the step, each with the sum of the sizes of its terms."""
-        option = {"momentum": 0, "undamped": 0, "weight_decay": 0} | self.options
-        g = (-g if option.get("maximize") else g) + option["weight_decay"] * w
-        size = np.abs(g) + 2 * option["weight_decay"] * np.abs(w)
-        m_size = size
-        if m is not None:
-            if option.get("first"):
-                m = g
-            else:
-                m_size = np.abs(option["momentum"] * m) + size
-                m = option["momentum"] * m + option["undamped"] * g
-            g = g + option["momentum"] * m if option.get("nesterov") else m
+    def expected(self, w: np.ndarray, g: np.ndarray, *states: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+        """The parameter and its state after the step, each with the sum of the sizes of its terms."""
+        o = {"momentum": 0, "undamped": 0, "weight_decay": 0} | self.options
+        g = (-g if o.get("maximize") else g) + o["weight_decay"] * w
+        size = np.abs(g) + 2 * o["weight_decay"] * np.abs(w)
+        if o["kind"] == 1:
+            m = o["momentum"] * states[0] + o["undamped"] * g
+            v = o["momentum_square"] * states[1] + o["undamped_square"] * g * g
+            m_size, v_size = np.abs(states[0]) + size, v + o["undamped_square"] * size * size
+            u = np.maximum(v, states[2]) if len(states) > 2 else v
+            root = np.sqrt(u) * o["inverse_root"] + o["eps"]
+            # An error of v is one of its root, which divides; no smaller than eps, so the step is that sure.
+            change = o["rate"] * (m_size / root + np.abs(m) / root * (1 + v_size / np.maximum(u, 1e-30)))
+            after = o["kept"] * w - o["rate"] * m / root
+            return [(after, np.abs(w) + change), (m, m_size), (v, v_size), (u, v_size + u)][: 1 + len(states)]
+        m, m_size = g, size
+        if states:
+            if not o.get("first"):
+                m_size = np.abs(o["momentum"] * states[0]) + size
+                m = o["momentum"] * states[0] + o["undamped"] * g
+            g = g + o["momentum"] * m if o.get("nesterov") else m
             size = size + m_size
-        return [(w - option["lr"] * g, np.abs(w) + option["lr"] * size), (m, m_size)]
+        after = (w - o["rate"] * g, np.abs(w) + o["rate"] * size)
+        return [after, (m, m_size)][: 1 + len(states)]
 
 
 @pytest.mark.parametrize("options", STEPS.values(), ids=list(STEPS))
 @every_kernel
-def test_a_step_of_gradient_descent_is_right(backend, dtype, options):
+def test_a_step_of_an_optimizer_is_right(backend, dtype, options):
     Step(dtype, [500, 0, 1, 9000, 67], **options).check(backend)
 
 
@@ -698,7 +722,7 @@ def test_a_step_of_any_sizes_and_alignment_is_right(backend, dtype, options, siz
 
 
 def test_a_step_of_more_tensors_than_a_launch_takes_is_right(backend):
-    Step("float32", [*range(60), *[0] * 70, *range(60)], **STEPS["momentum"]).check(backend)
+    Step("float32", [*range(60), *[0] * 70, *range(60)], **STEPS["amsgrad"]).check(backend)
 
 
 @pytest.mark.parametrize("variant", [1, 2, 3, 6])
@@ -707,8 +731,9 @@ def test_neither_the_number_of_threads_nor_their_order_changes_a_bit_of_a_step(b
     steps = [Step(dtype, [100, 7, 3000], **STEPS["nesterov"]) for _ in range(2)]
     steps[0].run(backend)
     steps[1].run(backend, variant)
-    for tensors in zip(steps[0].params + steps[0].momenta, steps[1].params + steps[1].momenta, strict=True):
-        assert (tensors[0].elements == tensors[1].elements).all()
+    for ones, others in zip(*(step.written() for step in steps), strict=True):
+        for one, other in zip(ones, others, strict=True):
+            assert (one.elements == other.elements).all()
 
 
 def test_without_weight_decay_an_infinite_parameter_stays_infinite(backend):

@@ -1,4 +1,4 @@
-"""fastmlp.SGD: the results and the habits of torch.optim.SGD, whichever path a step takes."""
+"""fastmlp's optimizers: the results and the habits of torch.optim's, whichever path a step takes."""
 
 import copy
 import pickle
@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import fastmlp
 from fastmlp import optim
 
+KINDS = {name: (getattr(fastmlp, name), getattr(torch.optim, name)) for name in ("SGD", "Adam", "AdamW")}
 OPTIONS = {
     "plain": {"lr": 0.1},
     "tensor lr": {"lr": torch.tensor(0.1)},
@@ -23,6 +24,11 @@ OPTIONS = {
     "momentum": {"lr": 0.1, "momentum": 0.9},
     "dampening": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "maximize": True},
     "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "Adam": {"kind": "Adam", "lr": 0.1},
+    "Adam of tensors": {"kind": "Adam", "lr": torch.tensor(0.1), "betas": 2 * (torch.tensor(0.75),)},
+    "Adam without a past": {"kind": "Adam", "betas": (0.0, 0.0), "eps": 1e-3},
+    "Adam with all": {"kind": "Adam", "lr": 0.1, "weight_decay": 0.5, "amsgrad": True, "maximize": True},
+    "AdamW": {"kind": "AdamW", "lr": 0.1, "weight_decay": 0.5},
 }
 SHAPES = [(500, 7), (500,), (), (0,), (3, 0, 2), (1,), (4, 3, 2, 5)]
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
@@ -49,20 +55,20 @@ def take_steps(optimizer, params, steps=4):
         optimizer.step()
 
 
-def both(make_params, steps=4, **options):
+def both(make_params, steps=4, kind="SGD", **options):
     """The optimizers, ours and torch's, after the same steps of the same parameters."""
     optimizers = []
-    for kind in (fastmlp.SGD, torch.optim.SGD):
+    for make in KINDS[kind]:
         params = make_params()
-        optimizers.append(kind(params, **options))
+        optimizers.append(make(params, **options))
         take_steps(optimizers[-1], params, steps)
     return optimizers
 
 
 def tensors_of(optimizer):
-    """Parameters and momentum buffers, in order."""
+    """Parameters and what the optimizer keeps of them, in order."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    return params, [optimizer.state.get(param, {}).get("momentum_buffer") for param in params]
+    return params, [state for param in params for state in optimizer.state.get(param, {}).values()]
 
 
 def assert_same(ours, stock, **tolerance):
@@ -78,8 +84,8 @@ def assert_same(ours, stock, **tolerance):
 def kernel_calls(monkeypatch):
     """What the op has returned, call by call: whether the kernel covered the tensors."""
     calls = []
-    op = optim._sgd
-    monkeypatch.setattr(optim, "_sgd", lambda *arguments: calls.append(op(*arguments)) or calls[-1])
+    op = optim._optimize
+    monkeypatch.setattr(optim, "_optimize", lambda *arguments: calls.append(op(*arguments)) or calls[-1])
     return calls
 
 
@@ -101,7 +107,8 @@ def test_bfloat16_is_rounded_no_more_often_than_by_torch(instruction_set, kernel
     doubles = [nn.Parameter(param.detach().double()) for param in params]
     for double, param in zip(doubles, params, strict=True):
         double.grad = param.grad.double()
-    torch.optim.SGD(doubles, **options).step()
+    options = dict(options)
+    KINDS[options.pop("kind", "SGD")][1](doubles, **options).step()
     assert kernel_calls == [True]
     for mine, theirs, right in zip(tensors_of(ours)[0], tensors_of(stock)[0], doubles, strict=True):
         assert (mine.double() - right).norm() <= 1.001 * (theirs.double() - right).norm()
@@ -131,29 +138,32 @@ def test_the_number_of_threads_does_not_change_a_bit(instruction_set, threads):
     assert all(map(torch.equal, *results))
 
 
-def test_a_parameter_without_a_gradient_is_left_alone(kernel_calls):
+@pytest.mark.parametrize("name", ["momentum", "Adam"])
+def test_a_parameter_without_a_gradient_is_left_alone(kernel_calls, name):
     def make():
         params = parameters((3,), (4,), (5,))
         params[1].grad = None
         return params
 
-    ours, stock = both(make, **OPTIONS["momentum"])
+    ours, stock = both(make, **OPTIONS[name])
     assert kernel_calls == [True] * 4
     assert_same(ours, stock)
     assert len(ours.state) == 2
 
 
-def test_a_momentum_that_begins_later_than_others_begins_as_in_torch(kernel_calls):
+@pytest.mark.parametrize("name", ["dampening", "Adam with all"])
+def test_a_state_that_begins_later_than_others_begins_as_in_torch(kernel_calls, name):
+    options = dict(OPTIONS[name])
     optimizers = []
-    for kind in (fastmlp.SGD, torch.optim.SGD):
+    for kind in KINDS[options.pop("kind", "SGD")]:
         params = parameters((3,), (4,))
         late, params[1].grad = params[1].grad, None
-        optimizers.append(kind(params, **OPTIONS["dampening"]))
+        optimizers.append(kind(params, **options))
         take_steps(optimizers[-1], params, 2)
         params[1].grad = late
         take_steps(optimizers[-1], params, 3)
     assert_same(*optimizers)
-    assert kernel_calls == [True] * 4  # and one step of torch's
+    assert kernel_calls == [True] * (4 if name == "dampening" else 5)  # and one step of torch's
 
 
 def test_parameters_that_are_dense_in_any_order_of_dimensions_take_the_kernel(kernel_calls):
@@ -181,14 +191,32 @@ def test_groups_have_options_of_their_own():
     assert_same(*optimizers)
 
 
-def test_infinities_and_nan_spread_as_in_torch():
+@pytest.mark.parametrize("name", ["momentum", "Adam", "Adam with all", "Adam without a past"])
+def test_infinities_and_nan_spread_as_in_torch(name):
     def make():
         params = parameters((40,))
         params[0].data[0], params[0].data[1] = torch.inf, torch.nan
         params[0].grad[2], params[0].grad[3] = torch.inf, torch.nan
         return params
 
-    assert_same(*both(make, lr=0.1, momentum=0.9), equal_nan=True)
+    assert_same(*both(make, **OPTIONS[name]), equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["nesterov", "Adam with all", "AdamW"])
+def test_ten_thousand_steps_stay_as_close_to_the_exact_ones_as_torchs(name):
+    options = dict(OPTIONS[name], lr=1e-3)
+    kinds = KINDS[options.pop("kind", "SGD")]
+    runs = []
+    for kind, dtype in ((kinds[0], torch.float32), (kinds[1], torch.float32), (kinds[1], torch.float64)):
+        generator = torch.Generator().manual_seed(0)
+        param = nn.Parameter(torch.ones(64, dtype=dtype))
+        optimizer = kind([param], **options)
+        for _ in range(10_000):
+            param.grad = torch.randn(64, generator=generator).to(dtype)
+            optimizer.step()
+        runs.append(param.detach().double())
+    ours, stock, exact = runs
+    assert (ours - exact).abs().max() <= 1.5 * (stock - exact).abs().max()
 
 
 def test_a_step_in_inference_mode_updates():
@@ -272,20 +300,32 @@ UNCOVERED = {
 }
 
 
-@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["momentum"]], ids=["plain", "momentum"])
+@pytest.mark.parametrize("name", ["plain", "momentum", "Adam"])
 @pytest.mark.parametrize("make", UNCOVERED.values(), ids=list(UNCOVERED))
-def test_what_the_kernel_does_not_cover_gets_the_bits_of_torch(kernel_calls, make, options):
+def test_what_the_kernel_does_not_cover_gets_the_bits_of_torch(kernel_calls, make, name):
     steps = 1 if make in (with_one_gradient, sparse) else 4
-    ours, stock = both(make, steps, **options)
+    if make is sparse and name == "Adam":
+        with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+            both(make, steps, **OPTIONS[name])
+        return
+    ours, stock = both(make, steps, **OPTIONS[name])
     assert True not in kernel_calls
     assert_same(ours, stock, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("asked", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"fused": False}])
-def test_an_implementation_that_is_asked_for_is_torchs(kernel_calls, asked):
-    ours, stock = both(lambda: parameters(*SHAPES), **OPTIONS["nesterov"], **asked)
+@pytest.mark.parametrize("name", ["nesterov", "Adam"])
+@pytest.mark.parametrize("asked", [{"foreach": True}, {"foreach": False}, {"fused": False}])
+def test_an_implementation_that_is_asked_for_is_torchs(kernel_calls, asked, name):
+    ours, stock = both(lambda: parameters(*SHAPES), **OPTIONS[name], **asked)
     assert kernel_calls == []
     assert_same(ours, stock, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["nesterov", "Adam"])
+def test_a_fused_implementation_is_ours(kernel_calls, name):
+    ours, stock = both(lambda: parameters(*SHAPES), **OPTIONS[name], fused=True)
+    assert kernel_calls == [True] * 4
+    assert_same(ours, stock)
 
 
 def test_a_parameter_that_is_there_twice_is_updated_twice():
@@ -329,19 +369,23 @@ def test_a_learning_rate_can_be_differentiated():
     assert torch.equal(*gradients)
 
 
-def test_gradient_scaling_skips_a_step_with_infinities():
+@pytest.mark.parametrize("kind", [fastmlp.SGD, fastmlp.Adam])
+def test_gradient_scaling_skips_a_step_with_infinities(kind):
     (param,) = parameters((3,))
     before = param.detach().clone()
     scaler = torch.amp.GradScaler("cpu")
-    optimizer = fastmlp.SGD([param], lr=0.1, fused=True)
+    optimizer = kind([param], lr=0.1, fused=True)
     scaler.scale((param * torch.inf).sum()).backward()
     scaler.step(optimizer)
     scaler.update()
     assert torch.equal(param, before)
 
 
-@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["momentum"]], ids=["plain", "momentum"])
-def test_a_compiled_step_is_torchs(options):
+@pytest.mark.parametrize("name", ["plain", "momentum", "Adam"])
+def test_a_compiled_step_is_torchs(name):
+    options = dict(OPTIONS[name])
+    kinds = KINDS[options.pop("kind", "SGD")]
+
     def steps(kind, compiled):
         params = parameters((3,), (4,))
         optimizer = kind(params, **options)
@@ -351,7 +395,7 @@ def test_a_compiled_step_is_torchs(options):
         return optimizer
 
     torch._dynamo.reset()
-    assert_same(steps(fastmlp.SGD, compiled=True), steps(torch.optim.SGD, compiled=False))
+    assert_same(steps(kinds[0], compiled=True), steps(kinds[1], compiled=False))
 
 
 def test_a_compiled_training_step_learns_as_in_torch():
@@ -379,13 +423,17 @@ def test_a_compiled_training_step_learns_as_in_torch():
 
 
 @every_option
-@pytest.mark.parametrize("kinds", [(fastmlp.SGD, torch.optim.SGD), (torch.optim.SGD, fastmlp.SGD)])
-def test_a_checkpoint_of_one_goes_on_in_the_other(options, kinds):
+@pytest.mark.parametrize("order", [1, -1], ids=["ours first", "torch's first"])
+def test_a_checkpoint_of_one_goes_on_in_the_other(options, order):
+    options = dict(options)
+    kinds = KINDS[options.pop("kind", "SGD")][::order]
     params = parameters((5, 3), (4,))
     optimizer = kinds[0](params, **options)
     take_steps(optimizer, params)
     others = copy.deepcopy(params)
-    other = kinds[1](others, lr=1.0)
+    other = (
+        kinds[1](others, lr=1.0, betas=options["betas"]) if "betas" in options else kinds[1](others, lr=1.0)
+    )
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for param, twin in zip(params, others, strict=True):
         twin.grad = param.grad.clone()
@@ -397,8 +445,9 @@ def test_a_checkpoint_of_one_goes_on_in_the_other(options, kinds):
     assert optimizer.state_dict()["state"].keys() == other.state_dict()["state"].keys()
 
 
-def test_the_state_is_that_of_torch():
-    ours, stock = both(lambda: parameters((3,)), steps=0, lr=0.1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_is_that_of_torch(kind):
+    ours, stock = both(lambda: parameters((3,)), steps=0, kind=kind, lr=0.1)
     assert ours.state_dict() == stock.state_dict()
     assert ours.defaults == stock.defaults
     assert repr(ours) == repr(stock)
@@ -448,7 +497,9 @@ def test_the_profiler_sees_the_step():
     optimizer = fastmlp.SGD(parameters((3,)), lr=0.1)
     with torch.profiler.profile() as profile:
         optimizer.step()
-    assert {"Optimizer.step#SGD.step", "fastmlp::sgd_"} <= {event.key for event in profile.key_averages()}
+    assert {"Optimizer.step#SGD.step", "fastmlp::optimize_"} <= {
+        event.key for event in profile.key_averages()
+    }
 
 
 def test_a_closure_computes_gradients_before_the_step_and_its_loss_is_returned():
@@ -524,52 +575,120 @@ def test_wrong_arguments_are_the_errors_of_torch(options):
     assert errors[0] == errors[1]
 
 
-def torchs_own():
-    """The entry for SGD of PyTorch's own tests of optimizers, which need expecttest."""
+def torchs_own(kind):
+    """The optimizer's entry in PyTorch's own tests of optimizers, which need expecttest."""
     pytest.importorskip("expecttest")
     from torch.testing._internal.common_optimizers import optim_db
 
-    return next(info for info in optim_db if info.optim_cls is torch.optim.SGD)
+    return next(info for info in optim_db if info.optim_cls is KINDS[kind][1])
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_inputs_of_pytorchs_own_tests_give_what_torch_gives(instruction_set, dtype):
-    for case in torchs_own().optim_inputs_func("cpu", dtype):
-        assert_same(*both(lambda: parameters(*SHAPES, dtype=dtype), **case.kwargs))
+def test_the_inputs_of_pytorchs_own_tests_give_what_torch_gives(instruction_set, dtype, kind):
+    for case in torchs_own(kind).optim_inputs_func("cpu", dtype):
+        assert_same(*both(lambda: parameters(*SHAPES, dtype=dtype), kind=kind, **case.kwargs))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("error")  # one of them is a warning
-def test_the_errors_of_pytorchs_own_tests_are_raised():
-    for case in torchs_own().optim_error_inputs_func("cpu", torch.float32):
+def test_the_errors_of_pytorchs_own_tests_are_raised(kind):
+    for case in torchs_own(kind).optim_error_inputs_func("cpu", torch.float32):
         arguments = case.optimizer_error_input
         with pytest.raises(case.error_type, match=case.error_regex):
-            fastmlp.SGD(arguments.params, **arguments.kwargs)
+            KINDS[kind][0](arguments.params, **arguments.kwargs)
+
+
+# ---- torch's optimizers, fused in place
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimizer_of_torchs_becomes_ours_and_goes_on(kernel_calls, kind):
+    (param,), (twin,) = parameters((5,)), parameters((5,))
+    stock, fused = KINDS[kind][1]([twin], lr=0.1), KINDS[kind][1]([param], lr=0.1)
+    for optimizer in (stock, fused):
+        optimizer.step()
+    assert fastmlp.fuse(fused) is fused
+    assert type(fused) is KINDS[kind][0]
+    for optimizer in (stock, fused):
+        optimizer.step()
+    assert kernel_calls == [True]
+    assert fastmlp.unfuse(fused) is fused
+    assert type(fused) is KINDS[kind][1]
+    for optimizer in (stock, fused):
+        optimizer.step()
+    assert kernel_calls == [True]
+    assert_same(fused, stock)
+
+
+@pytest.mark.filterwarnings("error")  # of a scheduler that sees no step
+def test_a_scheduler_goes_on_with_an_optimizer_that_is_fused(kernel_calls):
+    params = parameters((3,))
+    optimizer = torch.optim.SGD(params, lr=1.0)
+    scheduler = StepLR(optimizer, step_size=1, gamma=0.5)
+    fastmlp.fuse(optimizer)
+    optimizer.step()
+    scheduler.step()
+    before = params[0].detach().clone()
+    optimizer.step()
+    assert kernel_calls == [True, True]
+    torch.testing.assert_close(params[0].detach(), before - 0.5 * params[0].grad)
+    StepLR(fastmlp.unfuse(optimizer), step_size=1)
+    optimizer.step()
+    assert kernel_calls == [True, True]
+
+
+def test_a_step_set_on_an_optimizer_is_not_taken_away():
+    optimizer = torch.optim.SGD(parameters((3,)), lr=1.0)
+    step = optimizer.step = lambda: None
+    with pytest.raises(ValueError, match="expected no step set on it"):
+        fastmlp.fuse(optimizer)
+    assert type(optimizer) is torch.optim.SGD
+    assert optimizer.step is step
+
+
+@pytest.mark.parametrize("make", [torch.optim.RMSprop, type("Own", (torch.optim.SGD,), {})])
+def test_an_optimizer_that_is_not_known_stays_as_it_is(make):
+    optimizer = make(parameters((3,)), lr=1.0)
+    assert type(fastmlp.fuse(optimizer)) is make
 
 
 # ---- the op
 
 
-def call(params, grads, buffers=(), momentum=0.0):
-    return torch.ops.fastmlp.sgd_(params, grads, list(buffers), 0.1, momentum, 0.0, 0.0, False, False, False)
+SGD = [0.1, 0.9, 0.0, 0.0, False, False, False]
+ADAM = [0.1, 0.9, 0.999, 1e-8, 0.0, False, False]
+ONES, COUNT = torch.ones(3), torch.zeros(())
 
 
 @pytest.mark.parametrize(
-    ("counts", "momentum", "name"),
-    [((1, 0), 0.0, "grads"), ((1, 1), 0.9, "momentum_buffers"), ((1, 1, 1), 0.0, "momentum_buffers")],
+    ("arguments", "words"),
+    [
+        (("sgd", [ONES], [], [], [], SGD), "grads: expected as many tensors as params, 1, got 0"),
+        (("sgd", [ONES], [ONES], [ONES] * 2, [], SGD), "states: expected 0 or 1 for each of 1 params, got 2"),
+        (("adam", [ONES], [ONES], [ONES], [COUNT], ADAM), "states: expected 2 or 3"),
+        (("adam", [ONES], [ONES], [ONES] * 2, [], ADAM), "counts: expected 1"),
+        (("adam", [ONES], [ONES], [ONES] * 2, [ONES], ADAM), r"counts\[0\]: expected"),
+        (("adam", [ONES], [ONES], [ONES] * 2, [COUNT], SGD[:3]), "options: expected the 7 of adam, got 3"),
+        (("lion", [ONES], [ONES], [ONES], [], SGD), "optimizer: expected 'sgd' or 'adam', got 'lion'"),
+    ],
 )
-def test_a_wrong_number_of_tensors_names_the_argument_and_changes_nothing(counts, momentum, name):
-    params = [torch.ones(3)]
-    lists = [params[: counts[0]], [torch.ones(3)] * counts[1], [torch.ones(3)] * sum(counts[2:])]
-    with pytest.raises(RuntimeError, match=rf"^{name}: expected"):
-        call(*lists, momentum=momentum)
-    assert torch.equal(params[0], torch.ones(3))
+def test_wrong_arguments_are_named_and_change_nothing(arguments, words):
+    with pytest.raises((RuntimeError, ValueError), match=f"^{words}"):
+        torch.ops.fastmlp.optimize_(*arguments)
+    assert torch.equal(ONES, torch.ones(3))
+    assert COUNT == 0
 
 
 def test_a_step_on_meta_tensors_is_left_to_torch():
-    assert not call([torch.ones(3, device="meta")], [torch.ones(3, device="meta")])
+    tensors = [torch.ones(3, device="meta")]
+    assert not torch.ops.fastmlp.optimize_("sgd", tensors, tensors, [], [], SGD)
 
 
-def test_the_op_keeps_to_its_schema():
+@pytest.mark.parametrize(("name", "options"), [("sgd", SGD), ("adam", ADAM)])
+def test_the_op_keeps_to_its_schema(name, options):
     params, grads = [torch.randn(3), torch.randn(4, 5)], [torch.randn(3), torch.randn(4, 5)]
-    arguments = (params, grads, [torch.randn(3), torch.randn(4, 5)], 0.1, 0.9, 0.0, 0.0, False, False, False)
-    torch.library.opcheck(torch.ops.fastmlp.sgd_.default, arguments, test_utils=("test_schema",))
+    states = [torch.rand_like(p) for p in params * (1 if name == "sgd" else 3)]
+    counts = [] if name == "sgd" else [torch.zeros(()), torch.zeros(())]
+    arguments = (name, params, grads, states, counts, options)
+    torch.library.opcheck(torch.ops.fastmlp.optimize_.default, arguments, test_utils=("test_schema",))

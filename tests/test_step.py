@@ -24,6 +24,12 @@ SGD_OPTIONS = [
     {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     {"momentum": 0.5, "dampening": 0.3, "maximize": True},
 ]
+OPTIONS = [
+    *SGD_OPTIONS,
+    {"kind": torch.optim.Adam, "weight_decay": 0.1},
+    {"kind": torch.optim.Adam, "betas": (0.3, 0.5), "amsgrad": True, "maximize": True},
+    {"kind": torch.optim.AdamW, "weight_decay": 0.1, "eps": 1e-3},
+]
 LOSSES = {
     "cross_entropy": nn.CrossEntropyLoss(),
     "smoothed": nn.CrossEntropyLoss(torch.tensor([1.0, 0.5, 2.0]), ignore_index=1, label_smoothing=0.1),
@@ -71,7 +77,7 @@ def assert_same_training(model, loss, batches, steps=3, lr=0.1, kind=torch.optim
     torch.testing.assert_close(optimizer.state_dict(), other_optimizer.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_every_loss_and_option_trains_as_in_the_standard_loop(instruction_set, loss, options):
     torch.manual_seed(0)
@@ -115,7 +121,7 @@ def test_bce_of_outputs_with_leading_dimensions_trains_as_in_the_standard_loop()
     sizes=st.lists(st.integers(1, 40), min_size=2, max_size=5),
     batch=st.integers(0, 40),
     activation=st.sampled_from([nn.ReLU, nn.Sigmoid, nn.Tanh]),
-    options=st.sampled_from(SGD_OPTIONS),
+    options=st.sampled_from(OPTIONS),
     name=st.sampled_from(["summed", "mse summed", "bce"]),
 )
 def test_any_network_trains_as_in_the_standard_loop(instruction_set, sizes, batch, activation, options, name):
@@ -248,8 +254,8 @@ def test_losses_and_optimizers_that_do_not_fit_are_refused():
         fastmlp.TrainStep(model, nn.L1Loss(), sgd)
     with pytest.raises(ValueError, match="reduction"):
         fastmlp.TrainStep(model, nn.MSELoss(reduction="none"), sgd)
-    with pytest.raises(TypeError, match=r"optimizer: .*Adam"):
-        fastmlp.TrainStep(model, nn.MSELoss(), torch.optim.Adam(model.parameters()))
+    with pytest.raises(TypeError, match=r"optimizer: expected SGD, Adam or AdamW, .* got RMSprop"):
+        fastmlp.TrainStep(model, nn.MSELoss(), torch.optim.RMSprop(model.parameters()))
 
 
 @pytest.mark.parametrize(

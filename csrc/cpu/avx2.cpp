@@ -10,9 +10,10 @@
 #pragma GCC target("avx2,fma")
 
 #define FASTMLP_FUSED(a, b, c) _mm256_fmadd_ps(__m256(a), __m256(b), __m256(c))
+#define FASTMLP_SQUARE_ROOT(v) _mm256_sqrt_ps(__m256(v))
 
 #include "../activation.h"
-#include "../sgd.h"
+#include "../optimizer.h"
 
 namespace fastmlp::cpu {
 namespace avx2 {

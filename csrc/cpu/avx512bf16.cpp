@@ -13,9 +13,10 @@
 #endif
 
 #define FASTMLP_FUSED(a, b, c) _mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))
+#define FASTMLP_SQUARE_ROOT(v) _mm512_sqrt_ps(__m512(v))
 
 #include "../activation.h"
-#include "../sgd.h"
+#include "../optimizer.h"
 
 namespace fastmlp::cpu {
 namespace avx512bf16 {

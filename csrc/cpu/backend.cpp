@@ -79,10 +79,10 @@ bool covers(Dtype dtype) {
 }
 
 // Threads share the cache lines of all tensors, as if these lay one after the other.
-void sgd(const Sgd& s, const Update* updates, int64_t count, int threads) {
+void optimize(const Optimizer& o, const Update* updates, int64_t count, int threads) {
   constexpr double cost = 8;  // of an element, in multiply-adds: what reading it takes
   const Kernels& k = kernels();
-  const int64_t line = cache_line / size_of(s.dtype);  // in elements
+  const int64_t line = cache_line / size_of(o.dtype);  // in elements
   int64_t lines = 0;
   for (const Update* u = updates; u != updates + count; ++u) lines += ceil_div(u->size, line);
   share(threads, cost * double(lines * line), [&](int rank, int size) {
@@ -90,7 +90,7 @@ void sgd(const Sgd& s, const Update* updates, int64_t count, int threads) {
     for (const Update* u = updates; u != updates + count && mine.end > 0; ++u) {
       const auto bound = [&](int64_t at) { return std::clamp<int64_t>(at * line, 0, u->size); };
       const Range range = {bound(mine.begin), bound(mine.end)};
-      if (range.size() > 0) k.update(s, *u, range);
+      if (range.size() > 0) k.update(o, *u, range);
       mine.begin -= ceil_div(u->size, line);
       mine.end -= ceil_div(u->size, line);
     }

@@ -47,11 +47,10 @@ struct Product {
   int64_t ldc;
   bool accumulate = false;  // C and sums are added to; C is float32, with no bias and no activation
   float* sums = nullptr;    // [I], Σ_p A[i][p], or null
-  // Where given, A B is the gradient of param [I, J], which is changed by it as Sgd says, with no bias or activation.
-  // C is then where sums stay until they are whole, and not touched where P is at most whole_sum.
-  const Sgd* sgd = nullptr;
-  float* param = nullptr;
-  float* momentum = nullptr;  // or null; both are laid out as C
+  // Where given, A B is the gradient of a parameter [I, J], laid out as C with its state, which is changed by it, with
+  // no bias or activation. C is then where sums stay until they are whole, and not touched where P is at most whole_sum.
+  const Optimizer* optimizer = nullptr;
+  Update update{};
 };
 
 struct Kernels {
@@ -66,7 +65,7 @@ struct Kernels {
   // out[i] = Σ_s partials[s * stride + i] for i in a range, s < count.
   void (*add_up)(const float* partials, int64_t count, int64_t stride, Dtype dtype, void* out, Range range);
   // One step for a range of the tensor's elements.
-  void (*update)(const Sgd&, const Update&, Range range);
+  void (*update)(const Optimizer&, const Update&, Range range);
   // The losses and gradients of some rows, whose targets are classes or ignored, times `scale`; the losses are
   // stored where they are not reduced, and without the scale. Returns the sum of the losses.
   double (*cross_entropy)(const CrossEntropy&, float scale, Range rows);

@@ -79,9 +79,8 @@ Range grad_weight(const Kernels& k, const Backward& p, const Sums& sums, bool ac
                       .ldc = p.K,
                       .accumulate = accumulate,
                       .sums = adds_up ? sums.bias : nullptr,
-                      .sgd = trained ? trained->sgd : nullptr,
-                      .param = trained ? trained->param : nullptr,
-                      .momentum = trained ? trained->momentum : nullptr};
+                      .optimizer = trained ? trained->optimizer : nullptr,
+                      .update = trained ? trained->update : Update{}};
   k.multiply(dw, b.rows, b.columns, scratch());
   return adds_up ? b.rows : Range{0, 0};
 }

@@ -49,14 +49,17 @@ FASTMLP_INLINE void store_tile(const V (&sum)[rows][vectors], C* c, int64_t ldc,
 enum class End {
   sums,    // they are stored: more follow, or they are C itself
   output,  // C = sums + bias, or the ReLU of that
-  change,  // param -= lr * sums
-  other    // any activation, any kind of SGD: by way of memory
+  change,  // param -= rate * sums
+  other    // any activation, any kind of optimizer: by way of memory
 };
 
 template <class T>
 End end_of(const Product& p) {
   const bool is_relu = p.activation == Activation::relu;
-  if (p.sgd) return p.momentum || p.sgd->weight_decay != 0 || p.sgd->maximize ? End::other : End::change;
+  if (const Optimizer* const o = p.optimizer) {
+    const bool is_plain = o->kind == Optimizer::sgd && !o->states && o->weight_decay == 0 && !o->maximize;
+    return is_plain ? End::change : End::other;
+  }
   if (p.activation != Activation::identity && !is_relu) return End::other;
   return is_relu || p.bias || p.c_dtype != Dtype::float32 ? End::output : End::sums;
 }
@@ -74,8 +77,7 @@ struct Target {
 template <class T>
 void finish(const Product& p, const float* sums, int64_t ld, int64_t i, int64_t j, int64_t m, int64_t n) {
   const int64_t at = i * p.ldc + j;
-  if (p.sgd)
-    return descend(*p.sgd, sums, ld, p.param + at, p.momentum ? p.momentum + at : nullptr, p.ldc, m, n);
+  if (p.optimizer) return descend(*p.optimizer, offset(p.update, at), sums, ld, p.ldc, m, n);
   const T* const bias = p.bias ? static_cast<const T*>(p.bias) + j : nullptr;
   with_activation(p.activation, [&](auto g) {
     finish<decltype(g)::value>(sums, ld, bias, static_cast<T*>(p.c) + at, p.ldc, m, n);
@@ -86,10 +88,11 @@ template <class T, int rows, int vectors>
 FASTMLP_INLINE void fetch(const Product& p, const Target& t) {
   const int64_t at = t.i * p.ldc + t.j;
   if (t.end == End::sums) fetch_tile<rows, vectors>(t.sums, t.ld);
-  else if (!p.sgd) fetch_tile<rows, vectors>(static_cast<const T*>(p.c) + at, p.ldc);
+  else if (!p.optimizer) fetch_tile<rows, vectors>(static_cast<const T*>(p.c) + at, p.ldc);
   else {
-    fetch_tile<rows, vectors>(p.param + at, p.ldc);
-    if (p.momentum) fetch_tile<rows, vectors>(p.momentum + at, p.ldc);
+    fetch_tile<rows, vectors>(static_cast<const float*>(p.update.param) + at, p.ldc);
+    for (int s = 0; s < p.optimizer->states; ++s)
+      fetch_tile<rows, vectors>(static_cast<const float*>(p.update.states[s]) + at, p.ldc);
   }
 }
 
@@ -108,14 +111,16 @@ FASTMLP_INLINE void finish(const Product& p, const Target& t, V (&sum)[rows][vec
     return store_tile(sum, static_cast<T*>(p.c) + at, p.ldc, last);
   }
   if (t.end == End::change) {
-    const Sgd plain = {Dtype::float32, p.sgd->lr, 0, 0, 0, false, false, false};
+    const Optimizer plain{};
+    float* const param = static_cast<float*>(p.update.param) + at;
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) {
-        float* const w = p.param + at + i * p.ldc + v * width;
+        using Plain = Rule<Optimizer::sgd, 0>;
+        float* const w = param + i * p.ldc + v * width;
         const int64_t n = v == vectors - 1 ? last : width;
-        store(w, updated(load(w, n), sum[i][v], static_cast<V*>(nullptr), plain), n);
+        store(w, Plain::updated(load(w, n), sum[i][v], static_cast<V*>(nullptr), plain, p.update.rates), n);
       }
     return;
   }
@@ -189,7 +194,7 @@ struct Multiplication {
     if (p.a.activation != Activation::identity) y = static_cast<const T*>(p.a.y);
     chunks = larger(1, ceil_div(p.P, KC * terms));
     deep = ceil_div(ceil_div(p.P, chunks), terms) * terms;
-    in_place = p.c_dtype == Dtype::float32 && !(p.sgd && chunks == 1);
+    in_place = p.c_dtype == Dtype::float32 && !(p.optimizer && chunks == 1);
   }
 
   void run(Range rows, Range columns) {

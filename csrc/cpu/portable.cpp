@@ -4,10 +4,14 @@
 #ifdef __aarch64__
 #include <arm_neon.h>
 #define FASTMLP_FUSED(a, b, c) vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b))
+#define FASTMLP_SQUARE_ROOT(v) vsqrtq_f32(float32x4_t(v))
+#elif defined(__x86_64__)
+#include <xmmintrin.h>
+#define FASTMLP_SQUARE_ROOT(v) _mm_sqrt_ps(__m128(v))
 #endif
 
 #include "../activation.h"
-#include "../sgd.h"
+#include "../optimizer.h"
 
 namespace fastmlp::cpu {
 namespace portable {

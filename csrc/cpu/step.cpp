@@ -27,7 +27,9 @@ struct Pieces {
   }
 };
 
-bool is_trained(const Step& s, int64_t layer) { return s.weights[layer].sgd || s.biases[layer].sgd; }
+bool is_trained(const Step& s, int64_t layer) {
+  return s.weights[layer].optimizer || s.biases[layer].optimizer;
+}
 
 int64_t lowest_trained(const Step& s) {
   int64_t layer = 0;
@@ -61,8 +63,8 @@ struct Gradients {
     const int64_t begin = pieces.bytes;
     for (int64_t i = 0; i < s.count; ++i) {
       const Forward& p = s.layers[i];
-      float* const weight = by_rows && s.weights[i].sgd ? pieces.floats(p.N * p.K) : nullptr;
-      layers.push_back({weight, s.biases[i].sgd ? pieces.floats(p.N) : nullptr});
+      float* const weight = by_rows && s.weights[i].optimizer ? pieces.floats(p.N * p.K) : nullptr;
+      layers.push_back({weight, s.biases[i].optimizer ? pieces.floats(p.N) : nullptr});
     }
     size = (pieces.bytes - begin) / size_of_float;
   }
@@ -126,12 +128,22 @@ double loss_of(const Kernels& k, const Step& s, double scale, Range rows, int64_
                           {own.begin * p.N, own.end * p.N});
 }
 
+// The update of a parameter from an element on, whose gradient is there.
+Update with_gradient(const Trained& parameter, const float* gradient, int64_t from) {
+  Update u = parameter.update;
+  u.param = static_cast<float*>(u.param) + from;
+  u.grad = gradient;
+  for (void*& state : u.states)
+    if (state) state = static_cast<float*>(state) + from;
+  return u;
+}
+
 // One layer's backward pass for the part of it that belongs to `rank` of `size`. `sums.weight` null: the weights
 // are changed.
 void backward_layer(const Kernels& k, const Step& s, int64_t index, const Forward& p, const Memory& memory,
                     const Passing& passing, const Sums& sums, bool accumulate, int rank, int size) {
   const Trained &weight = s.weights[index], &bias = s.biases[index];
-  const Trained* const trained = weight.sgd && !memory.by_rows ? &weight : nullptr;
+  const Trained* const trained = weight.optimizer && !memory.by_rows ? &weight : nullptr;
   const Backward b = {.dtype = p.dtype,
                       .reduced = p.reduced,
                       .activation = p.activation,
@@ -150,23 +162,22 @@ void backward_layer(const Kernels& k, const Step& s, int64_t index, const Forwar
   const bool needs_input = index > lowest_trained(s);
   if (needs_input) grad_input(k, b, rank, size);
   if (needs_input || memory.sums) wait(size);  // W is read no more; nor are the sums of the layer above
-  if (!weight.sgd && !bias.sgd) return;
+  if (!weight.optimizer && !bias.optimizer) return;
   const Range biases = grad_weight(k, b, sums, accumulate, trained, rank, size);
-  if (!memory.by_rows && bias.sgd && biases.size() > 0)
-    k.update(*bias.sgd, {bias.param, sums.bias, bias.momentum, p.N}, biases);
+  if (!memory.by_rows && bias.optimizer && biases.size() > 0)
+    k.update(*bias.optimizer, with_gradient(bias, sums.bias, 0), biases);
 }
 
 // Changes a range of a parameter by the sums of all parts, a piece at a time.
 void finish(const Kernels& k, const Trained& parameter, const float* sums, int64_t parts, int64_t stride,
             Range range) {
-  if (!parameter.sgd) return;
+  if (!parameter.optimizer) return;
   constexpr int64_t piece = 4096;
   float* const gradient = static_cast<float*>(scratch());
   for (int64_t i = range.begin; i < range.end; i += piece) {
     const Range some = {0, std::min(piece, range.end - i)};
     k.add_up(sums + i, parts, stride, Dtype::float32, gradient, some);
-    float* const momentum = parameter.momentum ? parameter.momentum + i : nullptr;
-    k.update(*parameter.sgd, {parameter.param + i, gradient, momentum, some.end}, some);
+    k.update(*parameter.optimizer, with_gradient(parameter, gradient, i), some);
   }
 }
 

@@ -373,9 +373,9 @@ int cross_entropy(const CrossEntropy& p, void* workspace, void* stream) {
   });
 }
 
-int sgd(const Sgd& s, const Update* updates, int64_t count, void* stream) {
-  return with_dtype(s.dtype, [&](auto type) {
-    return update::run<typename decltype(type)::type>(s, updates, count, static_cast<cudaStream_t>(stream));
+int optimize(const Optimizer& o, const Update* updates, int64_t count, void* stream) {
+  return with_dtype(o.dtype, [&](auto type) {
+    return update::run<typename decltype(type)::type>(o, updates, count, static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -1,15 +1,15 @@
-// One step of gradient descent for many tensors in one launch. Bound by bandwidth, and where tensors are small by
+// One step of an optimizer for many tensors in one launch. Bound by bandwidth, and where tensors are small by
 // the launch itself: so the tensors are told to the kernel as an argument, which needs no copy and no memory.
 #pragma once
 
-#include "../sgd.h"
+#include "../optimizer.h"
 #include "launch.cuh"
 
 namespace fastmlp::cuda::update {
 
 constexpr int threads = 256;
 constexpr int packs = 2;               // of a thread's, one after the other
-constexpr int tensors_of_launch = 64;  // arguments end at 4096 bytes
+constexpr int tensors_of_launch = 60;  // arguments end at 4096 bytes
 
 template <class T>
 constexpr int64_t elements_of_block = int64_t{threads} * packs * Pack<T>::size;
@@ -40,8 +40,8 @@ __device__ __forceinline__ void store(T* p, const Pack<T>& pack, int64_t n, bool
     if (j < n) p[j] = pack.elements[j];
 }
 
-template <class T, bool has_momentum>
-__global__ void __launch_bounds__(threads) step(const Table table, const Sgd s) {
+template <class T, class Rule>
+__global__ void __launch_bounds__(threads) step(const Table table, const Optimizer o) {
   int tensor = 0;  // whose blocks this one is among: the last that begins no later
   for (int end = table.count; end - tensor > 1;) {
     const int middle = (tensor + end) / 2;
@@ -50,31 +50,34 @@ __global__ void __launch_bounds__(threads) step(const Table table, const Sgd s) 
   }
   const Update u = table.tensors[tensor];
   T* const param = static_cast<T*>(u.param);
-  T* const momentum = static_cast<T*>(u.momentum);
   const T* const grad = static_cast<const T*>(u.grad);
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
-  const bool aligned = (address(param) | address(grad) | address(momentum)) % sizeof(Pack<T>) == 0;
+  uintptr_t addresses = address(param) | address(grad);
+  for (int k = 0; k < Rule::states; ++k) addresses |= address(u.states[k]);
+  const bool aligned = addresses % sizeof(Pack<T>) == 0;
 
   int64_t i = (blockIdx.x - table.first_block[tensor]) * elements_of_block<T> + threadIdx.x * Pack<T>::size;
   for (int p = 0; p < packs && i < u.size; ++p, i += threads * Pack<T>::size) {
     const int64_t n = u.size - i;
     const Pack<T> g = load(grad + i, n, aligned);
-    Pack<T> w = load(param + i, n, aligned), m{};
-    if (has_momentum && !s.first) m = load(momentum + i, n, aligned);
+    Pack<T> w = load(param + i, n, aligned), states[most_states]{};
+    for (int k = 0; k < Rule::states && !o.first; ++k)
+      states[k] = load(static_cast<const T*>(u.states[k]) + i, n, aligned);
     for (int j = 0; j < Pack<T>::size; ++j) {
-      float moment = to_float(m.elements[j]);
-      cuda::store(&w.elements[j], updated(to_float(w.elements[j]), to_float(g.elements[j]),
-                                          has_momentum ? &moment : nullptr, s));
-      if (has_momentum) cuda::store(&m.elements[j], moment);
+      float state[most_states];
+      for (int k = 0; k < Rule::states; ++k) state[k] = to_float(states[k].elements[j]);
+      cuda::store(&w.elements[j],
+                  Rule::updated(to_float(w.elements[j]), to_float(g.elements[j]), state, o, u.rates));
+      for (int k = 0; k < Rule::states; ++k) cuda::store(&states[k].elements[j], state[k]);
     }
-    if (has_momentum) store(momentum + i, m, n, aligned);
+    for (int k = 0; k < Rule::states; ++k) store(static_cast<T*>(u.states[k]) + i, states[k], n, aligned);
     store(param + i, w, n, aligned);
   }
 }
 
-// One launch for every 64 tensors.
+// One launch for every 60 tensors.
 template <class T>
-cudaError_t run(const Sgd& s, const Update* updates, int64_t count, cudaStream_t stream) {
+cudaError_t run(const Optimizer& o, const Update* updates, int64_t count, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   for (const Update* const end = updates + count; updates != end && error == cudaSuccess;) {
     Table table{};
@@ -85,8 +88,8 @@ cudaError_t run(const Sgd& s, const Update* updates, int64_t count, cudaStream_t
       table.first_block[table.count++] = blocks;
       blocks += (updates->size + elements_of_block<T> - 1) / elements_of_block<T>;
     }
-    const bool has_momentum = table.count > 0 && table.tensors[0].momentum;
-    error = launch(has_momentum ? step<T, true> : step<T, false>, blocks, threads, stream, table, s);
+    error = with_rule(
+        o, [&](auto rule) { return launch(step<T, decltype(rule)>, blocks, threads, stream, table, o); });
   }
   return error;
 }

@@ -38,8 +38,8 @@ struct Cpu {
     const int64_t wrong = cpu::cross_entropy(*p, workspace, at::get_num_threads());
     TORCH_CHECK_INDEX(wrong < 0, "Target ", p->target[wrong], " is out of bounds.");
   }
-  static void run(const Sgd& sgd, const Update* updates, int64_t count) {
-    cpu::sgd(sgd, updates, count, at::get_num_threads());
+  static void run(const Optimizer& optimizer, const Update* updates, int64_t count) {
+    cpu::optimize(optimizer, updates, count, at::get_num_threads());
   }
 };
 
@@ -61,8 +61,8 @@ struct Cuda {
   static void run(const CrossEntropy* p, int64_t, void* workspace) {
     check(cuda::cross_entropy(*p, workspace, c10::cuda::getCurrentCUDAStream().stream()));
   }
-  static void run(const Sgd& sgd, const Update* updates, int64_t count) {
-    check(cuda::sgd(sgd, updates, count, c10::cuda::getCurrentCUDAStream().stream()));
+  static void run(const Optimizer& optimizer, const Update* updates, int64_t count) {
+    check(cuda::optimize(optimizer, updates, count, c10::cuda::getCurrentCUDAStream().stream()));
   }
 
  private:

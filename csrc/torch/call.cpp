@@ -116,33 +116,35 @@ PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 15, "train_step: expected the 15 arguments of the op train_step_, got ", count);
-  for (const int list : {2, 3, 5, 6, 13, 14})
+  TORCH_CHECK_TYPE(count == 17, "train_step: expected the 17 arguments of the op train_step_, got ", count);
+  for (const int list : {2, 3, 4, 6, 7, 15, 16})
     TORCH_CHECK_TYPE(Items::is(arguments[list]), "train_step: expected a list for argument ", list);
   if (!is_plain(arguments[0]) || !is_plain(arguments[1])) Py_RETURN_NOTIMPLEMENTED;
-  for (const int list : {2, 3})
+  for (const int list : {2, 3, 4})
     for (const Items items(arguments[list]); PyObject* t : c10::ArrayRef(items.items, items.size))
       if (!is_plain(t)) Py_RETURN_NOTIMPLEMENTED;
-  const std::vector<Tensor> params = tensors(arguments[2]), momenta = tensors(arguments[3]);
-  const std::vector<int64_t> has_bias = numbers(arguments[5], integer),
-                             flags = numbers(arguments[14], integer);
-  const std::vector<double> options = numbers(arguments[13], PyFloat_AsDouble);
+  const std::vector<Tensor> params = tensors(arguments[2]), states = tensors(arguments[3]),
+                            counts = tensors(arguments[4]);
+  const std::vector<int64_t> has_bias = numbers(arguments[6], integer),
+                             trained = numbers(arguments[16], integer);
+  const std::vector<double> options = numbers(arguments[15], PyFloat_AsDouble);
   c10::List<std::string> activations;
-  for (const Items items(arguments[6]); PyObject* name : c10::ArrayRef(items.items, items.size))
+  for (const Items items(arguments[7]); PyObject* name : c10::ArrayRef(items.items, items.size))
     activations.push_back(name_of(name));
   const Tensor &input = THPVariable_Unpack(arguments[0]), &target = THPVariable_Unpack(arguments[1]),
-               &workspace = THPVariable_Unpack(arguments[4]);
-  const std::string loss = name_of(arguments[7]);
-  const bool mean = PyObject_IsTrue(arguments[8]);
-  const OptionalTensor weight = tensor_or_none(arguments[9]), pos_weight = tensor_or_none(arguments[10]);
-  const int64_t ignore_index = integer(arguments[11]);
-  const double label_smoothing = PyFloat_AsDouble(arguments[12]);
+               &workspace = THPVariable_Unpack(arguments[5]);
+  const std::string loss = name_of(arguments[8]), optimizer = name_of(arguments[14]);
+  const bool mean = PyObject_IsTrue(arguments[9]);
+  const OptionalTensor weight = tensor_or_none(arguments[10]), pos_weight = tensor_or_none(arguments[11]);
+  const int64_t ignore_index = integer(arguments[12]);
+  const double label_smoothing = PyFloat_AsDouble(arguments[13]);
   if (PyErr_Occurred()) throw python_error();
   Tensor value;
   {
     const pybind11::gil_scoped_release no_gil;
-    value = call_train_step(input, target, params, momenta, workspace, has_bias, std::move(activations), loss,
-                            mean, weight, pos_weight, ignore_index, label_smoothing, options, flags);
+    value = call_train_step(input, target, params, states, counts, workspace, has_bias,
+                            std::move(activations), loss, mean, weight, pos_weight, ignore_index,
+                            label_smoothing, optimizer, options, trained);
   }
   return THPVariable_Wrap(std::move(value));
   END_HANDLE_TH_ERRORS

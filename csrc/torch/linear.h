@@ -47,10 +47,11 @@ Gradients linear_backward_composite(const Tensor& grad_y, const OptionalTensor& 
 Tensor call_mlp(const Tensor& input, at::TensorList weights, at::TensorList biases,
                 std::string_view activation);
 Tensor call_train_step(const Tensor& input, const Tensor& target, at::TensorList params,
-                       at::TensorList momenta, const Tensor& workspace, at::IntArrayRef has_bias,
-                       c10::List<std::string> activations, std::string_view loss, bool mean,
-                       const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t ignore_index,
-                       double label_smoothing, at::ArrayRef<double> options, at::IntArrayRef flags);
+                       at::TensorList states, at::TensorList counts, const Tensor& workspace,
+                       at::IntArrayRef has_bias, c10::List<std::string> activations, std::string_view loss,
+                       bool mean, const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                       int64_t ignore_index, double label_smoothing, std::string_view optimizer,
+                       at::ArrayRef<double> options, at::IntArrayRef trained);
 Tensor call_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                    std::string_view activation);
 Gradients call_linear_backward(const Tensor& grad_y, const OptionalTensor& input,

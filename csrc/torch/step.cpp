@@ -11,6 +11,7 @@
 
 #include "backends.h"
 #include "linear.h"
+#include "optimizer.h"
 
 namespace fastmlp {
 namespace {
@@ -24,30 +25,20 @@ Loss parse_loss(std::string_view name) {
   TORCH_CHECK_VALUE(false, "loss: expected 'cross_entropy', 'mse' or 'bce_with_logits', got '", name, "'");
 }
 
-// How one parameter is changed: torch.optim.SGD's options, and whether it is changed at all.
-enum Flag : int64_t { trained = 1, nesterov = 2, maximize = 4, first = 8 };
-
-Sgd sgd_of(at::ArrayRef<double> options, int64_t flags) {
-  return {.dtype = Dtype::float32,
-          .lr = float(options[0]),
-          .momentum = float(options[1]),
-          .undamped = float(1 - options[2]),
-          .weight_decay = float(options[3]),
-          .nesterov = bool(flags & Flag::nesterov),
-          .maximize = bool(flags & Flag::maximize),
-          .first = bool(flags & Flag::first)};
-}
-
-void check_parameter(size_t index, const Tensor& t, const Tensor& momentum) {
+// A state of no element is none.
+void check_parameter(size_t index, const Tensor& t, TensorList states) {
   TORCH_CHECK(t.is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous(), "params[", index,
               "]: expected a contiguous float32 tensor on the CPU");
   TORCH_CHECK(
-      !t.is_inference() && !momentum.is_inference(), "params[", index,
-      "]: expected tensors made outside of torch.inference_mode, which alone may be written outside of it");
-  if (momentum.numel() == 0) return;
-  TORCH_CHECK(momentum.is_cpu() && momentum.scalar_type() == at::kFloat && momentum.is_contiguous() &&
-                  momentum.sizes() == t.sizes(),
-              "momenta[", index, "]: expected a contiguous float32 tensor on the CPU of shape ", t.sizes());
+      !t.is_inference(), "params[", index,
+      "]: expected a tensor made outside of torch.inference_mode, which alone may be written outside of it");
+  for (const Tensor& state : states) {
+    if (state.numel() == 0) continue;
+    TORCH_CHECK(state.is_cpu() && state.scalar_type() == at::kFloat && state.is_contiguous() &&
+                    state.sizes() == t.sizes() && !state.is_inference(),
+                "states of params[", index, "]: expected contiguous float32 tensors on the CPU of shape ",
+                t.sizes(), ", made outside of torch.inference_mode");
+  }
 }
 
 // The weights of a loss as a vector over the outputs, which one that is the same for all of a batch expands to.
@@ -63,20 +54,23 @@ Tensor over_outputs(const char* name, const OptionalTensor& values, int64_t outp
 
 const float* floats_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
-Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params, TensorList momenta,
-                   const Tensor& workspace, at::IntArrayRef has_bias, c10::List<std::string> activations,
-                   std::string_view loss_name, bool mean, const OptionalTensor& weight,
-                   const OptionalTensor& pos_weight, int64_t ignore_index, double label_smoothing,
-                   at::ArrayRef<double> options, at::IntArrayRef flags) {
+// Of each parameter: its states, a count where the optimizer has one, its options, and whether it is trained.
+Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params, TensorList states,
+                   TensorList counts, const Tensor& workspace, at::IntArrayRef has_bias,
+                   c10::List<std::string> activations, std::string_view loss_name, bool mean,
+                   const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t ignore_index,
+                   double label_smoothing, std::string_view optimizer, at::ArrayRef<double> options,
+                   at::IntArrayRef trained) {
   const Loss loss = parse_loss(loss_name);
+  const OptimizerRow& row = optimizer_row(optimizer);
   const size_t L = has_bias.size(), P = params.size();
   size_t expected = L;
   for (const int64_t has : has_bias) expected += has != 0;
-  TORCH_CHECK(
-      L > 0 && activations.size() == L && P == expected && momenta.size() == P && flags.size() == P &&
-          options.size() == 4 * P,
-      "train_step_: expected one activation for each layer, and momenta, flags and 4 options for each of ",
-      expected, " params");
+  TORCH_CHECK(L > 0 && activations.size() == L && P == expected && states.size() == row.states * P &&
+                  counts.size() == (row.counts ? P : 0) && trained.size() == P &&
+                  options.size() == row.options * P,
+              "train_step_: expected one activation for each layer, and states, counts and options of ",
+              optimizer, " for each of ", expected, " params");
   TORCH_CHECK(input.is_cpu() && input.scalar_type() == at::kFloat && input.layout() == c10::kStrided &&
                   input.dim() >= 1,
               "input: expected a float32 tensor on the CPU of shape [..., in_features], got ",
@@ -89,15 +83,26 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
   const int64_t M = rows_of(input);
   const Tensor x = as_matrix(input, M, input.size(-1));
   std::vector<Forward> layers;
-  std::vector<Sgd> sgds(P);
+  std::vector<Optimizer> optimizers(P);
   std::vector<Trained> weights(L), biases(L);
   int64_t width = input.size(-1);
   for (size_t i = 0, at = 0; i < L; ++i) {
     const auto take = [&](Trained& to) {
-      check_parameter(at, params[at], momenta[at]);
-      sgds[at] = sgd_of(options.slice(4 * at, 4), flags[at]);
-      to = {flags[at] & Flag::trained ? &sgds[at] : nullptr, params[at].mutable_data_ptr<float>(),
-            momenta[at].numel() ? momenta[at].mutable_data_ptr<float>() : nullptr};
+      const TensorList own = states.slice(row.states * at, row.states);
+      check_parameter(at, params[at], own);
+      to = {};
+      to.update.param = params[at].mutable_data_ptr<float>();
+      if (trained[at]) {
+        const at::ArrayRef<double> given = options.slice(row.options * at, row.options);
+        size_t kinds = 0;
+        for (; kinds < row.states && own[kinds].numel(); ++kinds)
+          to.update.states[kinds] = own[kinds].mutable_data_ptr<float>();
+        if (row.counts) check_count("counts", at, counts[at]);
+        to.update.rates =
+            rates_of(row, given, row.counts ? double(*counts[at].const_data_ptr<float>()) + 1 : 0);
+        optimizers[at] = optimizer_of(row, given, Dtype::float32, kinds);
+        to.optimizer = &optimizers[at];
+      }
       ++at;
     };
     const Tensor& weight = params[at];
@@ -118,9 +123,9 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
                       .K = width,
                       .x = i ? nullptr : x.const_data_ptr(),
                       .ldx = i ? width : x.stride(0),
-                      .weight = weights[i].param,
+                      .weight = weights[i].update.param,
                       .ldw = width,
-                      .bias = biases[i].param,
+                      .bias = biases[i].update.param,
                       .y = nullptr});
     width = weight.size(0);
   }
@@ -141,7 +146,7 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
   const Tensor targets = target.contiguous(), weighs = over_outputs("weight", weight, width, !classes),
                pos_weighs = over_outputs("pos_weight", pos_weight, width, !classes);
   std::vector<Memory> memories = {memory_of(x), memory_of(targets), memory_of(weighs), memory_of(pos_weighs)};
-  for (const TensorList tensors : {params, momenta})
+  for (const TensorList tensors : {params, states, counts})
     for (const Tensor& t : tensors) memories.push_back(memory_of(t));
   TORCH_CHECK_VALUE(
       !overlap(std::move(memories)),
@@ -176,33 +181,40 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
   const int64_t wrong = cpu::train(step, workspace.mutable_data_ptr(), threads);
   TORCH_CHECK_INDEX(wrong < 0, "target: expected classes from 0 to ", width - 1, ", got ",
                     targets.const_data_ptr<int64_t>()[wrong], " in row ", wrong);
-  for (size_t i = 0; i < P; ++i)  // so that autograd notices where it has saved one of them
-    if (flags[i] & Flag::trained) {
-      params[i].unsafeGetTensorImpl()->bump_version();
-      if (momenta[i].numel()) momenta[i].unsafeGetTensorImpl()->bump_version();
-    }
+  const auto changed = [](const Tensor& t) {  // so that autograd notices where it has saved one of them
+    if (t.numel()) t.unsafeGetTensorImpl()->bump_version();
+  };
+  for (size_t i = 0; i < P; ++i) {
+    if (!trained[i]) continue;
+    changed(params[i]);
+    for (const Tensor& state : states.slice(row.states * i, row.states)) changed(state);
+    if (row.counts) changed(counts[i]), *counts[i].mutable_data_ptr<float>() += 1;
+  }
   return value;
 }
 
 }  // namespace
 
-Tensor call_train_step(const Tensor& input, const Tensor& target, TensorList params, TensorList momenta,
-                       const Tensor& workspace, at::IntArrayRef has_bias, c10::List<std::string> activations,
-                       std::string_view loss, bool mean, const OptionalTensor& weight,
-                       const OptionalTensor& pos_weight, int64_t ignore_index, double label_smoothing,
-                       at::ArrayRef<double> options, at::IntArrayRef flags) {
+Tensor call_train_step(const Tensor& input, const Tensor& target, TensorList params, TensorList states,
+                       TensorList counts, const Tensor& workspace, at::IntArrayRef has_bias,
+                       c10::List<std::string> activations, std::string_view loss, bool mean,
+                       const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t ignore_index,
+                       double label_smoothing, std::string_view optimizer, at::ArrayRef<double> options,
+                       at::IntArrayRef trained) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastmlp::train_step_", "")
                              .typed<decltype(call_train_step)>();
-  return op.call(input, target, params, momenta, workspace, has_bias, std::move(activations), loss, mean,
-                 weight, pos_weight, ignore_index, label_smoothing, options, flags);
+  return op.call(input, target, params, states, counts, workspace, has_bias, std::move(activations), loss,
+                 mean, weight, pos_weight, ignore_index, label_smoothing, optimizer, options, trained);
 }
 
 TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
   m.def(
-      "train_step_(Tensor input, Tensor target, Tensor(a!)[] params, Tensor(b!)[] momenta, "
-      "Tensor(c!) workspace, int[] has_bias, str[] activations, str loss, bool mean, Tensor? weight, "
-      "Tensor? pos_weight, int ignore_index, float label_smoothing, float[] options, int[] flags) -> Tensor");
+      "train_step_(Tensor input, Tensor target, Tensor(a!)[] params, Tensor(b!)[] states, Tensor(c!)[] "
+      "counts, "
+      "Tensor(d!) workspace, int[] has_bias, str[] activations, str loss, bool mean, Tensor? weight, "
+      "Tensor? pos_weight, int ignore_index, float label_smoothing, str optimizer, float[] options, "
+      "int[] trained) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fastmlp, CPU, m) { m.impl("train_step_", train_step_); }
 TORCH_LIBRARY_IMPL(fastmlp, Autograd, m) { m.impl("train_step_", torch::CppFunction::makeFallthrough()); }

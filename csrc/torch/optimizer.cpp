@@ -1,0 +1,166 @@
+// The op optimize_: one step of an optimizer for all parameters of a group, in one kernel.
+//
+// It returns whether it has been done: false, with nothing changed, where the kernels do not cover the tensors.
+// A step is not differentiated, whoever calls it: grad mode does not matter, as under torch.no_grad().
+#include "optimizer.h"
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <vector>
+
+#include "backends.h"
+
+namespace fastmlp {
+
+const OptimizerRow& optimizer_row(std::string_view name) {
+  static constexpr OptimizerRow rows[] = {{"sgd", Optimizer::sgd, 7, 1, false},
+                                          {"adam", Optimizer::adam, 7, 3, true}};
+  for (const OptimizerRow& row : rows)
+    if (name == row.name) return row;
+  TORCH_CHECK_VALUE(false, "optimizer: expected 'sgd' or 'adam', got '", name, "'");
+}
+
+Optimizer optimizer_of(const OptimizerRow& row, at::ArrayRef<double> o, Dtype dtype, size_t states) {
+  if (row.kind == Optimizer::sgd)
+    return {.kind = row.kind,
+            .dtype = dtype,
+            .states = int(states),
+            .weight_decay = float(o[3]),
+            .momentum = float(o[1]),
+            .undamped = float(1 - o[2]),
+            .momentum_square = 0,
+            .undamped_square = 0,
+            .eps = 0,
+            .kept = 1,
+            .maximize = o[5] != 0,
+            .nesterov = o[4] != 0,
+            .first = o[6] != 0};
+  const bool decoupled = o[5] != 0;
+  return {.kind = row.kind,
+          .dtype = dtype,
+          .states = int(states),
+          .weight_decay = decoupled ? 0 : float(o[4]),
+          .momentum = float(o[1]),
+          .undamped = float(1 - o[1]),
+          .momentum_square = float(o[2]),
+          .undamped_square = float(1 - o[2]),
+          .eps = float(o[3]),
+          .kept = decoupled ? float(1 - o[0] * o[4]) : 1,
+          .maximize = o[6] != 0,
+          .nesterov = false,
+          .first = false};
+}
+
+Rates rates_of(const OptimizerRow& row, at::ArrayRef<double> o, double count) {
+  if (row.kind == Optimizer::sgd) return {float(o[0]), 0};
+  return {float(o[0] / (1 - std::pow(o[1], count))), float(1 / std::sqrt(1 - std::pow(o[2], count)))};
+}
+
+void check_count(const char* name, size_t index, const at::Tensor& count) {
+  TORCH_CHECK(count.is_cpu() && count.scalar_type() == at::kFloat && count.numel() == 1, name, "[", index,
+              "]: expected a float32 of one element on the CPU, got ", count.scalar_type(), " of shape ",
+              count.sizes(), " on ", count.device());
+}
+
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+bool is_dense(const Tensor& t) {
+  return t.layout() == c10::kStrided && !t.unsafeGetTensorImpl()->is_nested() &&
+         t.is_non_overlapping_and_dense();
+}
+
+// Whether equal places in memory hold equal places of the tensors.
+bool is_laid_out_as(const Tensor& t, const Tensor& param) {
+  return is_dense(t) && t.sizes() == param.sizes() &&
+         (t.strides() == param.strides() || (t.is_contiguous() && param.is_contiguous()));
+}
+
+template <class Device>
+bool covers(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 ||
+         (dtype == at::kHalf && !std::is_same_v<Device, Cpu>);
+}
+
+// Whether all are laid out as the parameters, one list after the other.
+bool is_covered(TensorList params, TensorList tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Tensor &t = tensors[i], &param = params[i % params.size()];
+    if (t.scalar_type() != params[0].scalar_type() || t.device() != params[0].device() ||
+        !is_laid_out_as(t, param))
+      return false;
+  }
+  return true;
+}
+
+// `states` are those of a kind for all parameters, then those of the next kind.
+template <class Device>
+bool optimize_(std::string_view name, TensorList params, TensorList grads, TensorList states,
+               TensorList counts, at::ArrayRef<double> options) {
+  const OptimizerRow& row = optimizer_row(name);
+  const size_t P = params.size();
+  TORCH_CHECK(grads.size() == P, "grads: expected as many tensors as params, ", P, ", got ", grads.size());
+  TORCH_CHECK(options.size() == row.options, "options: expected the ", row.options, " of ", name, ", got ",
+              options.size());
+  TORCH_CHECK(counts.size() == (row.counts ? P : 0), "counts: expected ", row.counts ? P : 0,
+              " tensors, got ", counts.size());
+  if (P == 0) return true;
+  const size_t kinds = states.size() / P;
+  TORCH_CHECK(states.size() == kinds * P && kinds <= row.states && kinds + 1 >= row.states,
+              "states: expected ", row.states - 1, " or ", row.states, " for each of ", P, " params, got ",
+              states.size());
+  for (size_t i = 0; i < counts.size(); ++i) check_count("counts", i, counts[i]);
+  if (!covers<Device>(params[0].scalar_type())) return false;
+  for (const TensorList tensors : {params, grads, states})
+    if (!is_covered(params, tensors)) return false;
+  std::vector<Memory> memories;
+  for (const TensorList tensors : {params, grads, states, counts})
+    for (const Tensor& t : tensors) memories.push_back(memory_of(t));
+  if (overlap(std::move(memories))) return false;
+
+  std::vector<Update> updates(P);
+  for (size_t i = 0; i < P; ++i) {
+    Update& u = updates[i];
+    u.param = params[i].mutable_data_ptr();
+    u.grad = grads[i].const_data_ptr();
+    for (size_t k = 0; k < kinds; ++k) u.states[k] = states[k * P + i].mutable_data_ptr();
+    u.size = params[i].numel();
+    u.rates = rates_of(row, options, row.counts ? double(*counts[i].const_data_ptr<float>()) + 1 : 0);
+  }
+  // So that autograd notices where it has saved one of them; raises for a tensor that may not be written.
+  for (const TensorList tensors : {params, states, counts})
+    for (const Tensor& t : tensors) t.unsafeGetTensorImpl()->bump_version();
+  for (const Tensor& count : counts) *count.mutable_data_ptr<float>() += 1;
+  const c10::DeviceGuard guard(params[0].device());
+  Device::run(optimizer_of(row, options, dtype_of(params[0]), kinds), updates.data(), int64_t(P));
+  return true;
+}
+
+bool not_covered(std::string_view, TensorList, TensorList, TensorList, TensorList, at::ArrayRef<double>) {
+  return false;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
+  m.def(
+      "optimize_(str name, Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] counts, "
+      "float[] options) -> bool");
+  using Key = c10::DispatchKey;
+  for (const Key key : {Key::CompositeExplicitAutograd, Key::FuncTorchBatched, Key::Batched, Key::Negative,
+                        Key::Conjugate, Key::ZeroTensor})
+    m.impl("optimize_", torch::dispatch(key, not_covered));
+}
+
+TORCH_LIBRARY_IMPL(fastmlp, CPU, m) { m.impl("optimize_", optimize_<Cpu>); }
+#ifdef FASTMLP_WITH_CUDA
+TORCH_LIBRARY_IMPL(fastmlp, CUDA, m) { m.impl("optimize_", optimize_<Cuda>); }
+#endif
+TORCH_LIBRARY_IMPL(fastmlp, Autograd, m) { m.impl("optimize_", torch::CppFunction::makeFallthrough()); }
+
+}  // namespace fastmlp
