@@ -85,14 +85,29 @@ def network_error(device: str, dtype: torch.dtype) -> float:
 
 
 def step_error(device: str, dtype: torch.dtype) -> float:
-    """The relative error of a step of gradient descent with weight decay, dampening and Nesterov momentum."""
+    """The largest relative error of a step of SGD and of Adam, both with weight decay."""
     generator = torch.Generator().manual_seed(0)
-    w, g, m = (torch.randn(1000, generator=generator).to(device, dtype) for _ in range(3))
+
+    def draw() -> Tensor:
+        return torch.randn(1000, generator=generator).to(device, dtype)
+
+    w, g, m = draw(), draw(), draw()
     expected_g = g.double() + 0.25 * w.double()
     expected_m = 0.75 * m.double() + 0.5 * expected_g
     expected_w = w.double() - 0.125 * (expected_g + 0.75 * expected_m)
-    covered = torch.ops.fastmlp.sgd_([w], [g], [m], 0.125, 0.75, 0.5, 0.25, True, False, False)
-    return max(relative_error(w, expected_w), relative_error(m, expected_m)) if covered else torch.inf
+    options = [0.125, 0.75, 0.5, 0.25, True, False, False]
+    covered = torch.ops.fastmlp.optimize_("sgd", [w], [g], [m], [], options)
+    pairs = [(w, expected_w), (m, expected_m)]
+
+    w, g, m, v, count = draw(), draw(), draw(), draw().square(), torch.tensor(2.0)
+    expected_m = 0.75 * m.double() + 0.25 * g.double()
+    expected_v = 0.5 * v.double() + 0.5 * g.double().square()
+    root = (expected_v / (1 - 0.5**3)).sqrt() + 0.125
+    expected_w = (1 - 0.125 * 0.25) * w.double() - 0.125 / (1 - 0.75**3) * expected_m / root
+    options = [0.125, 0.75, 0.5, 0.125, 0.25, True, False]
+    covered &= torch.ops.fastmlp.optimize_("adam", [w], [g], [m, v], [count], options)
+    pairs += [(w, expected_w), (m, expected_m), (v, expected_v)]
+    return max(relative_error(*pair) for pair in pairs) if covered else torch.inf
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -24,6 +24,11 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 _optimize = torch.ops.fastmlp.optimize_.default
 
+# Raises where a CUDA graph is captured of what would not be safe there. Torch's releases differ in its name.
+_check_capture: Any = getattr(Optimizer, "_accelerator_graph_capture_health_check", None) or getattr(
+    Optimizer, "_cuda_graph_capture_health_check", None
+)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -120,6 +125,8 @@ class _OneKernel(Optimizer):
         """One step along the gradients; with a closure, which computes them, after it and with its result."""
         if torch.compiler.is_compiling() or self.defaults["differentiable"]:
             return self._torch_step(self, closure)
+        if self._rule.counter is not None:  # a graph would hold the count of the step that it is captured in
+            _check_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -168,6 +168,7 @@ def test_a_whole_network_gives_what_its_layers_give_one_by_one(dtype, batch, siz
         assert torch.equal(ours, right)
 
 
+ADAM = {"Adam": {"lr": 0.1}, "amsgrad": {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1, "maximize": True}}
 SGD = {
     "plain": {"lr": 0.1},
     "tensor lr": {"lr": torch.tensor(0.1)},
@@ -188,23 +189,40 @@ def trained(kind, options, dtype=torch.float32, device="cuda", steps=4):
     optimizer = kind(params, **options)
     for _ in range(steps):
         optimizer.step()
-    buffers = [state["momentum_buffer"] for state in optimizer.state.values() if state]
-    return [param.detach() for param in params] + buffers
+    states = [value.to(device) for state in optimizer.state.values() for value in state.values()]
+    return [param.detach() for param in params] + states
 
 
-@pytest.mark.parametrize("options", SGD.values(), ids=list(SGD))
-def test_steps_of_gradient_descent_are_those_of_torch(options):
-    for ours, stock in zip(trained(fastmlp.SGD, options), trained(torch.optim.SGD, options), strict=True):
-        torch.testing.assert_close(ours, stock)
+every_option = pytest.mark.parametrize(
+    ("kind", "options"),
+    [("SGD", each) for each in SGD.values()] + [("Adam", each) for each in ADAM.values()],
+    ids=[*SGD, *ADAM],
+)
 
 
-@pytest.mark.parametrize("options", SGD.values(), ids=list(SGD))
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_step_in_half_precision_is_that_of_torchs_fused_kernel(dtype, options):
-    ours = trained(fastmlp.SGD, options, dtype, steps=2)
-    stock = trained(torch.optim.SGD, {**options, "fused": True}, dtype, steps=2)
+@every_option
+def test_steps_are_those_of_torch(kind, options):
+    ours, stock = (trained(getattr(module, kind), options) for module in (fastmlp, torch.optim))
     for mine, theirs in zip(ours, stock, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@every_option
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_step_in_half_precision_is_that_of_torchs_fused_kernel(dtype, kind, options):
+    ours = trained(getattr(fastmlp, kind), options, dtype, steps=2)
+    stock = trained(getattr(torch.optim, kind), {**options, "fused": True}, dtype, steps=2)
+    for mine, theirs in zip(ours, stock, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_cuda_graph_captures_no_step_of_adam_that_counts_on_the_host():
+    params = [torch.ones(3, device="cuda", requires_grad=True)]
+    params[0].grad = torch.ones_like(params[0])
+    optimizer = fastmlp.Adam(params)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="capturable"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
 
 
 def test_a_learning_rate_on_the_gpu_takes_torchs_path():

@@ -24,10 +24,10 @@ SGD_OPTIONS = [
     {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     {"momentum": 0.5, "dampening": 0.3, "maximize": True},
 ]
-OPTIONS = [
+OPTIONS = [  # with an eps that keeps Adam from making steps of gradients that are but rounding
     *SGD_OPTIONS,
-    {"kind": torch.optim.Adam, "weight_decay": 0.1},
-    {"kind": torch.optim.Adam, "betas": (0.3, 0.5), "amsgrad": True, "maximize": True},
+    {"kind": torch.optim.Adam, "weight_decay": 0.1, "eps": 1e-3},
+    {"kind": torch.optim.Adam, "betas": (0.3, 0.5), "amsgrad": True, "maximize": True, "eps": 1e-3},
     {"kind": torch.optim.AdamW, "weight_decay": 0.1, "eps": 1e-3},
 ]
 LOSSES = {
