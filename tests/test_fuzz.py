@@ -502,7 +502,7 @@ def results(space):
         return type(y).__name__, tensors
     try:
         gradients = torch.autograd.grad(total, wanted, allow_unused=True)
-    except RuntimeError as error:
+    except Exception as error:  # of a hook, too
         return type(y).__name__, tensors, type(error).__name__
     return type(y).__name__, tensors, list(gradients)
 
