@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "backends.h"
-#include "linear.h"
+#include "ops.h"
 
 namespace fastmlp {
 namespace {
@@ -64,7 +64,7 @@ Tensor over_outputs(const char* name, const OptionalTensor& values, int64_t outp
 const float* floats_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
 Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params, TensorList momenta,
-                   const Tensor& workspace, at::IntArrayRef has_bias, c10::List<std::string> activations,
+                   const Tensor& workspace, at::IntArrayRef has_bias, Names activations,
                    std::string_view loss_name, bool mean, const OptionalTensor& weight,
                    const OptionalTensor& pos_weight, int64_t ignore_index, double label_smoothing,
                    at::ArrayRef<double> options, at::IntArrayRef flags) {
@@ -88,6 +88,7 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
 
   const int64_t M = rows_of(input);
   const Tensor x = as_matrix(input, M, input.size(-1));
+  const LayerActivations layer_activations = parse_activations(activations, {});
   std::vector<Forward> layers;
   std::vector<Sgd> sgds(P);
   std::vector<Trained> weights(L), biases(L);
@@ -112,7 +113,7 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
     else biases[i] = {};
     layers.push_back({.dtype = Dtype::float32,
                       .reduced = is_reduced(input),
-                      .activation = parse_activation(activations.get(i)),
+                      .activation = layer_activations[i].formula->activation,
                       .M = M,
                       .N = weight.size(0),
                       .K = width,
@@ -187,15 +188,15 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
 }  // namespace
 
 Tensor call_train_step(const Tensor& input, const Tensor& target, TensorList params, TensorList momenta,
-                       const Tensor& workspace, at::IntArrayRef has_bias, c10::List<std::string> activations,
+                       const Tensor& workspace, at::IntArrayRef has_bias, Names activations,
                        std::string_view loss, bool mean, const OptionalTensor& weight,
                        const OptionalTensor& pos_weight, int64_t ignore_index, double label_smoothing,
                        at::ArrayRef<double> options, at::IntArrayRef flags) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastmlp::train_step_", "")
                              .typed<decltype(call_train_step)>();
-  return op.call(input, target, params, momenta, workspace, has_bias, std::move(activations), loss, mean,
-                 weight, pos_weight, ignore_index, label_smoothing, options, flags);
+  return op.call(input, target, params, momenta, workspace, has_bias, activations, loss, mean, weight,
+                 pos_weight, ignore_index, label_smoothing, options, flags);
 }
 
 TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
