@@ -80,20 +80,20 @@ def products(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str
     like = torch.empty(0, device=device, dtype=dtype)
     x, weight, bias, dz = (torch.randn_like(like.new_empty(size)) for size in ((M, K), (N, K), (N,), (M, N)))
     y, grad_weight, grad_x = like.new_empty(M, N), like.new_empty(N, K), like.new_empty(M, K)
-    linear, backward = torch.ops.fastmlp.linear, torch.ops.fastmlp.linear_backward
+    forward, backward = torch.ops.fastmlp.network, torch.ops.fastmlp.network_backward
     return {
         "forward": {
-            "fastmlp": lambda: linear(x, weight, bias, "relu"),
+            "fastmlp": lambda: forward(x, [weight], [bias], ["relu"], []),
             "library": lambda: torch.mm(x, weight.t(), out=y),
             "stock": lambda: torch.addmm(bias, x, weight.t()).relu_(),
         },
         "dW": {
-            "fastmlp": lambda: backward(dz, x, weight, None, "identity", [False, True, True]),
+            "fastmlp": lambda: backward(dz, x, [weight], [None], ["identity"], [], [1, 2]),
             "library": lambda: torch.mm(dz.t(), x, out=grad_weight),
             "stock": lambda: (torch.mm(dz.t(), x), dz.sum(0)),
         },
         "dx": {
-            "fastmlp": lambda: backward(dz, x, weight, None, "identity", [True, False, False]),
+            "fastmlp": lambda: backward(dz, x, [weight], [None], ["identity"], [], [0]),
             "library": lambda: torch.mm(dz, weight, out=grad_x),
             "stock": lambda: torch.mm(dz, weight),
         },

@@ -51,8 +51,8 @@ def largest_error(device: str, dtype: torch.dtype) -> float:
                 torch.randn(size, generator=generator).to(device, dtype) for size in sizes
             )
             weight /= in_features**0.5
-            y = torch.ops.fastmlp.linear(x, weight, bias, activation)
-            grads = torch.ops.fastmlp.linear_backward(grad_y, x, weight, y, activation, [True] * 3)
+            y = torch.ops.fastmlp.network(x, [weight], [bias], [activation], [])
+            grads = torch.ops.fastmlp.network_backward(grad_y, x, [weight], [y], [activation], [], [0, 1, 2])
             for actual, expected in zip(
                 (y, *grads), reference(activation, x, weight, bias, y, grad_y), strict=True
             ):
@@ -70,15 +70,16 @@ def network_error(device: str, dtype: torch.dtype) -> float:
 
     weights, biases = [draw(n, k) for n, k in ((40, 30), (20, 40), (5, 20))], [draw(40), draw(20), draw(5)]
     x, grad = draw(70, 30), draw(70, 5)
-    y, *hidden = torch.ops.fastmlp.mlp_forward(x, weights, biases, "tanh")
-    grads = torch.ops.fastmlp.mlp_backward(grad, x, weights, hidden, "tanh", [0, 1, 2, 3, 4, 5, 6])
-    inputs, activations = [x, *hidden], ["tanh", "tanh", "identity"]
+    activations = ["tanh", "sigmoid", "relu"]
+    y, *hidden = torch.ops.fastmlp.network_forward(x, weights, biases, activations, [])
+    saved = [*hidden, y]
+    grads = torch.ops.fastmlp.network_backward(grad, x, weights, saved, activations, [], [*range(7)])
     pairs = []
     for i in reversed(range(3)):
-        output = torch.ops.fastmlp.linear(inputs[i], weights[i], biases[i], activations[i])
-        pairs.append(([*hidden, y][i], output))
-        grad, grad_weight, grad_bias = torch.ops.fastmlp.linear_backward(
-            grad, inputs[i], weights[i], output, activations[i], [True] * 3
+        inputs, weight, activation = [x, *hidden][i], [weights[i]], [activations[i]]
+        pairs.append((saved[i], torch.ops.fastmlp.network(inputs, weight, [biases[i]], activation, [])))
+        grad, grad_weight, grad_bias = torch.ops.fastmlp.network_backward(
+            grad, inputs, weight, [saved[i]], activation, [], [0, 1, 2]
         )
         pairs += [(grads[1 + i], grad_weight), (grads[4 + i], grad_bias)]
     return max(relative_error(ours, layers.double()) for ours, layers in [*pairs, (grads[0], grad)])

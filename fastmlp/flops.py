@@ -20,54 +20,36 @@ def _products(input: Shape, weights: Sequence[Shape]) -> list[int]:
     return [2 * prod(input[:-1]) * prod(weight) for weight in weights]
 
 
-def _backward(grad_y: Shape, x: Shape | None, weight: Shape | None, mask: Sequence[bool]) -> int:
-    """The operations of dx, where mask[0] asks for it, and of dW, where mask[1] does."""
-    of_dx = 2 * prod(grad_y) * weight[1] if mask[0] and weight is not None else 0
-    of_dw = 2 * prod(grad_y) * x[-1] if mask[1] and x is not None else 0
-    return of_dx + of_dw
-
-
-@register_flop_formula(_ops.linear)
-def _linear(input: Shape, weight: Shape, *args: Any, **kwargs: Any) -> int:
-    return sum(_products(input, [weight]))
-
-
-@register_flop_formula(_ops.linear_backward)
-def _linear_backward(
-    grad_y: Shape,
-    input: Shape | None,
-    weight: Shape | None,
-    y: Shape | None,
-    activation: str,
-    output_mask: Sequence[bool],
-    **kwargs: Any,
-) -> int:
-    return _backward(grad_y, input, weight, output_mask)
-
-
-@register_flop_formula([_ops.mlp, _ops.mlp_forward])
-def _mlp(input: Shape, weights: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
+@register_flop_formula([_ops.network, _ops.network_forward])
+def _network(input: Shape, weights: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
     return sum(_products(input, weights))
 
 
-@register_flop_formula(_ops.mlp_backward)
-def _mlp_backward(
+@register_flop_formula(_ops.network_backward)
+def _network_backward(
     grad_y: Shape,
     input: Shape | None,
     weights: Sequence[Shape | None],
-    hidden: Sequence[Shape | None],
-    activation: str,
+    saved: Sequence[Shape | None],
+    activations: Sequence[str],
+    parameters: Sequence[float],
     wanted: Sequence[int],
     **kwargs: Any,
 ) -> int:
     count = len(weights)
     lowest = min((max(number - 1, 0) % count for number in wanted), default=count)
-    inputs, outputs = [input, *hidden], [*hidden, grad_y]
-    return sum(
-        _backward(y, inputs[i], weights[i], [i > lowest or 0 in wanted, 1 + i in wanted])
-        for i, y in enumerate(outputs)
-        if i >= lowest and y is not None
-    )
+    total, width = 0, grad_y[-1]
+    for i in reversed(range(lowest, count)):
+        x, weight = [input, *saved][i], weights[i]
+        below = 0
+        if 1 + i in wanted and x is not None:
+            below = x[-1]
+            total += 2 * prod(grad_y[:-1]) * width * below
+        if (i > lowest or 0 in wanted) and weight is not None:
+            below = weight[1]
+            total += 2 * prod(grad_y[:-1]) * width * below
+        width = below
+    return total
 
 
 @register_flop_formula(_ops.train_step_)

@@ -1,7 +1,7 @@
 """The ops, as functions of tensors. Notation: z = x Wᵀ + b, y = g(z), with g the activation."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -36,8 +36,7 @@ TENSORS = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 _OPTIONAL = TENSORS | {type(None)}
 
 _cross_entropy = torch.ops.fastmlp.cross_entropy.default
-_linear = torch.ops.fastmlp.linear.default
-_mlp = torch.ops.fastmlp.mlp.default
+_network = torch.ops.fastmlp.network.default
 _why_not_fused = torch.ops.fastmlp.why_not_fused.default
 
 
@@ -129,10 +128,9 @@ def network(
     biases: Sequence[Tensor | None],
     activations: Sequence[Activation | None],
 ) -> Tensor:
-    """Layers one after the other: h_i = g_i(h_{i-1} W_iᵀ + b_i).
+    """Layers one after the other, in one op and one autograd node: h_i = g_i(h_{i-1} W_iᵀ + b_i).
 
-    They are one op as far as the same activation stands between them, biases are in all or in none, and no
-    activation follows the last.
+    The same as :func:`linear` layer by layer, which it falls back to where the kernels do not cover a layer.
 
     Args:
         input: h_0, of shape [..., in_features].
@@ -158,35 +156,12 @@ def network(
             if y is not NotImplemented:
                 return y
         elif TENSORS.issuperset(map(type, weights)) and _OPTIONAL.issuperset(map(type, biases)):
-            return _traced(input, weights, biases, activations)
+            names = [activation or "identity" for activation in activations]
+            return cast(Tensor, _network(input, weights, biases, names, ()))
     for weight, bias, activation in zip(weights, biases, activations, strict=True):
         input = torch.nn.functional.linear(input, weight, bias)
         if activation is not None:
             input = COMPOSITES[check_activation(activation)](input)
-    return input
-
-
-def _traced(
-    input: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    activations: Sequence[Activation | None],
-) -> Tensor:
-    """The ops that ``_C.network`` calls, for a graph to hold."""
-    begin, last = 0, len(weights) - 1
-    while begin <= last:
-        activation, has_bias = activations[begin], biases[begin] is not None
-        end = begin
-        if activation is not None:
-            while end < last and activations[end] == activation and (biases[end + 1] is not None) == has_bias:
-                end += 1
-        if end == begin or activations[end] is not None:
-            input = _linear(input, weights[begin], biases[begin], activation or "identity")
-            begin += 1
-        else:
-            of_run = slice(begin, end + 1)
-            input = _mlp(input, weights[of_run], biases[of_run] if has_bias else (), activation)
-            begin = end + 1
     return input
 
 

@@ -35,10 +35,7 @@ Two things to know, which no error tells:
 """
 
 # The ops that compute layers, ours and torch's, as the profiler names them.
-OURS = {
-    f"fastmlp::{op}"
-    for op in ("linear", "linear_backward", "mlp", "mlp_forward", "mlp_backward", "train_step_")
-}
+OURS = {f"fastmlp::{op}" for op in ("network", "network_forward", "network_backward", "train_step_")}
 TORCHS = {f"aten::{op}" for op in ("linear", "matmul", "addmm", "mm", "baddbmm", "bmm")}
 
 

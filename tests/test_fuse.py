@@ -62,11 +62,8 @@ class Ops(TorchDispatchMode):
         self.seen = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        own = args[3:4]  # the activation, where it is not the default
-        if function is torch.ops.fastmlp.linear.default:
-            self.seen.append(own or (None,))
-        elif function in (torch.ops.fastmlp.mlp.default, torch.ops.fastmlp.mlp_forward.default):
-            self.seen.append((own or ("relu",)) * (len(args[1]) - 1) + (None,))
+        if function in (torch.ops.fastmlp.network.default, torch.ops.fastmlp.network_forward.default):
+            self.seen.append(tuple(None if name == "identity" else name for name in args[3]))
         return function(*args, **(kwargs or {}))
 
 
@@ -189,15 +186,15 @@ FUSED = {
     "a subclass of Sequential": (lambda: SubclassOfSequential(*sequential()), [("relu", None)]),
     "activations at the end": (
         lambda: nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 4), nn.Sigmoid()),
-        [("tanh",), ("sigmoid",)],
+        [("tanh", "sigmoid")],
     ),
     "two kinds of activation": (
         lambda: nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 4)),
-        [("tanh",), ("relu", None)],
+        [("tanh", "relu", None)],
     ),
     "layers with and without bias": (
         lambda: nn.Sequential(nn.Linear(12, 9, bias=False), nn.ReLU(), nn.Linear(9, 4)),
-        [("relu",), (None,)],
+        [("relu", None)],
     ),
     "nested Sequentials": (
         lambda: nn.Sequential(nn.Sequential(nn.Linear(12, 9)), nn.Sequential(nn.ReLU(), nn.Linear(9, 4))),
@@ -225,10 +222,10 @@ FUSED = {
     ),
     "torch.relu in forward": (Net, [("relu", None)]),
     ".relu() in forward": (Method, [("relu", None)]),
-    "F.relu in place, in forward": (Function, [("relu",), ("sigmoid",)]),
-    "a shared activation module": (SharedActivation, [("tanh",), ("tanh",)]),
+    "F.relu in place, in forward": (Function, [("relu", "sigmoid")]),
+    "a shared activation module": (SharedActivation, [("tanh", "tanh")]),
     "a function that the module holds": (HeldFunction, [("tanh", None)]),
-    "lists and methods": (Lists, [("relu",), ("relu",), ("tanh", None)]),
+    "lists and methods": (Lists, [("relu", "relu"), ("tanh", None)]),
     "super().forward": (Inherited, [("relu", None)]),
     "an argument by keyword alone, with a default": (Keyword, [("relu", None)]),
     "a class with a __getattr__": (Attributes, [("relu", None)]),
@@ -252,7 +249,7 @@ def test_what_is_fused_gives_the_values_and_gradients_of_stock(name, ops):
 
 @pytest.mark.parametrize("make", [Net, sequential])
 def test_what_is_fused_is_one_node_of_autograd(make):
-    assert "MlpFunction" in fastmlp.fuse(make())(inputs()).grad_fn.name()
+    assert "NetworkFunction" in fastmlp.fuse(make())(inputs()).grad_fn.name()
 
 
 def test_several_inputs_and_outputs_are_understood(ops):

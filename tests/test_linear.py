@@ -43,7 +43,7 @@ def assert_as_stock(x, weight, bias, activation, rtol=1e-5, atol=1e-5):
 
 
 def is_fused(y):
-    return "LinearFunction" in y.grad_fn.name()
+    return "NetworkFunction" in y.grad_fn.name()
 
 
 # ---- values
@@ -325,21 +325,28 @@ def test_an_unknown_activation_is_a_value_error_that_lists_the_known(wrap):
 
 
 @pytest.mark.parametrize(
-    ("grad_y", "y", "message"),
-    [((6, 4), (6, 4), r"grad_y: expected shape \[\.\.\., 5\]"), ((6, 5), (5, 5), r"y: expected the shape")],
+    ("grad_y", "saved", "message"),
+    [
+        ((6, 4), (6, 4), r"weight: expected shape \[4, \*\], got \[5, 7\]"),
+        ((6, 5), (5, 5), r"saved: expected shape \[6, 5\], got \[5, 5\]"),
+        ((4, 5), (4, 5), r"input: expected shape \[4, 7\], got \[6, 7\]"),
+    ],
 )
-def test_the_backward_op_checks_its_own_arguments(grad_y, y, message):
+def test_the_backward_op_checks_its_own_arguments(grad_y, saved, message):
     x, weight, _ = (t.detach() for t in layer(6, 7))
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.fastmlp.linear_backward(torch.ones(grad_y), x, weight, torch.ones(y), "relu", [True] * 3)
+        torch.ops.fastmlp.network_backward(
+            torch.ones(grad_y), x, [weight], [torch.ones(saved)], ["relu"], [], [0, 1, 2]
+        )
 
 
-@pytest.mark.parametrize("missing", ["input", "weight", "y"])
+@pytest.mark.parametrize("missing", ["input", "weight", "saved"])
 def test_the_backward_op_asks_for_what_the_wanted_gradients_are_made_of(missing):
     x, weight, _ = (t.detach() for t in layer(6, 7))
-    arguments = {"input": x, "weight": weight, "y": torch.ones(6, 5)} | {missing: None}
+    arguments = {"input": x, "weight": weight, "saved": torch.ones(6, 5)} | {missing: None}
+    x, weight, saved = arguments.values()
     with pytest.raises(RuntimeError, match=f"{missing}: expected what the forward pass read or gave"):
-        torch.ops.fastmlp.linear_backward(torch.ones(6, 5), *arguments.values(), "relu", [True] * 3)
+        torch.ops.fastmlp.network_backward(torch.ones(6, 5), x, [weight], [saved], ["relu"], [], [0, 1, 2])
 
 
 # ---- determinism

@@ -19,6 +19,14 @@ def stock(x, weights, biases, activation):
     return x
 
 
+def chain(x, weights, biases, activations):
+    """What fastmlp.functional.network computes."""
+    for weight, bias, activation in zip(weights, biases, activations, strict=True):
+        x = F.linear(x, weight, bias)
+        x = x if activation is None else COMPOSITES[activation](x)
+    return x
+
+
 def network(leading, sizes, bias=True, dtype=torch.float32):
     """Leaves that require a gradient: x, the weights, the biases."""
     x = torch.randn(*leading, sizes[0])
@@ -49,11 +57,50 @@ def test_any_network_gives_the_values_and_gradients_of_stock(
     instruction_set, leading, sizes, bias, activation
 ):
     arguments = [*network(leading, sizes, bias), activation]
-    node = "MlpFunction" if len(sizes) > 2 else "LinearFunction"
-    assert node in mlp(*arguments).grad_fn.name()
+    assert "NetworkFunction" in mlp(*arguments).grad_fn.name()
     assert_same(lambda f: gradients(f, *arguments))
     with torch.no_grad():
         assert_same(lambda f: f(*arguments))
+
+
+def nodes(y):
+    """The names of the autograd nodes that have made y, but for those of leaves."""
+    names, stack = [], [y.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node.name() != "torch::autograd::AccumulateGrad":
+            names.append(node.name().split("::")[-1])
+            stack += [below for below, _ in node.next_functions]
+    return names
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    leading=st.lists(st.integers(0, 9), max_size=2),
+    sizes=st.lists(st.integers(0, 40), min_size=2, max_size=6),
+    layers=st.lists(st.tuples(st.booleans(), st.sampled_from([None, *COMPOSITES])), min_size=5, max_size=5),
+)
+def test_any_mix_of_activations_and_biases_is_one_node_with_the_values_and_gradients_of_stock(
+    instruction_set, leading, sizes, layers
+):
+    x, weights, biases = network(leading, sizes)
+    biases = [bias if has else None for bias, (has, _) in zip(biases, layers, strict=False)]
+    activations = [activation for _, activation in layers][: len(weights)]
+    arguments = x, weights, biases, activations
+    y = fastmlp.functional.network(*arguments)
+    (name,) = nodes(y)
+    assert "NetworkFunction" in name
+    leaves = [t for t in (x, *weights, *biases) if t is not None]
+    grad_y = torch.linspace(-1, 1, y.numel()).view(y.shape)
+    stocks = chain(*arguments)
+    torch.testing.assert_close(
+        (y, *torch.autograd.grad(y, leaves, grad_y)),
+        (stocks, *torch.autograd.grad(stocks, leaves, grad_y)),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    with torch.no_grad():
+        assert torch.equal(fastmlp.functional.network(*arguments), y)
 
 
 @pytest.mark.parametrize("batch", [1, 64, 300])
@@ -109,7 +156,7 @@ def test_second_derivatives_are_stocks(activation):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_what_the_kernels_do_not_cover_is_computed_layer_by_layer(dtype):
     arguments = [*network([4], [5, 4, 3], dtype=dtype), "relu"]
-    assert "MlpFunction" not in mlp(*arguments).grad_fn.name()
+    assert "NetworkFunction" not in mlp(*arguments).grad_fn.name()
     assert_same(lambda f: gradients(f, *arguments), 1e-2, 1e-2)
 
 
@@ -196,8 +243,8 @@ def test_compile_traces_one_op_each_way_and_trains_as_stock(dynamic):
         return [torch.autograd.grad(compiled(x[:n]).square().sum(), (*weights, *biases)) for n in (6, 5, 3)]
 
     assert_same(run)
-    assert torch.ops.fastmlp.mlp_forward.default in targets
-    assert torch.ops.fastmlp.mlp_backward.default in targets
+    assert torch.ops.fastmlp.network_forward.default in targets
+    assert torch.ops.fastmlp.network_backward.default in targets
 
 
 def test_autocast_casts_as_for_stock(instruction_set):
@@ -212,7 +259,7 @@ ERRORS = {
     "no weights": (lambda x, w, b: (x, [], []), "weights: expected one for each layer, got none"),
     "too few biases": (
         lambda x, w, b: (x, w, b[:1]),
-        "biases: expected 2, as many as weights, or none, got 1",
+        "biases: expected 2, as many as weights, got 1",
     ),
     "an input that does not fit": (
         lambda x, w, b: (x[:, :4], w, b),
@@ -249,7 +296,8 @@ def test_an_unknown_activation_is_a_value_error():
 
 
 def is_one_op(model, x):
-    return "MlpFunction" in model(x).grad_fn.name()
+    (name, *others) = nodes(model(x))
+    return "NetworkFunction" in name and not others
 
 
 def test_an_mlp_is_one_op():
@@ -269,12 +317,28 @@ def test_an_mlp_compiles_to_one_graph_and_trains_as_before():
         torch.testing.assert_close(ours, theirs)
 
 
-CHANGES = {
-    "another module": lambda model: model.__setitem__(1, torch.nn.GELU()),
-    "one more module": lambda model: model.append(torch.nn.GELU()),
+LAYERS = {
     "another activation": lambda model: setattr(model[0], "activation", None),
     "an activation at the end": lambda model: setattr(model[1], "activation", "relu"),
     "a layer without bias": lambda model: model.__setitem__(0, fastmlp.LinearReLU(7, 5, bias=False)),
+    "one more layer": lambda model: model.append(fastmlp.Linear(3, 2, activation="sigmoid")),
+}
+
+
+@pytest.mark.parametrize("change", LAYERS)
+def test_an_mlp_whose_layers_were_changed_is_one_op_still(change):
+    model, x = fastmlp.MLP(7, 5, 3), torch.randn(2, 7)
+    LAYERS[change](model)
+    assert is_one_op(model, x)
+    expected = x
+    for layer in model:
+        expected = layer(expected)
+    assert torch.equal(model(x), expected)
+
+
+CHANGES = {
+    "another module": lambda model: model.__setitem__(1, torch.nn.GELU()),
+    "one more module": lambda model: model.append(torch.nn.GELU()),
     "a forward hook": lambda model: model[0].register_forward_hook(lambda *_: None),
     "a forward pre-hook": lambda model: model[0].register_forward_pre_hook(lambda *_: None),
     "a backward hook": lambda model: model[0].register_full_backward_hook(lambda *_: None),
@@ -282,7 +346,9 @@ CHANGES = {
     "pruning": lambda model: __import__("torch.nn.utils.prune").nn.utils.prune.random_unstructured(
         model[0], "weight", 0.5
     ),
-    "a forward of its own": lambda model: setattr(model[0], "forward", lambda x: torch.zeros(len(x), 5)),
+    "a forward of its own": lambda model: setattr(
+        model[0], "forward", lambda x: x.cos() @ torch.ones(7, 5, requires_grad=True)
+    ),
 }
 
 

@@ -363,11 +363,11 @@ TARGET = torch.arange(4) % 2
 NOT_TRACED = ("test_schema",)  # what a step changes is nothing that a graph could hold
 NO_TENSOR = ("test_schema", "test_autograd_registration", "test_faketensor")  # in the result, that is
 CALLS = {
-    "linear": lambda grad: (x(4, 3, grad=grad), x(5, 3, grad=grad), x(5, grad=grad), "tanh"),
-    "linear_backward": lambda grad: (x(4, 5), x(4, 3), x(5, 3), x(4, 5), "tanh", [True] * 3),
-    "mlp": lambda grad: (*network(grad), "tanh"),
-    "mlp_forward": lambda grad: (*network(), "tanh"),
-    "mlp_backward": lambda grad: (x(4, 2), *network()[:2], [x(4, 5)], "tanh", [0, 1, 2, 3, 4]),
+    "network": lambda grad: (*network(grad), ["tanh", "relu"], []),
+    "network_forward": lambda grad: (*network(), ["tanh", "relu"], []),
+    "network_backward": lambda grad: (
+        *(x(4, 2), *network()[:2], [x(4, 5), x(4, 2)], ["tanh", "relu"], [], [0, 1, 2, 3, 4]),
+    ),
     "cross_entropy": lambda grad: (x(4, 3, grad=grad), TARGET),
     "cross_entropy_forward": lambda grad: (x(4, 3), TARGET, None, "mean", -100, 0.0),
     "why_not_fused": lambda grad: (x(4, 3, grad=grad), x(5, 3, grad=grad)),
@@ -379,7 +379,7 @@ CALLS = {
     ),
 }
 CHECKS = {"optimize_": NOT_TRACED, "train_step_": NOT_TRACED, "why_not_fused": NO_TENSOR}
-DIFFERENTIATED = {"linear", "mlp", "cross_entropy", "why_not_fused"}  # the others are called beneath autograd
+DIFFERENTIATED = {"network", "cross_entropy", "why_not_fused"}  # the others are called beneath autograd
 
 
 def test_every_op_is_checked():

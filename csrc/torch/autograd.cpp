@@ -1,12 +1,15 @@
-// Autograd: one node for a fused layer, whose backward calls the dispatched op again: tracing then sees it.
+// The autograd node of a network, which calls the ops beneath: tracing then sees them.
 //
-// Higher derivatives need no code of their own: where a gradient is itself to be differentiated, the autograd
-// kernel of linear_backward is the composite formula.
+// Gradients of gradients need no code of their own. Where a gradient is itself to be differentiated, network_backward is
+// torch's own operations.
+#include <ATen/SavedTensorHooks.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "linear.h"
-#include "saved.h"
+#include <algorithm>
+#include <numeric>
+
+#include "network.h"
 
 namespace fastmlp {
 namespace {
@@ -14,76 +17,123 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct LinearFunction : torch::autograd::Function<LinearFunction> {
+// torch.utils.checkpoint pairs what the first forward pass saves with what the second one does, by order and shape. A
+// hook or a mode may send one of them through stock's operations and the other through ours. So where saved tensors are
+// watched, each layer is a node by itself, and saves what stock's do in their order and orientation: x and Wᵀ of addmm
+// (of mm, without bias, Wᵀ and x), then y or z.
+bool is_watched() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
+
+// A weight as it is saved: still a function of the parameter, for gradients of gradients.
+Tensor transposed(const Tensor& weight) {
+  const at::AutoGradMode guard(true);
+  return weight.t();
+}
+
+struct NetworkFunction : torch::autograd::Function<NetworkFunction> {
   static constexpr bool is_traceable = true;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& weight,
-                        const OptionalTensor& bias, std::string_view activation) {
-    SavedLayers layers{{0}, bias.has_value()};
-    if (weight.requires_grad()) layers.what[0] |= saves_x;
-    if (input.requires_grad()) layers.what[0] |= saves_weight;
-    if (activation != "identity") layers.what[0] |= saves_y;
-    const Tensor saved_weight = input.requires_grad() ? layers.oriented(weight) : Tensor();
+  // The input, the weights and those biases that are there are the node's inputs. It saves what backward will read, as
+  // stock's layers do, and nothing else: x for dW, W for dx, y or z for g'.
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, TensorList weights, TensorList,
+                               const Network& n) {
+    const bool transposes = is_watched();
+    variable_list saved(1 + 2 * n.size);  // the input, the weights, what the layers leave
+    std::vector<int64_t> layers;          // of each, the number of its activation, and whether it has a bias
+    c10::SmallVector<bool, 8> keeps(n.size);
+    bool has_grad = input.requires_grad();
+    for (size_t i = 0; i < n.size; ++i) {
+      const OptionalTensor& bias = n.biases[i];
+      layers.insert(layers.end(), {n.activations[i].formula - formulas, bias.has_value()});
+      if (has_grad) saved[1 + i] = transposes ? transposed(weights[i]) : weights[i];
+      if (weights[i].requires_grad()) {
+        if (i == 0) saved[0] = input;
+        else keeps[i - 1] = true;
+      }
+      has_grad |= weights[i].requires_grad() || (bias && bias->requires_grad());
+      keeps[i] = has_grad && n.activations[i].formula->reads != Reads::nothing;
+    }
     const at::AutoDispatchBelowADInplaceOrView guard;
-    Tensor y = call_linear(input, weight, bias, activation);
-    variable_list saved;
-    layers.each([&](size_t, Saved what) {
-      saved.push_back(what == saves_x ? input : what == saves_weight ? saved_weight : y);
-    });
+    variable_list outputs = call_network_forward(input, weights, n.bias_list, n.names, n.parameters);
+    for (size_t i = 0; i < n.size; ++i)
+      if (keeps[i]) saved[1 + n.size + i] = outputs[n.leaves(i) ? 1 + i : 0];
+    if (n.size == 1 && !layers[1]) std::swap(saved[0], saved[1]);
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["activation"] = std::string(activation);
-    ctx->saved_data["layers"] = layers.packed();
-    return y;
+    ctx->set_materialize_grads(false);
+    ctx->saved_data["layers"] = std::move(layers);
+    if (!n.parameters.empty()) ctx->saved_data["parameters"] = n.parameters;
+    if (transposes) ctx->saved_data["transposes"] = true;
+    return outputs;
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grad_y) {
-    const variable_list saved = ctx->get_saved_variables();
-    const SavedLayers layers = SavedLayers::unpacked(ctx->saved_data["layers"]);
-    OptionalTensor input, weight, y;
-    size_t next = 0;
-    layers.each([&](size_t, Saved what) {
-      const Tensor& t = saved[next++];
-      (what == saves_x        ? input
-       : what == saves_weight ? weight
-                              : y) = what == saves_weight ? layers.restored(t) : t;
-    });
-    const Mask mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                       layers.has_bias && ctx->needs_input_grad(2)};
-    auto [grad_input, grad_weight, grad_bias] =
-        call_linear_backward(grad_y[0], input, weight, y, ctx->saved_data["activation"].toStringRef(), mask);
-    return {grad_input, grad_weight, grad_bias, Tensor()};
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const auto layers = ctx->saved_data["layers"].toIntVector();
+    const auto parameters = ctx->saved_data.count("parameters")
+                                ? ctx->saved_data["parameters"].toDoubleVector()
+                                : std::vector<double>();
+    const size_t L = layers.size() / 2;
+    variable_list saved = ctx->get_saved_variables();
+    if (L == 1 && !layers[1]) std::swap(saved[0], saved[1]);
+    if (ctx->saved_data.count("transposes") && saved[1].defined()) saved[1] = saved[1].t();
+    const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+    OptionalTensors weights, left;
+    c10::SmallVector<std::string, 4> names;
+    c10::SmallVector<int64_t, 9> numbers(1 + L);  // of the node's inputs, as network_backward has them
+    std::iota(numbers.begin(), numbers.end(), 0);
+    for (size_t i = 0; i < L; ++i) {
+      weights.push_back(optional(saved[1 + i]));
+      left.push_back(optional(saved[1 + L + i]));
+      names.emplace_back(formulas[layers[2 * i]].name);
+      if (layers[2 * i + 1]) numbers.push_back(int64_t(1 + L + i));
+    }
+    const OptionalTensor input = optional(saved[0]);
+    c10::SmallVector<int64_t, 9> wanted;
+    for (size_t i = 0; i < numbers.size(); ++i)
+      if (ctx->needs_input_grad(i)) wanted.push_back(numbers[i]);
+    const auto is_defined = [](const Tensor& t) { return t.defined(); };
+    const bool of_y_alone = std::none_of(grad_outputs.begin() + 1, grad_outputs.end(), is_defined);
+    variable_list found, grads(numbers.size() + 1);  // the last is that of the argument n
+    if (!of_y_alone)
+      found = run_composite({grad_outputs[0], input, weights, left, names, parameters, wanted}, grad_outputs);
+    else if (grad_outputs[0].defined())
+      found = call_network_backward(grad_outputs[0], input, weights, left, names, parameters, wanted);
+    for (size_t i = 0, next = 0; next < found.size(); ++i)
+      if (ctx->needs_input_grad(i)) grads[i] = found[next++];
+    return grads;
   }
 };
 
-bool needs_grad(const Tensor& t) { return t.requires_grad(); }
 bool needs_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
 
-template <class... Arguments>
-bool is_differentiated(const Arguments&... arguments) {
-  return at::GradMode::is_enabled() && (needs_grad(arguments) || ...);
+Tensor network_autograd(const Network& n) {
+  if (why_not_fused(n)) return network_by_layers(n);
+  c10::SmallVector<Tensor, 4> biases;
+  bool has_grad = n.input.requires_grad();
+  for (size_t i = 0; i < n.size; ++i) {
+    const OptionalTensor& bias = n.biases[i];
+    has_grad |= n.weights[i].requires_grad() || needs_grad(bias);
+    if (bias) biases.push_back(*bias);
+  }
+  if (at::GradMode::is_enabled() && has_grad) {
+    if (n.size > 1 && is_watched()) return network_by_layers(n);
+    return NetworkFunction::apply(n.input, n.weights, TensorList(biases), n)[0];
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return call_network(n.input, n.weights, n.bias_list, n.names, n.parameters);
 }
 
-Tensor linear_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                       std::string_view activation) {
-  if (why_not_fused(input, weight, bias)) return linear_composite(input, weight, bias, activation);
-  if (is_differentiated(input, weight, bias)) return LinearFunction::apply(input, weight, bias, activation);
+std::vector<Tensor> network_backward_autograd(const Backpropagation& b) {
+  bool has_grad = b.grad_y.requires_grad() || needs_grad(b.input);
+  for (size_t i = 0; i < b.size; ++i) has_grad |= needs_grad(b.weights[i]) || needs_grad(b.saved[i]);
+  if (at::GradMode::is_enabled() && has_grad) return network_backward_composite(b);
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return call_linear(input, weight, bias, activation);
-}
-
-Gradients linear_backward_autograd(const Tensor& grad_y, const OptionalTensor& input,
-                                   const OptionalTensor& weight, const OptionalTensor& y,
-                                   std::string_view activation, Mask mask) {
-  if (is_differentiated(grad_y, input, weight, y))
-    return linear_backward_composite(grad_y, input, weight, y, activation, mask);
-  const at::AutoDispatchBelowADInplaceOrView guard;
-  return call_linear_backward(grad_y, input, weight, y, activation, mask);
+  return call_network_backward(b.grad_y, b.input, b.weight_list, b.saved_list, b.names, b.parameters,
+                               b.wanted);
 }
 
 }  // namespace
-}  // namespace fastmlp
 
 TORCH_LIBRARY_IMPL(fastmlp, Autograd, m) {
-  m.impl("linear", fastmlp::linear_autograd);
-  m.impl("linear_backward", fastmlp::linear_backward_autograd);
+  m.impl("network", forward_op<network_autograd>);
+  m.impl("network_backward", backward_op<network_backward_autograd>);
 }
+}  // namespace fastmlp

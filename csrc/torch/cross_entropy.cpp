@@ -16,7 +16,7 @@
 #include <torch/library.h>
 
 #include "backends.h"
-#include "linear.h"
+#include "checks.h"
 
 namespace fastmlp {
 namespace {
@@ -38,23 +38,15 @@ static_assert(int(Reduction::none) == at::Reduction::None && int(Reduction::mean
 // Whether the kernels cover these arguments: logits [N, C] and classes [N], or [C] and [].
 bool is_fused(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
               double label_smoothing) {
-  const auto dtype = input.scalar_type();
-  if (why_not_plain(input) || why_not_plain(target) || target.device() != input.device()) return false;
-  if (input.is_cuda()) {
-#ifdef FASTMLP_WITH_CUDA
-    if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf) return false;
-#else
+  if (why_not_plain(input) || why_not_plain(target) || target.device() != input.device() ||
+      why_not_covered(input))
     return false;
-#endif
-  } else if (!(input.is_cpu() || input.is_meta()) || (dtype != at::kFloat && dtype != at::kBFloat16)) {
-    return false;
-  }
   if (target.scalar_type() != at::kLong || input.dim() > 2 || input.dim() != target.dim() + 1) return false;
   if (target.dim() == 1 && target.sym_size(0) != input.sym_size(0)) return false;
   if (input.sym_size(-1) == 0 || !(label_smoothing >= 0 && label_smoothing <= 1)) return false;
-  return !weight || (!why_not_plain(*weight) && !weight->requires_grad() && weight->scalar_type() == dtype &&
-                     weight->device() == input.device() && weight->dim() == 1 &&
-                     weight->sym_size(0) == input.sym_size(-1));
+  return !weight || (!why_not_plain(*weight) && !weight->requires_grad() &&
+                     weight->scalar_type() == input.scalar_type() && weight->device() == input.device() &&
+                     weight->dim() == 1 && weight->sym_size(0) == input.sym_size(-1));
 }
 
 Tensor cross_entropy_composite(const Tensor& input, const Tensor& target, const OptionalTensor& weight,

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "backends.h"
-#include "linear.h"
+#include "ops.h"
 #include "optimizer.h"
 
 namespace fastmlp {
@@ -56,11 +56,10 @@ const float* floats_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<
 
 // Of each parameter: its states, a count where the optimizer has one, its options, and whether it is trained.
 Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params, TensorList states,
-                   TensorList counts, const Tensor& workspace, at::IntArrayRef has_bias,
-                   c10::List<std::string> activations, std::string_view loss_name, bool mean,
-                   const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t ignore_index,
-                   double label_smoothing, std::string_view optimizer, at::ArrayRef<double> options,
-                   at::IntArrayRef trained) {
+                   TensorList counts, const Tensor& workspace, at::IntArrayRef has_bias, Names activations,
+                   std::string_view loss_name, bool mean, const OptionalTensor& weight,
+                   const OptionalTensor& pos_weight, int64_t ignore_index, double label_smoothing,
+                   std::string_view optimizer, at::ArrayRef<double> options, at::IntArrayRef trained) {
   const Loss loss = parse_loss(loss_name);
   const OptimizerRow& row = optimizer_row(optimizer);
   const size_t L = has_bias.size(), P = params.size();
@@ -82,6 +81,7 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
 
   const int64_t M = rows_of(input);
   const Tensor x = as_matrix(input, M, input.size(-1));
+  const LayerActivations layer_activations = parse_activations(activations, {});
   std::vector<Forward> layers;
   std::vector<Optimizer> optimizers(P);
   std::vector<Trained> weights(L), biases(L);
@@ -117,7 +117,7 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
     else biases[i] = {};
     layers.push_back({.dtype = Dtype::float32,
                       .reduced = is_reduced(input),
-                      .activation = parse_activation(activations.get(i)),
+                      .activation = layer_activations[i].formula->activation,
                       .M = M,
                       .N = weight.size(0),
                       .K = width,
@@ -197,15 +197,14 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
 
 Tensor call_train_step(const Tensor& input, const Tensor& target, TensorList params, TensorList states,
                        TensorList counts, const Tensor& workspace, at::IntArrayRef has_bias,
-                       c10::List<std::string> activations, std::string_view loss, bool mean,
-                       const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t ignore_index,
-                       double label_smoothing, std::string_view optimizer, at::ArrayRef<double> options,
-                       at::IntArrayRef trained) {
+                       Names activations, std::string_view loss, bool mean, const OptionalTensor& weight,
+                       const OptionalTensor& pos_weight, int64_t ignore_index, double label_smoothing,
+                       std::string_view optimizer, at::ArrayRef<double> options, at::IntArrayRef trained) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastmlp::train_step_", "")
                              .typed<decltype(call_train_step)>();
-  return op.call(input, target, params, states, counts, workspace, has_bias, std::move(activations), loss,
-                 mean, weight, pos_weight, ignore_index, label_smoothing, optimizer, options, trained);
+  return op.call(input, target, params, states, counts, workspace, has_bias, activations, loss, mean, weight,
+                 pos_weight, ignore_index, label_smoothing, optimizer, options, trained);
 }
 
 TORCH_LIBRARY_FRAGMENT(fastmlp, m) {

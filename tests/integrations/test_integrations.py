@@ -70,11 +70,8 @@ class Ops(TorchDispatchMode):
         self.seen = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        own = args[3:4]  # the activation, where it is not the default
-        if function is torch.ops.fastmlp.linear.default:
-            self.seen.append(own or (None,))
-        elif function is torch.ops.fastmlp.mlp.default:
-            self.seen.append((own or ("relu",)) * (len(args[1]) - 1) + (None,))
+        if function is torch.ops.fastmlp.network.default:
+            self.seen.append(tuple(None if name == "identity" else name for name in args[3]))
         elif function is torch.ops.aten.relu.default:
             self.seen.append("relu")
         return function(*args, **(kwargs or {}))
