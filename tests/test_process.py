@@ -140,9 +140,9 @@ def test_the_self_check_fails_where_a_kernel_is_wrong():
 import torch, runpy, sys
 import fastmlp
 wrong = torch.library.Library("fastmlp", "IMPL")
-def linear(input, weight, bias=None, activation="identity"):
-    return torch.nn.functional.linear(input, weight, bias) * 1.001
-wrong.impl("linear", linear, "CPU", allow_override=True)
+def network(input, weights, biases, activations, parameters):
+    return torch.nn.functional.linear(input, weights[0], biases[0]) * 1.001
+wrong.impl("network", network, "CPU", allow_override=True)
 runpy.run_module("fastmlp", run_name="__main__")
 """
     result = python("-c", code)
