@@ -227,7 +227,7 @@ std::vector<Tensor> run_forward(const Tensor& input, TensorList weights, TensorL
     if (!biases.empty()) contiguous.push_back(biases[i].contiguous());
     layers.push_back({.dtype = dtype_of(input),
                       .reduced = is_reduced(input),
-                      .activation = last ? Activation::identity : g,
+                      .activation = last ? Activation{} : g,
                       .M = M,
                       .N = weights[i].size(0),
                       .K = weights[i].size(1),
@@ -286,12 +286,12 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_y, const OptionalTensor& inp
     Backward p{};
     p.dtype = dtype_of(grad_y);
     p.reduced = is_reduced(grad_y);
-    p.activation = last ? Activation::identity : g;
+    p.activation = last ? Activation{} : g;
     p.M = M;
     p.N = last ? grad_y.size(-1) : layers.back().K;
     p.K = weight ? weight->size(1) : x ? x->size(-1) : 0;
     p.grad_y = last ? dy.const_data_ptr() : nullptr;
-    if (!last) p.y = read.emplace_back(hidden.get(i)->contiguous()).const_data_ptr();
+    if (!last) p.saved = read.emplace_back(hidden.get(i)->contiguous()).const_data_ptr();
     if (grad_weight) {
       p.x = read.emplace_back(as_matrix(*x, M, p.K)).const_data_ptr();
       p.ldx = read.back().stride(0);

@@ -18,6 +18,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include "../activation.h"
 #include "backends.h"
 #include "linear.h"
 
@@ -26,10 +27,10 @@ namespace fastmlp {
 // ---- arguments
 
 Activation parse_activation(std::string_view name) {
-  if (name == "identity") return Activation::identity;
-  if (name == "relu") return Activation::relu;
-  if (name == "sigmoid") return Activation::sigmoid;
-  if (name == "tanh") return Activation::tanh;
+  if (name == "identity") return {Activation::identity};
+  if (name == "relu") return {Activation::relu};
+  if (name == "sigmoid") return {Activation::sigmoid};
+  if (name == "tanh") return {Activation::tanh};
   TORCH_CHECK_VALUE(false, "activation: expected 'identity', 'relu', 'sigmoid' or 'tanh', got '", name, "'");
 }
 
@@ -75,7 +76,7 @@ void check_backward(const Tensor& grad_y, const OptionalTensor& input, const Opt
 }
 
 Tensor activated(const Tensor& z, Activation activation) {
-  switch (activation) {
+  switch (activation.kind) {
     case Activation::relu:
       return at::relu(z);
     case Activation::sigmoid:
@@ -88,7 +89,7 @@ Tensor activated(const Tensor& z, Activation activation) {
 }
 
 Tensor differentiated(const Tensor& grad_y, const OptionalTensor& y, Activation activation) {
-  switch (activation) {
+  switch (activation.kind) {
     case Activation::relu:
       return at::threshold_backward(grad_y, *y, 0);
     case Activation::sigmoid:
@@ -258,7 +259,7 @@ Gradients linear_backward(const Tensor& grad_y, const OptionalTensor& input, con
                    .N = N,
                    .K = K,
                    .grad_y = dy.const_data_ptr(),
-                   .y = saved.defined() ? saved.const_data_ptr() : nullptr,
+                   .saved = saved.defined() ? saved.const_data_ptr() : nullptr,
                    .x = x.defined() ? x.const_data_ptr() : nullptr,
                    .ldx = x.defined() ? x.stride(0) : K,
                    .weight = mask[0] ? weight->const_data_ptr() : nullptr,
