@@ -12,12 +12,24 @@
 
 namespace fastmlp {
 
-enum class Activation : int { identity, relu, sigmoid, tanh };
+// g, a row of the table in activation.h: Activation::relu and so on.
+struct Activation {
+  enum Kind : int;
+  Kind kind = Kind(0);
+  float parameters[3] = {};  // the row's, in its order
+};
+constexpr bool operator==(const Activation& g, Activation::Kind kind) { return g.kind == kind; }
+constexpr bool operator!=(const Activation& g, Activation::Kind kind) { return g.kind != kind; }
+
 enum class Dtype : int { float32, bfloat16, float16 };
 
-// A network is an array of layers: forward from the first to the last, backward from the last to the first. What
-// only the next in the array reads may be left to the backend: a y of Forward but the last's, together with the
-// next one's x; and of Backward every grad_x but the last's and every grad_y but the first's are.
+// One layer's forward pass.
+//
+// A network is an array of layers, from the first to the last. A y is null where only the next layer reads it, and then
+// that layer's x is null too: the backend finds a place for it.
+//
+// z is what backward will read where g' is found from z (see Reads in activation.h). y is g of z as it is stored, or
+// would be.
 struct Forward {
   Dtype dtype;
   bool reduced;  // float32 may be multiplied in less precision, where that is faster: its user asked for it
@@ -27,25 +39,33 @@ struct Forward {
   int64_t ldx;
   const void* weight;  // [N, K]
   int64_t ldw;
-  const void* bias;  // [N], or null for none
-  void* y;           // [M, N]
+  const void* bias;   // [N], or null for none
+  void* y;            // [M, N]
+  void* z = nullptr;  // [M, N], or null where it is not wanted; only where the activation reads z
 };
 
+// One layer's backward pass.
+//
+// A network is an array of layers, from the last to the first. Between two of them dy is the backend's own: every
+// grad_x but the last's and every grad_y but the first's are null.
+//
+// Where the layer below has saved its z and not its y, that z is given for x, and its activation: x is found from it.
 struct Backward {
   Dtype dtype;
   bool reduced;
   Activation activation;
   int64_t M, N, K;
   const void* grad_y;  // [M, N]
-  const void* y;       // [M, N], not read (may be null) for the identity
+  const void* saved;   // [M, N], y or z as the activation reads; not read (may be null) for the identity
   const void* x;       // [M, K], not read when grad_weight is null
   int64_t ldx;
   const void* weight;  // [N, K], not read when grad_x is null
   int64_t ldw;
   // The outputs; one that is null is not computed.
-  void* grad_x;       // [M, K]
-  void* grad_weight;  // [N, K]
-  void* grad_bias;    // [N]
+  void* grad_x;                  // [M, K]
+  void* grad_weight;             // [N, K]
+  void* grad_bias;               // [N]
+  Activation x_activation = {};  // x is this of what is given for it
 };
 
 // One step of stochastic gradient descent, as torch.optim.SGD defines it. For each element of a parameter w, whose

@@ -40,6 +40,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 // Thread-local only to lie in one segment that the emulator can find: all fibers share the host's one thread.
 #define __shared__ static thread_local

@@ -19,6 +19,11 @@ using namespace fastmlp;
 [[maybe_unused]] static int threads(unsigned variant) { return int(1 + variant % 7); }
 
 extern "C" {
+const char* activations() {
+#define FASTMLP_NAME(name, Type) #name " "
+  return FASTMLP_ACTIVATIONS(FASTMLP_NAME);
+}
+int reads_z(const Activation* activation) { return reads(*activation) == Reads::z; }
 #ifdef FASTMLP_EMULATE
 int use(const char*) { return true; }
 const char* complaint() { return emulator::complaint; }
@@ -80,6 +85,10 @@ int64_t cross_entropy(const CrossEntropy* p, void* workspace, unsigned variant) 
 
 namespace {
 
+constexpr Activation::Kind kinds[] = {
+#define FASTMLP_KIND(name, Type) Activation::name,
+    FASTMLP_ACTIVATIONS(FASTMLP_KIND)};
+
 float decode(float v) { return v; }
 float decode(__half v) { return __half2float(v); }
 float decode(__nv_bfloat16 v) { return __bfloat162float(v); }
@@ -97,57 +106,71 @@ std::vector<T> wave(int64_t size, double phase) {  // values in [-1, 1]
 int failures = 0;
 
 template <class T>
-void expect(const char* what, T got, double want) {
+void expect(const char* what, T got, double want, double terms = 0) {  // terms: the sum of their sizes
   const double tolerance = std::is_same_v<T, float> ? 1e-5 : 2e-2;
-  if (std::abs(decode(got) - want) <= tolerance * (1 + std::abs(want))) return;
+  if (std::abs(decode(got) - want) <= tolerance * (1 + std::max(std::abs(want), terms))) return;
   std::printf("%s: got %g, want %g\n", what, decode(got), want);
   ++failures;
 }
 
-template <Activation g, class T>
-void check(Dtype dtype, int64_t M, int64_t N, int64_t K) {
+template <class T>
+void check(Dtype dtype, Activation g, int64_t M, int64_t N, int64_t K) {
   const int64_t ldx = K + 3, ldw = K + 5;  // the last row ends with its last element
   const auto x = wave<T>(M && K ? (M - 1) * ldx + K : 0, 1), w = wave<T>(N && K ? (N - 1) * ldw + K : 0, 2);
   const auto bias = wave<T>(N, 3), grad_y = wave<T>(M * N, 4);
-  std::vector<T> y(M * N), grad_x(M * K), grad_weight(N * K), grad_bias(N);
-  const Forward f{dtype, false, g, M, N, K, x.data(), ldx, w.data(), ldw, bias.data(), y.data()};
-  const Backward b{dtype,
-                   false,
-                   g,
-                   M,
-                   N,
-                   K,
-                   grad_y.data(),
-                   y.data(),
-                   x.data(),
-                   ldx,
-                   w.data(),
-                   ldw,
-                   grad_x.data(),
-                   grad_weight.data(),
-                   grad_bias.data()};
+  std::vector<T> y(M * N), z(M * N), grad_x(M * K), grad_weight(N * K), grad_bias(N);
+  const bool reads_z = reads(g) == Reads::z;
+  const Forward f{.dtype = dtype,
+                  .reduced = false,
+                  .activation = g,
+                  .M = M,
+                  .N = N,
+                  .K = K,
+                  .x = x.data(),
+                  .ldx = ldx,
+                  .weight = w.data(),
+                  .ldw = ldw,
+                  .bias = bias.data(),
+                  .y = y.data(),
+                  .z = reads_z ? z.data() : nullptr};
+  const std::vector<T>& saved = reads_z ? z : y;
+  const Backward b{.dtype = dtype,
+                   .reduced = false,
+                   .activation = g,
+                   .M = M,
+                   .N = N,
+                   .K = K,
+                   .grad_y = grad_y.data(),
+                   .saved = saved.data(),
+                   .x = x.data(),
+                   .ldx = ldx,
+                   .weight = w.data(),
+                   .ldw = ldw,
+                   .grad_x = grad_x.data(),
+                   .grad_weight = grad_weight.data(),
+                   .grad_bias = grad_bias.data(),
+                   .x_activation = reads_z ? g : Activation{}};
   std::vector<char> workspace(std::max(forward_workspace(&f, 1, 1), backward_workspace(&b, 1, 1)));
   if (forward(&f, 1, workspace.data(), 1) || backward(&b, 1, workspace.data(), 1)) ++failures;
 
-  std::vector<double> dx(M * K), dw(N * K), db(N);
+  std::vector<double> dx(M * K), dw(N * K), dw_terms(N * K), db(N);
   for (int64_t m = 0; m < M; ++m)
     for (int64_t n = 0; n < N; ++n) {
-      double z = decode(bias[n]);
-      for (int64_t k = 0; k < K; ++k) z += double{decode(x[m * ldx + k])} * decode(w[n * ldw + k]);
-      const double want = g == Activation::relu      ? std::max(z, 0.0)
-                          : g == Activation::sigmoid ? 1 / (1 + std::exp(-z))
-                          : g == Activation::tanh    ? std::tanh(z)
-                                                     : z;
-      expect("y", y[m * N + n], want);
-      const double dz = activate_backward<g>(decode(grad_y[m * N + n]), decode(y[m * N + n]));
+      double sum = decode(bias[n]);
+      for (int64_t k = 0; k < K; ++k) sum += double{decode(x[m * ldx + k])} * decode(w[n * ldw + k]);
+      const int64_t at = m * N + n;
+      if (reads_z) expect("z", z[at], sum);
+      expect("y", y[at], activated(g, float(sum)));
+      const double dz = differentiated(g, decode(grad_y[at]), decode(saved[at]));
       db[n] += dz;
       for (int64_t k = 0; k < K; ++k) {
         dx[m * K + k] += dz * decode(w[n * ldw + k]);
-        dw[n * K + k] += dz * decode(x[m * ldx + k]);
+        const double term = dz * activated(b.x_activation, decode(x[m * ldx + k]));
+        dw[n * K + k] += term, dw_terms[n * K + k] += std::abs(term);
       }
     }
   for (int64_t i = 0; i < M * K; ++i) expect("grad_x", grad_x[i], dx[i]);
-  for (int64_t i = 0; i < N * K; ++i) expect("grad_weight", grad_weight[i], dw[i]);
+  for (int64_t i = 0; i < N * K; ++i) expect("grad_weight", grad_weight[i], dw[i], dw_terms[i]);
   for (int64_t i = 0; i < N; ++i) expect("grad_bias", grad_bias[i], db[i]);
 }
 
@@ -228,6 +251,12 @@ void check_sgd(Dtype dtype) {
 }
 
 #ifndef FASTMLP_EMULATE
+// Of a network of L layers: one that has z read between others, and a last one.
+Activation activations_of(int64_t layer, int64_t L) {
+  if (layer + 1 == L) return {L == 1 ? Activation::identity : Activation::silu};
+  return {layer % 2 ? Activation::silu : Activation::tanh};
+}
+
 // A step against its parts: the same forward, loss, backward and update one after the other.
 void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, bool has_momentum, int threads,
                 bool weighted = false) {
@@ -250,16 +279,27 @@ void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, bool has_momen
       Dtype::float32, Reduction::mean, M, C, nullptr, classes.data(), nullptr, -100, 0.1f, nullptr, nullptr};
 
   std::vector<Forward> forwards, open;
-  std::vector<std::vector<float>> y(L);
+  std::vector<std::vector<float>> y(L), z(L);
   std::vector<Trained> weights, biases;
   for (int64_t i = 0; i < L; ++i) {
     y[i].resize(M * sizes[i + 1]);
-    const Activation g = i + 1 < L ? Activation::tanh : Activation::identity;
-    const void* input = i ? y[i - 1].data() : x.data();
-    forwards.push_back({Dtype::float32, false, g, M, sizes[i + 1], sizes[i], input, sizes[i],
-                        want[i].weight.data(), sizes[i], want[i].bias.data(), y[i].data()});
+    z[i].resize(y[i].size());
+    const Activation g = activations_of(i, L);
+    forwards.push_back({.dtype = Dtype::float32,
+                        .reduced = false,
+                        .activation = g,
+                        .M = M,
+                        .N = sizes[i + 1],
+                        .K = sizes[i],
+                        .x = i ? y[i - 1].data() : x.data(),
+                        .ldx = sizes[i],
+                        .weight = want[i].weight.data(),
+                        .ldw = sizes[i],
+                        .bias = want[i].bias.data(),
+                        .y = y[i].data(),
+                        .z = reads(g) == Reads::z ? z[i].data() : nullptr});
     open.push_back(forwards.back());
-    open.back().x = i ? nullptr : x.data(), open.back().y = nullptr;
+    open.back().x = i ? nullptr : x.data(), open.back().y = open.back().z = nullptr;
     open.back().weight = parameters[i].weight.data(), open.back().bias = parameters[i].bias.data();
     Parameters& p = parameters[i];
     weights.push_back({&sgd, p.weight.data(), has_momentum ? p.weight_momentum.data() : nullptr});
@@ -276,10 +316,10 @@ void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, bool has_momen
 
   cpu::forward(forwards.data(), L, nullptr, 1);
   std::vector<float> grad(M * C), expected(1);
-  const auto& z = y.back();
+  const auto& output = y.back();
   double sum = 0;
   for (int64_t i = 0; i < M * C; ++i) {
-    const double t = target[i], d = z[i] - t, n = double(M * C), e = std::exp(-double{z[i]});
+    const double t = target[i], d = output[i] - t, n = double(M * C), e = std::exp(-double{output[i]});
     const double w = weighted ? weight[i % C] : 1, p = weighted ? pos_weight[i % C] : 1;
     const bool squared = loss == Loss::mse;
     sum += (squared ? d * d : w * (p * t * std::log1p(e) + (1 - t) * std::log1p(1 / e))) / n;
@@ -288,7 +328,7 @@ void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, bool has_momen
   expected[0] = float(sum);
   if (loss == Loss::cross_entropy) {
     CrossEntropy p = entropy;
-    p.input = z.data(), p.loss = expected.data(), p.grad = grad.data();
+    p.input = output.data(), p.loss = expected.data(), p.grad = grad.data();
     std::vector<char> own(cpu::cross_entropy_workspace(p));
     cpu::cross_entropy(p, own.data(), 1);
   }
@@ -296,21 +336,21 @@ void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, bool has_momen
   for (int64_t i = L - 1; i >= 0; --i) {
     const int64_t N = sizes[i + 1], K = sizes[i];
     std::vector<float> grad_x(M * K), grad_weight(N * K), grad_bias(N);
-    const Backward b{Dtype::float32,
-                     false,
-                     forwards[i].activation,
-                     M,
-                     N,
-                     K,
-                     grad.data(),
-                     y[i].data(),
-                     forwards[i].x,
-                     K,
-                     want[i].weight.data(),
-                     K,
-                     grad_x.data(),
-                     grad_weight.data(),
-                     grad_bias.data()};
+    const Backward b{.dtype = Dtype::float32,
+                     .reduced = false,
+                     .activation = forwards[i].activation,
+                     .M = M,
+                     .N = N,
+                     .K = K,
+                     .grad_y = grad.data(),
+                     .saved = forwards[i].z ? z[i].data() : y[i].data(),
+                     .x = forwards[i].x,
+                     .ldx = K,
+                     .weight = want[i].weight.data(),
+                     .ldw = K,
+                     .grad_x = grad_x.data(),
+                     .grad_weight = grad_weight.data(),
+                     .grad_bias = grad_bias.data()};
     std::vector<char> own(cpu::backward_workspace(&b, 1, 1));
     cpu::backward(&b, 1, own.data(), 1);
     Parameters& p = want[i];
@@ -335,15 +375,14 @@ int main(int, char** arguments) {
   const int64_t shapes[][3] = {{1, 1, 1}, {3, 5, 7}, {65, 67, 33}, {64, 64, 16}, {2, 70, 17}, {0, 4, 3},
                                {4, 0, 3}, {4, 3, 0}, {300, 33, 1}, {1, 33, 100}, {1030, 9, 5}};
   for (const auto& [M, N, K] : shapes)
-    for (Activation activation :
-         {Activation::identity, Activation::relu, Activation::sigmoid, Activation::tanh})
-      with_activation(activation, [M = M, N = N, K = K](auto g) {
-        check<decltype(g)::value, float>(Dtype::float32, M, N, K);
-        check<decltype(g)::value, __nv_bfloat16>(Dtype::bfloat16, M, N, K);
+    for (const Activation::Kind kind : kinds) {
+      const Activation g{kind, {0.75f, kind == Activation::elu ? 1.0f : 6.0f, 1.25f}};
+      check<float>(Dtype::float32, g, M, N, K);
+      check<__nv_bfloat16>(Dtype::bfloat16, g, M, N, K);
 #ifdef FASTMLP_EMULATE
-        check<decltype(g)::value, __half>(Dtype::float16, M, N, K);
+      check<__half>(Dtype::float16, g, M, N, K);
 #endif
-      });
+    }
   for (const auto& [N, C] : {std::pair{0, 3}, {1, 1}, {7, 2}, {9, 10}, {5, 16}, {5, 17}, {3, 300}, {1300, 5}})
     for (const bool weighted : {false, true})
       for (const float smoothing : {0.0f, 0.1f}) {

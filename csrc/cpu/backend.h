@@ -16,21 +16,24 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// A [I, P] of a product, dz = dy · g'(y) where it is a layer's backward pass: formed while it is packed, and
-// nowhere else. Element (i, p) is data[i * ld + p], or data[p * ld + i] where A is stored transposed.
+// A [I, P] of a product: element (i, p) is data[i * ld + p], or data[p * ld + i] where A is stored transposed. Where it
+// is a layer's dz = dy · g', data is dy, and `saved` beside it is what g' is found from. dz is formed while it is
+// packed, and nowhere else.
 struct Left {
   const void* data;
-  const void* y;  // beside data, not read for the identity
-  Activation activation;
   int64_t ld;
-  bool transposed;
+  bool transposed = false;
+  Activation activation = {};
+  const void* saved = nullptr;  // not read for the identity
 };
 
-// B [P, J]: element (p, j) is data[p * ld + j], or data[j * ld + p] where B is stored transposed.
+// B [P, J]: element (p, j) is data[p * ld + j], or data[j * ld + p] where B is stored transposed; or the activation of
+// it, found while it is packed.
 struct Right {
   const void* data;
   int64_t ld;
-  bool transposed;
+  bool transposed = false;
+  Activation activation = {};  // of one that is not transposed
 };
 
 // C = g(A B + bias)     A [I, P]   B [P, J]   C [I, J]
@@ -41,8 +44,9 @@ struct Product {
   Left a;
   Right b;
   const void* bias = nullptr;  // [J], or null for none
-  Activation activation = Activation::identity;
-  Dtype c_dtype;  // dtype, or float32
+  Activation activation = {};
+  void* z = nullptr;  // [I, J], A B + bias, where it is wanted beside C
+  Dtype c_dtype;      // dtype, or float32
   void* c;
   int64_t ldc;
   bool accumulate = false;  // C and sums are added to; C is float32, with no bias and no activation

@@ -3,14 +3,12 @@
 
 #include "packing.h"
 
-// y = g(sums + b) for m rows and n columns; y may be where the sums are.
-template <Activation g, class T>
-void finish(const float* sums, int64_t ld, const T* bias, T* y, int64_t ldy, int64_t m, int64_t n) {
-  for (int64_t j = 0; j < n; j += width) {
-    const V b = bias ? load(bias + j, n - j) : V{};
-    for (int64_t i = 0; i < m; ++i)
-      store(y + i * ldy + j, activate<g>(load(sums + i * ld + j, n - j) + b), n - j);
-  }
+// y = g(sums), for m rows and n columns; and z, the sums themselves, where it is not null.
+template <class T>
+void finish(const Activation& activation, const float* sums, int64_t ld, T* z, T* y, int64_t ldy, int64_t m,
+            int64_t n) {
+  if (z) activate(Identity{}, sums, ld, z, ldy, m, n);
+  activate(activation, sums, ld, y, ldy, m, n);
 }
 
 // Adds pairs of lanes of a and b: the sums of a's pairs of `step`-wide pieces, then those of b's.
@@ -50,17 +48,19 @@ FASTMLP_INLINE void inner_step(V (&sum)[rows][columns], const T* x, int64_t ldx,
   }
 }
 
-// sums[i][j] = Σ_k x[i][k] w[j][k] for a tile of rows x columns. Writes whole registers: what lies beyond the tile,
+// sums[i][j] = Σ_k x[i][k] w[j][k] + bias[j] for a tile of rows x columns. Writes whole registers: what lies beyond the tile,
 // the next one overwrites.
 template <int rows, int columns, int terms, class T>
-void inner_tile(int64_t K, const T* x, int64_t ldx, const T* w, int64_t ldw, float* sums, int64_t ld) {
+void inner_tile(int64_t K, const T* x, int64_t ldx, const T* w, int64_t ldw, const T* bias, float* sums,
+                int64_t ld) {
   constexpr int step = terms * width;
   V sum[rows][columns] = {};
   int64_t k = 0;
   for (; k + step <= K; k += step) inner_step<terms>(sum, x + k, ldx, w + k, ldw, step);
   if (k < K) inner_step<terms>(sum, x + k, ldx, w + k, ldw, K - k);
+  const V b = bias ? load(bias, columns) : V{};
 #pragma GCC unroll 16
-  for (int i = 0; i < rows; ++i) store(sums + i * ld, sum_lanes<columns>(sum[i]));
+  for (int i = 0; i < rows; ++i) store(sums + i * ld, sum_lanes<columns>(sum[i]) + b);
 }
 
 // The columns of a tile of so many rows: one or two rows alone are bound by the bandwidth of W, and want many
@@ -74,11 +74,12 @@ constexpr int inner_columns_of(int rows) {
 
 // A few rows of x stay in the first-level cache while W streams past them from the second, a panel at a time,
 // which stays there for all rows of x. The sums of the rows over the panel are then finished.
-template <Activation g, int terms, class T>
+template <int terms, class T>
 void forward_inner(const Forward& p, Range rows, Range columns) {
   const T* x = static_cast<const T*>(p.x);
   const T* weight = static_cast<const T*>(p.weight);
   const T* bias = static_cast<const T*>(p.bias);
+  T *const z = static_cast<T*>(p.z), *const y = static_cast<T*>(p.y);
   constexpr int most = 8 * inner_rows, wide = 48, ld = wide + width;
   constexpr int64_t resident = 20 << 10;  // bytes
   const int64_t tiles = resident / (inner_rows * (p.K + 1) * int64_t(sizeof(T)));
@@ -94,11 +95,12 @@ void forward_inner(const Forward& p, Range rows, Range columns) {
           for (int64_t j = 0; j < n_count; j += step)
             with_count<step>(smaller(step, n_count - j), [&](auto n_tile) {
               inner_tile<tile_rows, decltype(n_tile)::value, terms>(
-                  p.K, x + (m + i) * p.ldx, p.ldx, weight + (n + j) * p.ldw, p.ldw, sums + i * ld + j, ld);
+                  p.K, x + (m + i) * p.ldx, p.ldx, weight + (n + j) * p.ldw, p.ldw,
+                  bias ? bias + n + j : nullptr, sums + i * ld + j, ld);
             });
         });
-      finish<g>(sums, ld, bias ? bias + n : nullptr, static_cast<T*>(p.y) + m * p.N + n, p.N, m_count,
-                n_count);
+      const int64_t at = m * p.N + n;
+      finish(p.activation, sums, ld, z ? z + at : nullptr, y + at, p.N, m_count, n_count);
     }
   }
 }

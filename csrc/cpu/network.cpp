@@ -31,6 +31,7 @@ Forward slice(const Forward* layers, int64_t index, Range rows, const Between& b
   p.M = rows.size();
   p.x = p.x ? offset(p.x, rows.begin * p.ldx * size) : between.read(index);
   p.y = p.y ? offset(p.y, rows.begin * p.N * size) : between.written(index);
+  p.z = offset(p.z, rows.begin * p.N * size);
   return p;
 }
 
@@ -39,7 +40,7 @@ Backward slice(const Backward* layers, int64_t index, int64_t count, Range rows,
   const int64_t size = size_of(p.dtype);
   p.M = rows.size();
   p.grad_y = p.grad_y ? offset(p.grad_y, rows.begin * p.N * size) : between.read(index);
-  p.y = offset(p.y, rows.begin * p.N * size);
+  p.saved = offset(p.saved, rows.begin * p.N * size);
   p.x = offset(p.x, rows.begin * p.ldx * size);
   p.grad_x = index + 1 < count ? between.written(index) : offset(p.grad_x, rows.begin * p.K * size);
   return p;
@@ -52,8 +53,8 @@ void grad_input(const Kernels& k, const Backward& p, int rank, int size) {
                       .reduced = p.reduced,
                       .I = p.M,
                       .P = p.N,
-                      .a = {p.grad_y, p.y, p.activation, p.N, false},
-                      .b = {p.weight, p.ldw, false},
+                      .a = {p.grad_y, p.N, false, p.activation, p.saved},
+                      .b = {p.weight, p.ldw},
                       .c_dtype = p.dtype,
                       .c = p.grad_x,
                       .ldc = p.K};
@@ -72,8 +73,8 @@ Range grad_weight(const Kernels& k, const Backward& p, const Sums& sums, bool ac
                       .reduced = p.reduced,
                       .I = p.N,
                       .P = p.M,
-                      .a = {p.grad_y, p.y, p.activation, p.N, true},
-                      .b = {p.x, p.ldx, false},
+                      .a = {p.grad_y, p.N, true, p.activation, p.saved},
+                      .b = {p.x, p.ldx, false, p.x_activation},
                       .c_dtype = sums.weight ? Dtype::float32 : p.dtype,
                       .c = sums.weight ? sums.weight : p.grad_weight,
                       .ldc = p.K,

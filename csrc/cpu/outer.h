@@ -14,6 +14,7 @@ struct Scratch {
   alignas(64) float a[MC / MR * group];
   alignas(64) float b[NC * KC];
   alignas(64) float c[MC * NC];
+  alignas(64) float rows[buffer_size];
 };
 static_assert(sizeof(Scratch) <= scratch_bytes);
 
@@ -76,10 +77,8 @@ void finish(const Product& p, const float* sums, int64_t ld, int64_t i, int64_t 
   const int64_t at = i * p.ldc + j;
   if (p.sgd)
     return descend(*p.sgd, sums, ld, p.param + at, p.momentum ? p.momentum + at : nullptr, p.ldc, m, n);
-  const T* const bias = p.bias ? static_cast<const T*>(p.bias) + j : nullptr;
-  with_activation(p.activation, [&](auto g) {
-    finish<decltype(g)::value>(sums, ld, bias, static_cast<T*>(p.c) + at, p.ldc, m, n);
-  });
+  finish(p.activation, sums, ld, p.z ? static_cast<T*>(p.z) + at : nullptr, static_cast<T*>(p.c) + at, p.ldc,
+         m, n);
 }
 
 template <class T, int rows, int vectors>
@@ -97,14 +96,14 @@ template <class T, int rows, int vectors>
 FASTMLP_INLINE void finish(const Product& p, const Target& t, V (&sum)[rows][vectors], int64_t last) {
   if (t.adds) add_tile(sum, t.sums, t.ld, last);
   if (t.end == End::sums) return store_tile(sum, t.sums, t.ld, last);
+  if (p.bias) add_tile(sum, static_cast<const T*>(p.bias) + t.j, 0, last);
   const int64_t at = t.i * p.ldc + t.j;
   if (t.end == End::output) {
-    if (p.bias) add_tile(sum, static_cast<const T*>(p.bias) + t.j, 0, last);
     if (p.activation == Activation::relu)
 #pragma GCC unroll 16
       for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 16
-        for (int v = 0; v < vectors; ++v) sum[i][v] = activate<Activation::relu>(sum[i][v]);
+        for (int v = 0; v < vectors; ++v) sum[i][v] = Relu{}(sum[i][v]);
     return store_tile(sum, static_cast<T*>(p.c) + at, p.ldc, last);
   }
   if (t.end == End::change) {
@@ -180,13 +179,12 @@ template <int terms, bool packed, class T>
 struct Multiplication {
   const Product& p;
   Scratch& scratch;
-  const T *a, *y, *b;
+  const T *a, *b;
   int64_t chunks, deep;  // the sum is taken in so many blocks, of so many terms
   bool in_place;         // float32 is added up in C itself; else a block of C at a time in `scratch`
 
   Multiplication(const Product& p, Scratch& scratch)
-      : p(p), scratch(scratch), a(static_cast<const T*>(p.a.data)), y(a), b(static_cast<const T*>(p.b.data)) {
-    if (p.a.activation != Activation::identity) y = static_cast<const T*>(p.a.y);
+      : p(p), scratch(scratch), a(static_cast<const T*>(p.a.data)), b(static_cast<const T*>(p.b.data)) {
     chunks = larger(1, ceil_div(p.P, KC * terms));
     deep = ceil_div(ceil_div(p.P, chunks), terms) * terms;
     in_place = p.c_dtype == Dtype::float32 && !(p.sgd && chunks == 1);
@@ -218,19 +216,29 @@ struct Multiplication {
   void pack_right(int64_t j, int64_t n, int64_t k, int64_t depth) {
     if constexpr (packed) {
       if (p.b.transposed) pack_transposed<terms>(scratch.b, b + j * p.b.ld + k, p.b.ld, depth, n);
-      else pack_panels<terms>(scratch.b, b + k * p.b.ld + j, p.b.ld, depth, n);
+      else {
+        const T* const from = b + k * p.b.ld + j;
+        if (p.b.activation == Activation::identity)
+          pack_panels<terms>(scratch.b, Plain<T>{from, p.b.ld}, depth, n);
+        else
+          pack_panels<terms>(scratch.b,
+                             Activated<T>{p.b.activation, from, p.b.ld, reinterpret_cast<T*>(scratch.rows)},
+                             depth, n);
+      }
     }
   }
 
   void pack_left(int64_t i, int64_t m, int64_t k, int64_t depth, float* sums) {
-    with_activation(p.a.activation, [&](auto g) {
-      constexpr Activation activation = decltype(g)::value;
-      const int64_t at = p.a.transposed ? k * p.a.ld + i : i * p.a.ld + k;
-      if (p.a.transposed)
-        pack_columns<activation, terms>(scratch.a, a + at, y + at, p.a.ld, m, depth, sums,
-                                        p.accumulate || k > 0);
-      else pack_rows<activation, terms>(scratch.a, a + at, y + at, p.a.ld, m, depth);
-    });
+    const int64_t at = p.a.transposed ? k * p.a.ld + i : i * p.a.ld + k;
+    const auto pack = [&](const auto& source) {
+      if (p.a.transposed) pack_columns<terms>(scratch.a, source, m, depth, sums, p.accumulate || k > 0);
+      else pack_rows<terms>(scratch.a, source, m, depth);
+    };
+    if (p.a.activation == Activation::identity) pack(Plain<T>{a + at, p.a.ld});
+    else {
+      const T* const saved = static_cast<const T*>(p.a.saved) + at;
+      pack(Differentiated<T>{p.a.activation, a + at, saved, p.a.ld, scratch.rows});
+    }
   }
 
   // The tiles of a block of C, row by row if B's panels have room in L2, else panel by panel.
@@ -264,7 +272,7 @@ bool in_pairs(bool reduced) {
 
 template <class T>
 void multiply(const Product& p, Range rows, Range columns, Scratch& scratch) {
-  if (!p.b.transposed && p.I < least_packed_rows)
+  if (!p.b.transposed && p.I < least_packed_rows && p.b.activation == Activation::identity)
     return Multiplication<1, false, T>(p, scratch).run(rows, columns);
   if constexpr (multiplies_pairs) {
     if (in_pairs<T>(p.reduced)) return Multiplication<2, true, T>(p, scratch).run(rows, columns);

@@ -1,13 +1,14 @@
-// Copies of the operands' blocks in the order in which the register tiles read them, as slots (registers.h).
+// Copies of the operands' blocks, as slots (registers.h), in the order in which the register tiles read them.
 //
 //   A block [MC, KC]   in groups of MR rows; within a group by rows, [MR][KC], or by slots, [KC][MR]
 //   B block [KC, NC]   in panels of NR columns, [KC][NR]
 //
-// with MR <= width. A tile's reads are then contiguous: in memory its rows may be pages apart, or fall on one another in the
-// first-level cache (at multiples of 4096 bytes). The left operand's derivative is formed on the way, and its
-// sums: so dz is read from what it is made of, and is never in memory itself.
+// A tile then reads memory from one address on. In the matrix itself its rows may be pages apart, or fall on one
+// another in the first-level cache, as they do at multiples of 4096 bytes. A is copied by groups and MR <= width.
+//
+// Here dz = dy g' is formed, and the y of a layer that has kept z alone: neither is ever in memory as a whole.
 
-#include "registers.h"
+#include "blocks.h"
 
 constexpr int MR = outer_rows, NR = outer_vectors * width;
 constexpr int64_t KC = whole_sum, MC = 32 * MR,
@@ -16,32 +17,66 @@ constexpr int64_t group = MR * KC + width;  // a group by slots ends with a whol
 constexpr int64_t panel = KC * NR;
 static_assert(MR <= width && KC % width == 0);
 
-// Asks for the line at p in L2. Blocks are read in short runs, which end before the processor foresees them.
-FASTMLP_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Where a block of an operand begins, and how far its rows are apart.
+template <class E>
+struct Rows {
+  const E* data;
+  int64_t ld;
+};
 
-// dz = dy g'(y), the first n elements of a register.
-template <Activation g, class T>
-FASTMLP_INLINE V derivative(const T* dy, const T* y, int64_t n) {
-  const V v = load(dy, n);
-  if constexpr (g == Activation::identity) return v;
-  else return activate_backward<g>(v, load(y, n));
-}
+// An operand as it lies in memory. All sources have rows(): the block of `rows` rows and n columns from (i, j) on.
+template <class T>
+struct Plain {
+  const T* data;
+  int64_t ld;
+  FASTMLP_INLINE Rows<T> rows(int64_t i, int64_t j, int64_t rows, int64_t n) const {
+    return {data + i * ld + j, ld};
+  }
+};
+
+// dz, and y: a block at a time, in `buffer`.
+template <class T>
+struct Differentiated {
+  const Activation& activation;
+  const T *dy, *saved;
+  int64_t ld;
+  float* buffer;
+  FASTMLP_INLINE Rows<float> rows(int64_t i, int64_t j, int64_t rows, int64_t n) const {
+    const int64_t at = i * ld + j, wide = ceil_div(n, width) * width;
+    differentiate(activation, dy + at, saved + at, ld, buffer, wide, rows, n);
+    return {buffer, wide};
+  }
+};
+template <class T>
+struct Activated {
+  const Activation& activation;
+  const T* z;
+  int64_t ld;
+  T* buffer;
+  FASTMLP_INLINE Rows<T> rows(int64_t i, int64_t j, int64_t rows, int64_t n) const {
+    const int64_t wide = ceil_div(n, width) * width;
+    activate(activation, z + i * ld + j, ld, buffer, wide, rows, n);
+    return {buffer, wide};
+  }
+};
+
+// The rows of a source that are asked for at a time: few enough for L1, and read in runs that the processor foresees.
+constexpr int64_t rows_of_columns = 4, rows_of_panel = 8;
+constexpr int64_t buffer_size =
+    larger(MR * 2 * KC, larger(rows_of_columns* MC, rows_of_panel* NR));  // of floats
 
 // [MR][KC] from rows along the sum.
-template <Activation g, int terms, class T>
-void pack_rows(float* to, const T* a, const T* y, int64_t ld, int64_t rows, int64_t depth) {
-  for (int64_t i = 0; i < rows; ++i) {
-    float* row = to + i / MR * group + i % MR * KC;
-    for (int64_t p = 0; p < depth; p += terms * width, row += width) {
-      const int64_t at = i * ld + p, n = depth - p;
-      fetch(a + at + 4 * ld);
-      if (g != Activation::identity) fetch(y + at + 4 * ld);
-      if constexpr (terms == 1) store(row, derivative<g>(a + at, y + at, n));
-      else if constexpr (g == Activation::identity) store(row, slots<terms>(a + at, n));
-      else {
-        const int64_t rest = larger(n - width, 0);
-        store(row, joined(narrow(derivative<g>(a + at, y + at, n)),
-                          narrow(derivative<g>(a + at + width, y + at + width, rest))));
+template <int terms, class Source>
+void pack_rows(float* to, const Source source, int64_t rows, int64_t depth) {
+  for (int64_t i = 0; i < rows; i += MR, to += group) {
+    const int64_t count = smaller(MR, rows - i);
+    const auto from = source.rows(i, 0, count, depth);
+    for (int64_t r = 0; r < count; ++r) {
+      float* row = to + r * KC;
+      for (int64_t p = 0; p < depth; p += terms * width, row += width) {
+        const auto* at = from.data + r * from.ld + p;
+        fetch(at + 4 * from.ld);
+        store(row, slots<terms>(at, depth - p));
       }
     }
   }
@@ -49,35 +84,35 @@ void pack_rows(float* to, const T* a, const T* y, int64_t ld, int64_t rows, int6
 
 // [KC][MR] from rows across the sum, and each column's sum where asked for. What a register holds beyond the
 // group's MR columns, the next one overwrites.
-template <Activation g, int terms, class T>
-void pack_columns(float* to, const T* a, const T* y, int64_t ld, int64_t rows, int64_t depth, float* sums,
-                  bool accumulate) {
-  constexpr int64_t block =
-      4;  // rows, whose lines stay in L1 from group to group even if all fall on one set
+template <int terms, class Source>
+void pack_columns(float* to, const Source source, int64_t rows, int64_t depth, float* sums, bool accumulate) {
+  constexpr int64_t block = rows_of_columns;
   V sum[MC / MR] = {}, recent[MC / MR] = {};  // the latest 64 rows apart, so that roundings grow slowly
-  for (int64_t first = 0; first < depth; first += block)
+  for (int64_t first = 0; first < depth; first += block) {
+    const int64_t count = smaller(block, depth - first);
+    const auto from = source.rows(first, 0, count, rows);
     for (int64_t i = 0; i < rows; i += MR) {
-      const int64_t n = rows - i, end = smaller(first + block, depth);
+      const int64_t n = rows - i;
       float* slot = to + i / MR * group + first / terms * MR;
       V partial{};
-      for (int64_t p = first; p < end; p += terms, slot += MR) {
-        const int64_t at = p * ld + i;
-        fetch(a + at + 2 * block * ld);
-        if (g != Activation::identity) fetch(y + at + 2 * block * ld);
-        const V v = derivative<g>(a + at, y + at, n);
+      for (int64_t p = 0; p < count; p += terms, slot += MR) {
+        const auto* at = from.data + p * from.ld + i;
+        fetch(at + 2 * block * from.ld);
+        const V v = load(at, n);
         partial += v;
         if constexpr (terms == 1) store(slot, v);
         else {
-          const V next = p + 1 < end ? derivative<g>(a + at + ld, y + at + ld, n) : V{};
+          const V next = p + 1 < count ? load(at + from.ld, n) : V{};
           partial += next;
           store(slot, paired(narrow(v), narrow(next)));
         }
       }
       recent[i / MR] += partial;
-      if (end % 64 && end < depth) continue;
+      if ((first + count) % 64 && first + count < depth) continue;
       sum[i / MR] += recent[i / MR];
       recent[i / MR] = V{};
     }
+  }
   for (int64_t i = 0; sums && i < rows; i += MR) {
     const int64_t n = smaller(MR, rows - i);
     store(sums + i, accumulate ? sum[i / MR] + load(sums + i, n) : sum[i / MR], n);
@@ -85,21 +120,22 @@ void pack_columns(float* to, const T* a, const T* y, int64_t ld, int64_t rows, i
 }
 
 // [KC][NR] from rows across the sum, and 0 beyond the last column.
-template <int terms, class T>
-void pack_panels(float* to, const T* b, int64_t ld, int64_t depth, int64_t columns) {
-  constexpr int64_t block = 8;  // rows: read and written in runs that the processor foresees
+template <int terms, class Source>
+void pack_panels(float* to, const Source source, int64_t depth, int64_t columns) {
+  constexpr int64_t block = rows_of_panel;
   for (int64_t first = 0; first < depth; first += block)
     for (int64_t j = 0; j < columns; j += NR) {
       float* slot = to + j / NR * panel + first / terms * NR;
-      const int64_t end = smaller(first + block, depth);
-      for (int64_t p = first; p < end; p += terms, slot += NR)
+      const int64_t count = smaller(block, depth - first);
+      const auto from = source.rows(first, j, count, smaller(NR, columns - j));
+      for (int64_t p = 0; p < count; p += terms, slot += NR)
 #pragma GCC unroll 16
         for (int64_t v = 0; v < NR; v += width) {
-          const T* at = b + p * ld + j + v;
-          fetch(at + block * ld);
+          const auto* at = from.data + p * from.ld + v;
+          fetch(at + block * from.ld);
           const int64_t n = larger(columns - j - v, 0);
           if constexpr (terms == 1) store(slot + v, load(at, n));
-          else store(slot + v, paired(halves(at, n), p + 1 < end ? halves(at + ld, n) : Halves{}));
+          else store(slot + v, paired(halves(at, n), p + 1 < count ? halves(at + from.ld, n) : Halves{}));
         }
     }
 }

@@ -4,18 +4,6 @@
 //   binary cross-entropy of   w ((1 - t) y + q (log(1 + e^-|y|) + max(-y, 0)))   w (q / (1 + e^-y) - p t)
 //   logits                    with q = 1 + (p - 1) t
 
-// log(1 + e) for 0 <= e <= 1, as 2 artanh(e / (2 + e)): the series to the 15th power is off by 1e-9 at most.
-FASTMLP_INLINE V log_of_1_and(V e) {
-  const V s = e / (e + 2.0f), t = s * s;
-  V p = fused(t, V{} + 1.0f / 15, 1.0f / 13);
-  p = fused(p, t, 1.0f / 11);
-  p = fused(p, t, 1.0f / 9);
-  p = fused(p, t, 1.0f / 7);
-  p = fused(p, t, 1.0f / 5);
-  p = fused(p, t, 1.0f / 3);
-  return (s + s) * fused(p, t, 1.0f);
-}
-
 // The lanes of values [N] that belong to the n elements from i on of rows of N; ones where there are no values.
 FASTMLP_INLINE V over_outputs(const float* values, int64_t N, int64_t i, int64_t n) {
   V lanes{};

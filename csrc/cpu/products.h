@@ -21,14 +21,20 @@ bool runs_along_sum(const Forward& p) {
 
 template <class T>
 void forward(const Forward& p, bool along_sum, Range rows, Range columns, Scratch& scratch) {
-  if (along_sum)
-    return with_activation(p.activation,
-                           [&](auto g) { forward_inner<decltype(g)::value, terms<T>, T>(p, rows, columns); });
-  const Left x = {p.x, nullptr, Activation::identity, p.ldx, false};
-  const Right weight = {p.weight, p.ldw, true};
-  multiply<T>(
-      {p.dtype, p.reduced, p.M, p.K, x, weight, p.bias, p.activation, p.dtype, p.y, p.N, false, nullptr},
-      rows, columns, scratch);
+  if (along_sum) return forward_inner<terms<T>, T>(p, rows, columns);
+  multiply<T>({.dtype = p.dtype,
+               .reduced = p.reduced,
+               .I = p.M,
+               .P = p.K,
+               .a = {.data = p.x, .ld = p.ldx},
+               .b = {.data = p.weight, .ld = p.ldw, .transposed = true},
+               .bias = p.bias,
+               .activation = p.activation,
+               .z = p.z,
+               .c_dtype = p.dtype,
+               .c = p.y,
+               .ldc = p.N},
+              rows, columns, scratch);
 }
 
 // out[i] = Σ_s partials[s * stride + i]
@@ -67,6 +73,14 @@ void add_up(const float* partials, int64_t count, int64_t stride, Dtype dtype, v
   else add_up(partials, count, stride, static_cast<bfloat16*>(out), range);
 }
 
-constexpr Kernels kernels = {inner_rows,    inner_columns, MR,     NR,     runs_along_sum,
-                             forward,       multiply,      add_up, update, cross_entropy,
-                             pointwise_loss};
+constexpr Kernels kernels = {.forward_rows = inner_rows,
+                             .forward_columns = inner_columns,
+                             .product_rows = MR,
+                             .product_columns = NR,
+                             .runs_along_sum = runs_along_sum,
+                             .forward = forward,
+                             .multiply = multiply,
+                             .add_up = add_up,
+                             .update = update,
+                             .cross_entropy = cross_entropy,
+                             .pointwise_loss = pointwise_loss};

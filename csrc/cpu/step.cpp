@@ -6,6 +6,7 @@
 // end. (network.h tells the two ways apart.)
 #include <vector>
 
+#include "../activation.h"
 #include "loss.h"
 #include "network.h"
 
@@ -35,19 +36,25 @@ int64_t lowest_trained(const Step& s) {
   return layer;
 }
 
-// What passes through the network for some rows of the batch: each layer's output, and its gradient dz. Of these
-// three in turn: one is read by two products while the next is written.
+// What passes through the network for some rows of the batch. Of each layer what backward reads, y or z; beside z, y in
+// one of two buffers in turn, since the next layer alone reads it; and dz in one of three: one is read by two products
+// while the next is written.
 struct Passing {
-  std::vector<float*> outputs;
-  float* gradients[3];
+  std::vector<float*> saved;
+  float *outputs[2], *gradients[3];
 
   Passing(const Step& s, int64_t rows, Pieces& pieces) {
-    int64_t widest = 0;
-    for (int64_t i = 0; i < s.count; ++i) {
-      outputs.push_back(pieces.floats(rows * s.layers[i].N));
-      widest = std::max(widest, s.layers[i].N);
+    int64_t widest = 0, widest_apart = 0;
+    for (const Forward* p = s.layers; p != s.layers + s.count; ++p) {
+      saved.push_back(pieces.floats(rows * p->N));
+      widest = std::max(widest, p->N);
+      if (reads(p->activation) == Reads::z) widest_apart = std::max(widest_apart, p->N);
     }
+    for (float*& output : outputs) output = pieces.floats(rows * widest_apart);
     for (float*& gradient : gradients) gradient = pieces.floats(rows * widest);
+  }
+  float* y(const Step& s, int64_t layer) const {
+    return reads(s.layers[layer].activation) == Reads::z ? outputs[layer % 2] : saved[layer];
   }
   float* gradient(int64_t layer) const { return gradients[layer % 3]; }
 };
@@ -105,8 +112,9 @@ struct Memory {
 Forward layer_of(const Step& s, int64_t index, Range rows, const Passing& passing) {
   Forward p = s.layers[index];
   p.M = rows.size();
-  p.x = index ? passing.outputs[index - 1] : static_cast<const float*>(p.x) + rows.begin * p.ldx;
-  p.y = passing.outputs[index];
+  p.x = index ? passing.y(s, index - 1) : static_cast<const float*>(p.x) + rows.begin * p.ldx;
+  p.y = passing.y(s, index);
+  p.z = reads(p.activation) == Reads::z ? passing.saved[index] : nullptr;
   return p;
 }
 
@@ -117,12 +125,12 @@ double loss_of(const Kernels& k, const Step& s, double scale, Range rows, int64_
   const Range own = {rows.begin - from, rows.end - from};
   if (s.loss == Loss::cross_entropy) {
     CrossEntropy p = s.cross_entropy;
-    p.input = passing.outputs[s.count - 1], p.grad = gradient, p.target += from;
+    p.input = passing.y(s, s.count - 1), p.grad = gradient, p.target += from;
     return k.cross_entropy(p, float(scale), own);
   }
   Pointwise p = s.pointwise;
   p.target += from * p.N;
-  return k.pointwise_loss(s.loss, p, passing.outputs[s.count - 1], float(scale), gradient,
+  return k.pointwise_loss(s.loss, p, passing.y(s, s.count - 1), float(scale), gradient,
                           {own.begin * p.N, own.end * p.N});
 }
 
@@ -132,6 +140,7 @@ void backward_layer(const Kernels& k, const Step& s, int64_t index, const Forwar
                     const Passing& passing, const Sums& sums, bool accumulate, int rank, int size) {
   const Trained &weight = s.weights[index], &bias = s.biases[index];
   const Trained* const trained = weight.sgd && !memory.by_rows ? &weight : nullptr;
+  const bool from_z = index > 0 && reads(s.layers[index - 1].activation) == Reads::z;
   const Backward b = {.dtype = p.dtype,
                       .reduced = p.reduced,
                       .activation = p.activation,
@@ -139,14 +148,15 @@ void backward_layer(const Kernels& k, const Step& s, int64_t index, const Forwar
                       .N = p.N,
                       .K = p.K,
                       .grad_y = passing.gradient(index),
-                      .y = p.y,
-                      .x = p.x,
+                      .saved = passing.saved[index],
+                      .x = from_z ? passing.saved[index - 1] : p.x,
                       .ldx = p.ldx,
                       .weight = p.weight,
                       .ldw = p.ldw,
                       .grad_x = passing.gradient(index + 2),  // as index - 1
                       .grad_weight = trained ? memory.sums : sums.weight,
-                      .grad_bias = sums.bias};
+                      .grad_bias = sums.bias,
+                      .x_activation = from_z ? s.layers[index - 1].activation : Activation{}};
   const bool needs_input = index > lowest_trained(s);
   if (needs_input) grad_input(k, b, rank, size);
   if (needs_input || memory.sums) wait(size);  // W is read no more; nor are the sums of the layer above

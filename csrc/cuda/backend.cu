@@ -196,7 +196,10 @@ cudaError_t run_chain(const First& first, const Links<typename First::T, transpo
 
 template <bool transposed, class T>
 Plain<T, transposed> plain(const void* data, int64_t stride, int64_t rows) {
-  return {static_cast<const T*>(data), stride, rows, width(data, stride * int64_t{sizeof(T)})};
+  return {.data = static_cast<const T*>(data),
+          .stride = stride,
+          .rows = rows,
+          .width = width(data, stride * int64_t{sizeof(T)})};
 }
 
 template <class T>
@@ -214,13 +217,13 @@ Plain<T, true> weight_of(const Backward& b) {
 
 template <bool transposed, class T>
 Dz<T, transposed> dz_of(const Backward& b) {
-  const void* const y = b.activation == Activation::identity ? b.grad_y : b.y;
+  const void* const saved = b.activation == Activation::identity ? b.grad_y : b.saved;
   const int64_t bytes = b.N * int64_t{sizeof(T)};
   return {.grad_y = static_cast<const T*>(b.grad_y),
-          .y = static_cast<const T*>(y),
+          .saved = static_cast<const T*>(saved),
           .stride = b.N,
           .rows = transposed ? b.N : b.M,
-          .width = std::min(width(b.grad_y, bytes), width(y, bytes)),
+          .width = std::min(width(b.grad_y, bytes), width(saved, bytes)),
           .activation = b.activation};
 }
 
@@ -229,6 +232,7 @@ Result<T> y_of(const Forward& f) {
   return {.c = static_cast<T*>(f.y),
           .bias = static_cast<const T*>(f.bias),
           .activation = f.activation,
+          .z = static_cast<T*>(f.z),
           .rows = f.M,
           .columns = f.N};
 }
@@ -253,7 +257,8 @@ cudaError_t backward_of_parameters(const Backward& b, float* partials, cudaStrea
                          .rows = b.N,
                          .columns = b.K,
                          .partials = partials};
-  const auto x = b.grad_weight ? plain<true, T>(b.x, b.ldx, b.K) : plain<true, T>(b.grad_y, 0, 0);
+  auto x = b.grad_weight ? plain<true, T>(b.x, b.ldx, b.K) : plain<true, T>(b.grad_y, 0, 0);
+  x.activation = b.x_activation;
   return multiply(dz_of<true, T>(b), x, result, b.M, cut(b.dtype, b.N, b.K, b.M), b.reduced, stream);
 }
 
@@ -285,8 +290,8 @@ cudaError_t backward_chain(const Backward* layers, int64_t count, cudaStream_t s
     Link<T, true> link{
         .weight = weight_of<T>(layers[i]), .K = layers[i].N, .result = grad_x_of<T>(layers[i])};
     if (i + 1 < count && layers[i + 1].activation != Activation::identity) {
-      link.y = static_cast<const T*>(layers[i + 1].y);
-      link.activation_of_y = layers[i + 1].activation;
+      link.saved = static_cast<const T*>(layers[i + 1].saved);
+      link.activation_of_saved = layers[i + 1].activation;
     }
     links.links[links.count++] = link;
   }

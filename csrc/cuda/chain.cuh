@@ -13,15 +13,15 @@ constexpr int most_links = 16;
 
 // One product of the chain, C [M, columns] = A B, where A is what the link before gave.
 //   forward    B = Wᵀ     C = y, and A of the next is y
-//   backward   B = W      C = dx, and A of the next is dx · g'(y), with y [M, columns] of the layer below
+//   backward   B = W      C = dx, and A of the next is dx · g', from what the layer below has saved [M, columns]
 // The order of sums, and what is rounded, is as in product.cuh, so the bits are those of single layers.
 template <class T, bool transposed>
 struct Link {
   Plain<T, transposed> weight;  // its rows are the columns of C
   int64_t K;
   Result<T> result;  // c is null where only the next link reads it
-  const T* y;        // null in the forward pass, and in the last link
-  Activation activation_of_y;
+  const T* saved;    // null in the forward pass, and in the last link
+  Activation activation_of_saved;
 };
 
 template <class T, bool transposed>
@@ -43,19 +43,6 @@ struct Shared {
   }
 };
 
-__device__ __forceinline__ float differentiated(Activation g, float dy, float y) {
-  switch (g) {
-    case Activation::relu:
-      return activate_backward<Activation::relu>(dy, y);
-    case Activation::sigmoid:
-      return activate_backward<Activation::sigmoid>(dy, y);
-    case Activation::tanh:
-      return activate_backward<Activation::tanh>(dy, y);
-    default:
-      return dy;
-  }
-}
-
 // Bound by bandwidth, of reading the first A and writing every C that is asked for. A block's tile is Tiling::m rows
 // of the batch and all columns; it takes such tiles until there are none.
 template <template <class, class, class, class> class Math, class Tiling, class First, bool transposed>
@@ -67,6 +54,9 @@ __global__ void __launch_bounds__(Tiling::threads)
   using Weights = typename S::Weights;
   T* const rows = reinterpret_cast<T*>(ptx::dynamic_shared_memory());
   T* const weights = rows + S::tiles * Rows::size;
+  const auto place = [](int row, int n) {
+    return n / depth<T> * Rows::size + row * Rows::pitch + n % depth<T>;
+  };
   const auto tiles_along = [](int64_t K) { return static_cast<int>((K + depth<T> - 1) / depth<T>); };
   const auto weight_of = [&](int use) { return weights + use % links.slots * S::weight_size; };
   const auto start_weight = [&](int use) {
@@ -97,6 +87,9 @@ __global__ void __launch_bounds__(Tiling::threads)
       Math<T, Tiling, Rows, Weights> math;
       for (int t = 0; t < tiles_along(link.K); ++t)
         math.multiply(rows + t * Rows::size, weight_of(use) + t * Weights::size);
+      // An activation that is not simple comes when all of z, or dx, is in shared memory.
+      const Activation& activation = transposed ? link.activation_of_saved : link.result.activation;
+      const bool in_two_steps = !is_simple(activation);
       __syncthreads();  // A has been read, and C takes its place
       math.each_pair([&](int row, int column, float one, float two) {
         const int64_t m = m0 + row, columns = link.result.columns;
@@ -107,14 +100,29 @@ __global__ void __launch_bounds__(Tiling::threads)
           const int64_t at = m * columns + n;
           T rounded{};
           if (m < M && n < columns) {
-            store(&rounded, link.result.finished(sums[e], n));
-            if (link.result.c) link.result.c[at] = rounded;
-            if (link.y)
-              store(&rounded, differentiated(link.activation_of_y, to_float(rounded), to_float(link.y[at])));
+            store(&rounded,
+                  in_two_steps && !transposed ? link.result.z_of(sums[e], n) : link.result.y_of(sums[e], n));
+            if (link.result.c && (transposed || !in_two_steps)) link.result.c[at] = rounded;
+            if (link.saved && activation.kind == Activation::relu)
+              store(&rounded, Relu{}.gradient(to_float(rounded), to_float(link.saved[at])));
           }
-          if (!last) rows[n / depth<T> * Rows::size + row * Rows::pitch + n % depth<T>] = rounded;
+          if (!last || in_two_steps) rows[place(row, n)] = rounded;
         }
       });
+      if (!in_two_steps) continue;
+      __syncthreads();
+#pragma unroll 1
+      for (int e = 0; e < Tiling::m * Tiling::n / Tiling::threads; ++e) {  // in pairs, which share no word
+        const int at_pair = (e / 2 * Tiling::threads + threadIdx.x) * 2, row = at_pair / Tiling::n;
+        const int n = at_pair % Tiling::n + e % 2;
+        const int64_t m = m0 + row, columns = link.result.columns, at = m * columns + n;
+        if (m >= M || n >= columns) continue;
+        T& own = rows[place(row, n)];
+        if constexpr (transposed)
+          store(&own, differentiated(activation, to_float(own), to_float(link.saved[at])));
+        else own = link.result.write(own, at);
+      }
+      if (last) __syncthreads();  // before the next rows take the place of these
     }
   }
 }

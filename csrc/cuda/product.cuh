@@ -10,6 +10,8 @@
 // an order that the shape alone decides, so the same input gives the same bits, on every GPU.
 #pragma once
 
+#include <algorithm>
+
 #include "../activation.h"
 #include "launch.cuh"
 #include "ptx.cuh"
@@ -42,7 +44,19 @@ struct Layout {
   static constexpr int size = lines * pitch;
 };
 
-// An operand in memory: A(row, k) at data[row * stride + k], or transposed at data[k * stride + row].
+// ---- activations: which one it is, all threads ask at once
+//
+// The simple ones are part of the unrolled code that has a thread's elements in registers. The others are long: their
+// loops are not unrolled, so that a kernel holds each of them once.
+
+__host__ __device__ __forceinline__ bool is_simple(const Activation& activation) {
+  return activation.kind == Activation::identity || activation.kind == Activation::relu;
+}
+
+// ---- the operands
+
+// An operand in memory: A(row, k) at data[row * stride + k], or transposed at data[k * stride + row]; or the activation
+// of it.
 template <class T_, bool transposed_>
 struct Plain {
   using T = T_;
@@ -51,15 +65,16 @@ struct Plain {
   int64_t stride;
   int64_t rows;
   int width;  // bytes of the widest copies that data and stride are multiples of: 16, 8, 4 or 2
+  Activation activation;
 };
 
-// dz = dy · g'(y), which is nowhere in memory; likewise. Its stride is its width, so copies of `width` bytes are
-// either inside or outside.
+// dz = dy · g', which is nowhere in memory; likewise. Its stride is its width, so copies of `width` bytes are either
+// inside or outside.
 template <class T_, bool transposed_>
 struct Dz {
   using T = T_;
   static constexpr bool transposed = transposed_;
-  const T *grad_y, *y;
+  const T *grad_y, *saved;
   int64_t stride;
   int64_t rows;
   int width;
@@ -102,7 +117,8 @@ __device__ __forceinline__ void each_pack(F f) {
   }
 }
 
-// ---- to shared memory: start() begins to bring a tile, finish() ends it
+// ---- to shared memory: start() begins to bring a tile, finish() ends it, and activate() makes y of z, once the tile is
+// there. A thread does all three for the same elements.
 
 template <int bytes, class T>
 __device__ __forceinline__ void copy_by(T* to, const T* from, int valid) {
@@ -136,6 +152,16 @@ struct Carrier {
   }
 
   __device__ __forceinline__ void finish(T*) {}
+
+  __device__ __forceinline__ void activate(T* shared, const Operand& operand) {
+    if (operand.activation.kind == Activation::identity) return;
+    each_pack<Layout, threads, T>([&](int, int line, int column) {
+      T* const pack = shared + line * Layout::pitch + column;
+#pragma unroll 1
+      for (int e = 0; e < Pack<T>::size; ++e)
+        store(pack + e, activated(operand.activation, to_float(pack[e])));
+    });
+  }
 };
 
 template <class Word, class T>
@@ -159,12 +185,12 @@ __device__ __forceinline__ Pack<T> load(const T* from, int valid, int width) {
   return load_by<uint16_t>(from, valid);
 }
 
-template <Activation g, class T>
-__device__ __forceinline__ void differentiate(float (&dz)[Pack<T>::size], const Pack<T>& grad_y,
-                                              const Pack<T>& y) {
+// All move up by one place, and `last` takes the last.
+template <int size, class E>
+__device__ __forceinline__ void rotate(E (&elements)[size], E last) {
 #pragma unroll
-  for (int e = 0; e < Pack<T>::size; ++e)
-    dz[e] = activate_backward<g>(to_float(grad_y.elements[e]), to_float(y.elements[e]));
+  for (int e = 0; e + 1 < size; ++e) elements[e] = elements[e + 1];
+  elements[size - 1] = last;
 }
 
 // dz goes through registers, where it is formed, and where its rows can be summed: the thread's packs of all tiles
@@ -173,7 +199,7 @@ template <class T, bool transposed, class Layout, int threads>
 struct Carrier<Dz<T, transposed>, Layout, threads> {
   static constexpr int count = Layout::lines * Layout::packs / threads;
   static constexpr int tiles_of_group = 32 / count;
-  Pack<T> grad_y[count], y[count];
+  Pack<T> grad_y[count], saved[count];
   Activation activation;
   float sums[Pack<T>::size] = {}, recent[Pack<T>::size] = {};
   int tiles = 0;
@@ -184,33 +210,35 @@ struct Carrier<Dz<T, transposed>, Layout, threads> {
       const int valid = window.valid<T>(line, column);
       const int64_t at = valid ? window.offset + line * operand.stride + column : 0;
       grad_y[i] = load(operand.grad_y + at, valid, operand.width);
-      if (activation != Activation::identity) y[i] = load(operand.y + at, valid, operand.width);
+      if (activation.kind != Activation::identity) saved[i] = load(operand.saved + at, valid, operand.width);
     });
   }
 
   __device__ __forceinline__ void finish(T* shared) {
     each_pack<Layout, threads, T>([&](int i, int line, int column) {
-      float dz[Pack<T>::size];
-      switch (activation) {
-        case Activation::relu:
-          differentiate<Activation::relu>(dz, grad_y[i], y[i]);
-          break;
-        case Activation::sigmoid:
-          differentiate<Activation::sigmoid>(dz, grad_y[i], y[i]);
-          break;
-        case Activation::tanh:
-          differentiate<Activation::tanh>(dz, grad_y[i], y[i]);
-          break;
-        default:
-          differentiate<Activation::identity>(dz, grad_y[i], grad_y[i]);
-      }
-      Pack<T> rounded;
+      Pack<T>& dz = grad_y[i];
+      if (is_simple(activation)) {
+        const bool is_relu = activation.kind == Activation::relu;
 #pragma unroll
-      for (int e = 0; e < Pack<T>::size; ++e) {
-        store(&rounded.elements[e], dz[e]);
-        if constexpr (transposed) recent[e] += dz[e];
+        for (int e = 0; e < Pack<T>::size; ++e)
+          if (is_relu)
+            store(&dz.elements[e], Relu{}.gradient(to_float(dz.elements[e]), to_float(saved[i].elements[e])));
+        if constexpr (transposed)
+#pragma unroll
+          for (int e = 0; e < Pack<T>::size; ++e) recent[e] += to_float(dz.elements[e]);
+      } else {
+#pragma unroll 1
+        for (int e = 0; e < Pack<T>::size; ++e) {  // always with the first, which then goes to the end
+          const float first =
+              differentiated(activation, to_float(dz.elements[0]), to_float(saved[i].elements[0]));
+          T rounded;
+          store(&rounded, first);
+          rotate(dz.elements, rounded);
+          rotate(saved[i].elements, rounded);
+          if constexpr (transposed) rotate(recent, recent[0] + first);
+        }
       }
-      *reinterpret_cast<Pack<T>*>(shared + line * Layout::pitch + column) = rounded;
+      *reinterpret_cast<Pack<T>*>(shared + line * Layout::pitch + column) = dz;
     });
     if (transposed && ++tiles % tiles_of_group == 0) end_group();
   }
@@ -238,19 +266,6 @@ struct Carrier<Dz<T, transposed>, Layout, threads> {
 
 // ---- from the sums to memory
 
-__device__ __forceinline__ float activated(Activation g, float z) {
-  switch (g) {
-    case Activation::relu:
-      return activate<Activation::relu>(z);
-    case Activation::sigmoid:
-      return activate<Activation::sigmoid>(z);
-    case Activation::tanh:
-      return activate<Activation::tanh>(z);
-    default:
-      return z;
-  }
-}
-
 // Two neighbours at once.
 __device__ __forceinline__ void store_pair(float* p, float first, float second) {
   *reinterpret_cast<float2*>(p) = {first, second};
@@ -272,6 +287,7 @@ struct Result {
   T* c;
   const T* bias;  // [columns], or null
   Activation activation;
+  T* z;  // [rows, columns], or null
   T* row_sums;
   int64_t rows, columns;
   bool paired;  // pairs of C's elements can be stored at once
@@ -280,10 +296,27 @@ struct Result {
 
   __host__ __device__ int64_t size() const { return rows * columns; }
   __host__ __device__ int64_t stride() const { return (size() + rows + 1) / 2 * 2; }
-  __device__ __forceinline__ float finished(float sum, int64_t n) const {
-    return activated(activation, sum + (bias ? to_float(bias[n]) : 0.0f));
+  __device__ __forceinline__ float z_of(float sum, int64_t n) const {
+    return sum + (bias ? to_float(bias[n]) : 0.0f);
+  }
+  // Of a simple activation.
+  __device__ __forceinline__ float y_of(float sum, int64_t n) const {
+    const float value = z_of(sum, n);
+    return activation.kind == Activation::relu ? Relu{}(value) : value;
+  }
+  // y is g of z as it is stored, which backward may read. Returns y.
+  __device__ __forceinline__ T write(T stored_z, int64_t at) const {
+    if (z) z[at] = stored_z;
+    T y;
+    store(&y, activated(activation, to_float(stored_z)));
+    if (c) c[at] = y;
+    return y;
   }
 };
+
+// y = g(x Wᵀ + b) alone is the activation of a product.
+template <class A, class B>
+constexpr bool has_activation = !A::transposed && !B::transposed;
 
 // Bound by tensor cores, or FMA, where the tiles are many and the sum is long; by the latency of a step where they are
 // few, hence the splits; and by bandwidth where K or N is small.
@@ -328,6 +361,7 @@ __global__ void __launch_bounds__(Tiling::threads, Tiling::blocks)
   }
   for (int step = 0; step < steps; ++step) {
     ptx::wait_for_copies<stages - 2>();
+    if constexpr (A::transposed) b_carrier.activate(b_tile(step), b);
     __syncthreads();  // the step's tiles are there, and those of the step before are free
     start(step + stages - 1);
     math.multiply(a_tile(step), b_tile(step));
@@ -335,7 +369,21 @@ __global__ void __launch_bounds__(Tiling::threads, Tiling::blocks)
   }
 
   float* const partials = result.partials + split * result.stride();
-  if (result.c) {
+  if (has_activation<A, B> && result.splits == 1 && !is_simple(result.activation)) {
+    __syncthreads();  // the operands' tiles have been read, and z takes their place
+    math.each_pair([&](int row, int column, float first, float second) {
+      if (n0 + column < result.columns)
+        store(shared + row * Tiling::n + column, result.z_of(first, n0 + column));
+      if (n0 + column + 1 < result.columns)
+        store(shared + row * Tiling::n + column + 1, result.z_of(second, n0 + column + 1));
+    });
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < Tiling::m * Tiling::n; i += Tiling::threads) {
+      const int64_t m = m0 + i / Tiling::n, n = n0 + i % Tiling::n;
+      if (m < result.rows && n < result.columns) result.write(shared[i], m * result.columns + n);
+    }
+  } else if (result.c) {
     math.each_pair([&](int row, int column, float first, float second) {
       const int64_t m = m0 + row, n = n0 + column;
       if (m >= result.rows || n >= result.columns) return;
@@ -346,8 +394,8 @@ __global__ void __launch_bounds__(Tiling::threads, Tiling::blocks)
         if (whole) partials[at + 1] = second;
         return;
       }
-      first = result.finished(first, n);
-      if (whole) second = result.finished(second, n + 1);
+      first = result.y_of(first, n);
+      if (whole) second = result.y_of(second, n + 1);
       if (whole && result.paired) return store_pair(result.c + at, first, second);
       store(result.c + at, first);
       if (whole) store(result.c + at + 1, second);
@@ -373,7 +421,8 @@ __global__ void __launch_bounds__(256) reduce(const Result<T> result) {
   if (i >= result.size() + result.rows || !(of_c ? result.c : result.row_sums)) return;
   float sum = 0.0f;
   for (int64_t split = 0; split < result.splits; ++split) sum += result.partials[split * result.stride() + i];
-  if (of_c) store(result.c + i, result.finished(sum, i % result.columns));
+  T stored_z;
+  if (of_c) store(&stored_z, result.z_of(sum, i % result.columns)), result.write(stored_z, i);
   else store(result.row_sums + (i - result.size()), sum);
 }
 
@@ -382,13 +431,15 @@ cudaError_t multiply(const A& a, const B& b, const Result<typename A::T>& result
                      cudaStream_t stream) {
   using T = typename A::T;
   constexpr int stage = Layout<T, A::transposed, Tiling::m>::size + Layout<T, B::transposed, Tiling::n>::size;
+  constexpr int tile = has_activation<A, B> ? Tiling::m * Tiling::n : 0;
   const int64_t across = (result.columns + Tiling::n - 1) / Tiling::n;
   // Without C, as where it has no columns, only db is wanted, which the first tile of each row sums.
   const int64_t tiles = (result.rows + Tiling::m - 1) / Tiling::m * (result.c && across ? across : 1);
   const int64_t steps = (K + depth<T> - 1) / depth<T>;
-  const cudaError_t error = launch_with(sizeof(T) * stage * Tiling::stages, product<Math, Tiling, A, B>,
-                                        tiles * result.splits, Tiling::threads, stream, a, b, result, K,
-                                        static_cast<int>((steps + result.splits - 1) / result.splits));
+  const cudaError_t error =
+      launch_with(sizeof(T) * std::max(stage * Tiling::stages, tile), product<Math, Tiling, A, B>,
+                  tiles * result.splits, Tiling::threads, stream, a, b, result, K,
+                  static_cast<int>((steps + result.splits - 1) / result.splits));
   if (error != cudaSuccess || result.splits == 1) return error;
   return launch(reduce<T>, (result.size() + result.rows + 255) / 256, 256, stream, result);
 }

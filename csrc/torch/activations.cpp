@@ -12,16 +12,28 @@ namespace fastmlp {
 using at::Tensor;
 
 const ActivationFormula formulas[] = {
-    {"identity", Activation::identity, 0, Reads::nothing,  //
+    {"identity",
+     {Activation::identity},
+     0,
+     Reads::nothing,  //
      [](const Tensor& z, Numbers) { return z; },
      [](const Tensor& grad_y, const Tensor&, Numbers) { return grad_y; }},
-    {"relu", Activation::relu, 0, Reads::y,  //
+    {"relu",
+     {Activation::relu},
+     0,
+     Reads::y,  //
      [](const Tensor& z, Numbers) { return at::relu(z); },
      [](const Tensor& grad_y, const Tensor& y, Numbers) { return at::threshold_backward(grad_y, y, 0); }},
-    {"sigmoid", Activation::sigmoid, 0, Reads::y,  //
+    {"sigmoid",
+     {Activation::sigmoid},
+     0,
+     Reads::y,  //
      [](const Tensor& z, Numbers) { return at::sigmoid(z); },
      [](const Tensor& grad_y, const Tensor& y, Numbers) { return at::sigmoid_backward(grad_y, y); }},
-    {"tanh", Activation::tanh, 0, Reads::y,  //
+    {"tanh",
+     {Activation::tanh},
+     0,
+     Reads::y,  //
      [](const Tensor& z, Numbers) { return at::tanh(z); },
      [](const Tensor& grad_y, const Tensor& y, Numbers) { return at::tanh_backward(grad_y, y); }},
 };

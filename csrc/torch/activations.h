@@ -7,15 +7,12 @@
 #include <string>
 #include <string_view>
 
-#include "../kernels.h"
+#include "../activation.h"
 
 namespace fastmlp {
 
 using Names = at::ArrayRef<std::string>;
 using Numbers = at::ArrayRef<double>;
-
-// What g' is a function of.
-enum class Reads { nothing, y, z };
 
 // A row of the table.
 struct ActivationFormula {

@@ -203,7 +203,7 @@ std::vector<Tensor> network_backward_fused(const Backpropagation& b) {
     p.M = M, p.N = N;
     p.grad_y = i + 1 == b.size ? alive[0].const_data_ptr() : nullptr;
     if (b.activations[i].formula->reads != Reads::nothing)
-      p.y = alive.emplace_back(b.saved[i]->contiguous()).const_data_ptr();
+      p.saved = alive.emplace_back(b.saved[i]->contiguous()).const_data_ptr();
     if (b.wants_x(i)) {
       const Tensor& weight = *b.weights[i];
       p.K = weight.size(1);
