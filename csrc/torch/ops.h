@@ -20,8 +20,8 @@ std::vector<Tensor> call_network_backward(const Tensor& grad_y, const OptionalTe
                                           Names activations, Numbers parameters, at::IntArrayRef wanted);
 Tensor call_train_step(const Tensor& input, const Tensor& target, at::TensorList params,
                        at::TensorList momenta, const Tensor& workspace, at::IntArrayRef has_bias,
-                       Names activations, std::string_view loss, bool mean, const OptionalTensor& weight,
-                       const OptionalTensor& pos_weight, int64_t ignore_index, double label_smoothing,
-                       Numbers options, at::IntArrayRef flags);
+                       Names activations, Numbers parameters, std::string_view loss, bool mean,
+                       const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t ignore_index,
+                       double label_smoothing, Numbers options, at::IntArrayRef flags);
 
 }  // namespace fastmlp

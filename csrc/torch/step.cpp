@@ -64,7 +64,7 @@ Tensor over_outputs(const char* name, const OptionalTensor& values, int64_t outp
 const float* floats_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
 Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params, TensorList momenta,
-                   const Tensor& workspace, at::IntArrayRef has_bias, Names activations,
+                   const Tensor& workspace, at::IntArrayRef has_bias, Names activations, Numbers parameters,
                    std::string_view loss_name, bool mean, const OptionalTensor& weight,
                    const OptionalTensor& pos_weight, int64_t ignore_index, double label_smoothing,
                    at::ArrayRef<double> options, at::IntArrayRef flags) {
@@ -88,7 +88,7 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
 
   const int64_t M = rows_of(input);
   const Tensor x = as_matrix(input, M, input.size(-1));
-  const LayerActivations layer_activations = parse_activations(activations, {});
+  const LayerActivations layer_activations = parse_activations(activations, parameters);
   std::vector<Forward> layers;
   std::vector<Sgd> sgds(P);
   std::vector<Trained> weights(L), biases(L);
@@ -113,7 +113,7 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
     else biases[i] = {};
     layers.push_back({.dtype = Dtype::float32,
                       .reduced = is_reduced(input),
-                      .activation = layer_activations[i].formula->activation,
+                      .activation = layer_activations[i].kernel,
                       .M = M,
                       .N = weight.size(0),
                       .K = width,
@@ -189,20 +189,21 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
 
 Tensor call_train_step(const Tensor& input, const Tensor& target, TensorList params, TensorList momenta,
                        const Tensor& workspace, at::IntArrayRef has_bias, Names activations,
-                       std::string_view loss, bool mean, const OptionalTensor& weight,
+                       Numbers parameters, std::string_view loss, bool mean, const OptionalTensor& weight,
                        const OptionalTensor& pos_weight, int64_t ignore_index, double label_smoothing,
                        at::ArrayRef<double> options, at::IntArrayRef flags) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastmlp::train_step_", "")
                              .typed<decltype(call_train_step)>();
-  return op.call(input, target, params, momenta, workspace, has_bias, activations, loss, mean, weight,
-                 pos_weight, ignore_index, label_smoothing, options, flags);
+  return op.call(input, target, params, momenta, workspace, has_bias, activations, parameters, loss, mean,
+                 weight, pos_weight, ignore_index, label_smoothing, options, flags);
 }
 
 TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
   m.def(
       "train_step_(Tensor input, Tensor target, Tensor(a!)[] params, Tensor(b!)[] momenta, "
-      "Tensor(c!) workspace, int[] has_bias, str[] activations, str loss, bool mean, Tensor? weight, "
+      "Tensor(c!) workspace, int[] has_bias, str[] activations, float[] parameters, str loss, bool mean, "
+      "Tensor? weight, "
       "Tensor? pos_weight, int ignore_index, float label_smoothing, float[] options, int[] flags) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fastmlp, CPU, m) { m.impl("train_step_", train_step_); }
