@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+activations: dict[str, tuple[float, ...]]
 compiler: str
 cuda: str | None
 cuda_architectures: str | None
@@ -16,7 +17,7 @@ def network(
     input: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    activations: Sequence[str | None],
+    activations: Sequence[str | tuple[str | float, ...] | None],
 ) -> Tensor: ...
 def train_step(*arguments: object) -> Tensor: ...
 def attribute(object: object, name: object, getattr: object, getattribute: object) -> Any: ...

@@ -12,6 +12,8 @@ from torch import Tensor
 import fastmlp
 from fastmlp import _C
 
+_ops = torch.ops.fastmlp
+
 # Sizes around the kernels' tiles, and smaller than a register.
 SHAPES = [(1, 1, 1), (5, 3, 17), (64, 10, 500), (65, 131, 77)]
 
@@ -19,27 +21,15 @@ SHAPES = [(1, 1, 1), (5, 3, 17), (64, 10, 500), (65, 131, 77)]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-def reference(
-    activation: str, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, grad_y: Tensor
-) -> list[Tensor]:
-    """The float64 y, dx, dW and db; dz = dy · g'(y) from the y under test, so that each stands alone."""
-    x, weight, bias, y, grad_y = (t.double() for t in (x, weight, bias, y, grad_y))
-    z = x @ weight.T + bias
-    expected, derivative = {
-        "identity": (z, torch.ones_like(y)),
-        "relu": (z.relu(), (y > 0).double()),
-        "sigmoid": (z.sigmoid(), y * (1 - y)),
-        "tanh": (z.tanh(), 1 - y * y),
-    }[activation]
-    dz = grad_y * derivative
-    return [expected, dz @ weight, dz.T @ x, dz.sum(0)]
-
-
 def largest_error(device: str, dtype: torch.dtype) -> float:
-    """The largest relative error of forward and backward, over all activations and shapes."""
+    """The largest relative error of forward and backward, over all activations and shapes.
+
+    Against torch's operations in float64, which is what the ops take for it, each on what it reads.
+    """
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
-    for activation in ("identity", "relu", "sigmoid", "tanh"):
+    for activation, parameters in _C.activations.items():
+        of_layer = [activation], parameters
         for batch, out_features, in_features in SHAPES:
             sizes = (
                 (batch, in_features),
@@ -51,12 +41,17 @@ def largest_error(device: str, dtype: torch.dtype) -> float:
                 torch.randn(size, generator=generator).to(device, dtype) for size in sizes
             )
             weight /= in_features**0.5
-            y = torch.ops.fastmlp.network(x, [weight], [bias], [activation], [])
-            grads = torch.ops.fastmlp.network_backward(grad_y, x, [weight], [y], [activation], [], [0, 1, 2])
-            for actual, expected in zip(
-                (y, *grads), reference(activation, x, weight, bias, y, grad_y), strict=True
-            ):
-                worst = max(worst, relative_error(actual, expected))
+            y, *z = _ops.network_forward(x, [weight], [bias], *of_layer)
+            (saved,) = z or [y]
+            results = [
+                (_ops.network(x, [weight], [bias], *of_layer),
+                 *_ops.network_backward(grad_y, x, [weight], [saved], *of_layer, [0, 1, 2]))
+                for x, weight, bias, grad_y, saved in (
+                    (x, weight, bias, grad_y, saved),
+                    [t.double() for t in (x, weight, bias, grad_y, saved)],
+                )
+            ]  # fmt: skip
+            worst = max(worst, *map(relative_error, *results))
     return worst
 
 
@@ -69,18 +64,21 @@ def network_error(device: str, dtype: torch.dtype) -> float:
         return values.to(device, dtype)
 
     weights, biases = [draw(n, k) for n, k in ((40, 30), (20, 40), (5, 20))], [draw(40), draw(20), draw(5)]
-    x, grad = draw(70, 30), draw(70, 5)
-    activations = ["tanh", "sigmoid", "relu"]
-    y, *hidden = torch.ops.fastmlp.network_forward(x, weights, biases, activations, [])
-    saved = [*hidden, y]
-    grads = torch.ops.fastmlp.network_backward(grad, x, weights, saved, activations, [], [*range(7)])
-    pairs = []
+    activations, inputs, grad = ["silu", "tanh", "elu"], [draw(70, 30)], draw(70, 5)
+    saved: list[Tensor] = []
+    for i, activation in enumerate(activations):
+        layer = [weights[i]], [biases[i]], [activation], _C.activations[activation]
+        y, *z = _ops.network_forward(inputs[-1], *layer)
+        inputs.append(y)
+        saved += z or [y]
+    parameters = [1.0]  # elu's
+    y, *left = _ops.network_forward(inputs[0], weights, biases, activations, parameters)
+    pairs = [(y, inputs[-1]), *zip(left, saved, strict=True)]
+    arguments = weights, saved, activations, parameters
+    grads = _ops.network_backward(grad, inputs[0], *arguments, [*range(7)])
     for i in reversed(range(3)):
-        inputs, weight, activation = [x, *hidden][i], [weights[i]], [activations[i]]
-        pairs.append((saved[i], torch.ops.fastmlp.network(inputs, weight, [biases[i]], activation, [])))
-        grad, grad_weight, grad_bias = torch.ops.fastmlp.network_backward(
-            grad, inputs, weight, [saved[i]], activation, [], [0, 1, 2]
-        )
+        layer = [weights[i]], [saved[i]], [activations[i]], _C.activations[activations[i]]
+        grad, grad_weight, grad_bias = _ops.network_backward(grad, inputs[i], *layer, [0, 1, 2])
         pairs += [(grads[1 + i], grad_weight), (grads[4 + i], grad_bias)]
     return max(relative_error(ours, layers.double()) for ours, layers in [*pairs, (grads[0], grad)])
 
@@ -97,7 +95,7 @@ def step_error(device: str, dtype: torch.dtype) -> float:
     expected_m = 0.75 * m.double() + 0.5 * expected_g
     expected_w = w.double() - 0.125 * (expected_g + 0.75 * expected_m)
     options = [0.125, 0.75, 0.5, 0.25, True, False, False]
-    covered = torch.ops.fastmlp.optimize_("sgd", [w], [g], [m], [], options)
+    covered = _ops.optimize_("sgd", [w], [g], [m], [], options)
     pairs = [(w, expected_w), (m, expected_m)]
 
     w, g, m, v, count = draw(), draw(), draw(), draw().square(), torch.tensor(2.0)
@@ -106,7 +104,7 @@ def step_error(device: str, dtype: torch.dtype) -> float:
     root = (expected_v / (1 - 0.5**3)).sqrt() + 0.125
     expected_w = (1 - 0.125 * 0.25) * w.double() - 0.125 / (1 - 0.75**3) * expected_m / root
     options = [0.125, 0.75, 0.5, 0.125, 0.25, True, False]
-    covered &= torch.ops.fastmlp.optimize_("adam", [w], [g], [m, v], [count], options)
+    covered &= _ops.optimize_("adam", [w], [g], [m, v], [count], options)
     pairs += [(w, expected_w), (m, expected_m), (v, expected_v)]
     return max(relative_error(*pair) for pair in pairs) if covered else torch.inf
 

@@ -102,6 +102,7 @@ FUNCTIONS: dict[Any, str] = {
     if hasattr(holder, name + suffix)
 } | {F.dropout: "dropout"}
 _ACTIVATIONS = functional.COMPOSITES.keys()
+_METHODS = frozenset(name for name in functional.COMPOSITES if hasattr(Tensor, name))
 _FUNCTION_TYPES = frozenset({FunctionType, BuiltinFunctionType})
 _OF_TENSOR = vars(Tensor)
 _linear, _relu, _dropout = F.linear, F.relu, F.dropout
@@ -136,7 +137,7 @@ def _role_of_function(function: Any) -> str | None:
     kind = type(function)
     if kind is Method and not function.args:
         name = function.name.removesuffix("_")
-        return name if name in functional.COMPOSITES and function.name not in _OF_TENSOR else None
+        return name if name in _METHODS and function.name not in _OF_TENSOR else None
     if kind is Bound and type(function.function) in _FUNCTION_TYPES:
         name, arguments = FUNCTIONS.get(function.function), function.kwargs
         if name == "relu" and len(function.args) + len(arguments) == 1:

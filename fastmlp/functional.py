@@ -1,7 +1,7 @@
 """The ops, as functions of tensors. Notation: z = x Wᵀ + b, y = g(z), with g the activation."""
 
-from collections.abc import Callable, Sequence
-from typing import Literal, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -9,8 +9,10 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from fastmlp import _C
+from fastmlp.activations import COMPOSITES, Activation, resolved
 
 __all__ = [
+    "COMPOSITES",
     "Activation",
     "cross_entropy",
     "is_plain",
@@ -20,16 +22,6 @@ __all__ = [
     "network",
     "why_not_fused",
 ]
-
-#: The activations that the kernels know; without one, a layer is plain linear.
-Activation = Literal["relu", "sigmoid", "tanh"]
-
-#: What each activation is in torch's own terms.
-COMPOSITES: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
 
 # Other tensor types carry semantics of their own, which torch's operations know and ours do not.
 TENSORS = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
@@ -65,7 +57,7 @@ def linear(
         input: x, of shape [..., in_features].
         weight: W, of shape [out_features, in_features].
         bias: b, of shape [out_features], or None.
-        activation: g: "relu", "sigmoid", "tanh", or None for the identity.
+        activation: g: a name, or a name and its parameters (:data:`Activation`); None for the identity.
 
     Returns:
         y, of shape [..., out_features], with the dtype and on the device of ``input``.
@@ -102,7 +94,7 @@ def mlp(
         input: h_0, of shape [..., in_features].
         weights: W_i, of shape [out_features, in_features] each, one or more.
         biases: b_i, of shape [out_features] each, as many as weights; None or none for a network without.
-        activation: g between layers: "relu", "sigmoid" or "tanh".
+        activation: g between layers, as for :func:`linear`.
 
     Returns:
         The output of the last layer, of shape [..., out_features].
@@ -136,7 +128,7 @@ def network(
         input: h_0, of shape [..., in_features].
         weights: W_i, of shape [out_features, in_features] each, one or more.
         biases: b_i, of shape [out_features], or None, for each layer.
-        activations: g_i, or None for the identity, for each layer.
+        activations: g_i for each layer, as for :func:`linear`.
 
     Returns:
         The output of the last layer, of shape [..., out_features].
@@ -156,12 +148,13 @@ def network(
             if y is not NotImplemented:
                 return y
         elif TENSORS.issuperset(map(type, weights)) and _OPTIONAL.issuperset(map(type, biases)):
-            names = [activation or "identity" for activation in activations]
-            return cast(Tensor, _network(input, weights, biases, names, ()))
+            names, parameters = zip(*map(resolved, activations), strict=True)
+            return cast(Tensor, _network(input, weights, biases, names, sum(parameters, ())))
     for weight, bias, activation in zip(weights, biases, activations, strict=True):
         input = torch.nn.functional.linear(input, weight, bias)
         if activation is not None:
-            input = COMPOSITES[check_activation(activation)](input)
+            name, parameters = resolved(activation)
+            input = COMPOSITES[name](input, *parameters)
     return input
 
 
@@ -234,12 +227,3 @@ def why_not_fused(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
             return f"{name} is of a tensor type of its own, {type(tensor).__name__}"
     reason: str = _why_not_fused(input, weight, bias)
     return reason or None
-
-
-def check_activation(activation: str) -> str:
-    """The name itself; ValueError where the kernels know no activation of that name."""
-    if activation not in COMPOSITES:
-        raise ValueError(
-            f"activation: expected {', '.join(map(repr, COMPOSITES))} or None, got {activation!r}"
-        )
-    return activation

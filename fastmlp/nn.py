@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmlp import chain, functional
+from fastmlp import activations, chain, functional
 
 __all__ = ["MLP", "CrossEntropyLoss", "Linear", "LinearReLU"]
 
@@ -24,7 +24,8 @@ class Linear(torch.nn.Linear):
         bias: whether b is there.
         device: where the parameters are made.
         dtype: what the parameters are made of.
-        activation: g: "relu", "sigmoid", "tanh", or None for the identity.
+        activation: g: a name ("relu", "gelu", "elu", ...), a tuple of a name and parameters, a module of
+            torch.nn, or None for the identity. See :data:`fastmlp.functional.Activation`.
 
     Raises:
         ValueError: for an unknown activation.
@@ -35,6 +36,8 @@ class Linear(torch.nn.Linear):
         torch.Size([64, 500])
         >>> layer
         Linear(in_features=784, out_features=500, bias=True, activation='tanh')
+        >>> fastmlp.Linear(784, 500, activation=torch.nn.LeakyReLU(0.2))
+        Linear(in_features=784, out_features=500, bias=True, activation=('leaky_relu', 0.2))
     """
 
     activation: functional.Activation | None
@@ -47,13 +50,12 @@ class Linear(torch.nn.Linear):
         device: Any = None,
         dtype: Any = None,
         *,
-        activation: functional.Activation | None = None,
+        activation: functional.Activation | torch.nn.Module | None = None,
     ) -> None:
         """See the class."""
-        if activation is not None:
-            functional.check_activation(activation)
+        checked = activations.checked(activation)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.activation = activation
+        self.activation = checked
 
     def forward(self, input: Tensor) -> Tensor:
         """Y = g(x Wᵀ + b): [..., in_features] to [..., out_features]."""
@@ -91,7 +93,7 @@ class MLP(torch.nn.Sequential):
 
     Args:
         *sizes: the widths, at least two: in_features, hidden layers, out_features.
-        activation: between layers: "relu", "sigmoid" or "tanh".
+        activation: between layers, as for :class:`Linear`.
         bias: whether the layers have one.
         device: where the parameters are made.
         dtype: what the parameters are made of.
@@ -110,7 +112,7 @@ class MLP(torch.nn.Sequential):
     def __init__(
         self,
         *sizes: int,
-        activation: functional.Activation = "relu",
+        activation: functional.Activation | torch.nn.Module | None = "relu",
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,

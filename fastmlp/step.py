@@ -9,6 +9,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import _C, chain, functional
+from .activations import resolved
 from .chain import Layers, Role, is_called_plainly
 from .fuse import is_sequential, rewritten_forward
 from .graph import Graphs
@@ -344,7 +345,7 @@ class TrainStep:
             counts,
             self._workspace,
             [bias is not None for bias in layers[1]],
-            [activation or "identity" for activation in layers[2]],
+            layers[2],
             kind,
             loss.reduction == "mean",
             *of_loss,
@@ -354,7 +355,8 @@ class TrainStep:
         )
         value: Tensor = _C.train_step(*arguments)
         if value is NotImplemented:
-            value = _train_step(*arguments)
+            names, parameters = zip(*map(resolved, layers[2]), strict=True)
+            value = _train_step(*arguments[:7], names, sum(parameters, ()), *arguments[8:])
         for parameter, state in made:
             optimizer.state[parameter].update(state)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at

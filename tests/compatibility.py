@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 
+from fastmlp import _C
+from fastmlp.activations import ACTIVATIONS
+
 FILE = Path(__file__).parent.parent / "COMPATIBILITY.md"
 
 INTRODUCTION = """# What works, and on which path
@@ -33,6 +36,13 @@ Two things to know, which no error tells:
   has changed because no other module runs it. Initialisers, `quantize_dynamic`, `prepare` and BackPACK, which
   ask so, pass these by. Let them do their work first and fuse after, or call `fastmlp.unfuse` before.
 """
+
+ACTIVATIONS_HEAD = [
+    "## Activations\n",
+    "As `fastmlp.Linear` and `MLP` take them: by name, by name and parameters, or as a module.\n",
+    "| name | module | parameters |",
+    "| :-- | :-- | :-- |",
+]
 
 # The ops that compute layers, ours and torch's, as the profiler names them.
 OURS = {f"fastmlp::{op}" for op in ("network", "network_forward", "network_backward", "train_step_")}
@@ -66,13 +76,20 @@ def text() -> str:
     """The whole file: a table for each class of tests, a row for each habit."""
     import test_habits
 
-    parts = [INTRODUCTION]
+    parts = [INTRODUCTION, "\n".join([*ACTIVATIONS_HEAD, *_activations(), ""])]
     for group in vars(test_habits).values():
         if isinstance(group, type) and (rows := list(_rows(group))):
             parts.append(
                 "\n".join([f"## {group.__doc__}\n", "| | path | |", "| :-- | :-- | :-- |", *rows, ""])
             )
     return "\n".join(parts)
+
+
+def _activations() -> Iterator[str]:
+    for name, row in ACTIVATIONS.items():
+        module = f"nn.{row.module.__name__}" + ('(approximate="tanh")' if name == "gelu_tanh" else "")
+        values = zip(row.attributes, _C.activations[name], strict=True)
+        yield f"| `{name}` | `{module}` | {', '.join(f'{key} = {value:g}' for key, value in values)} |"
 
 
 def _rows(tests: type) -> Iterator[str]:

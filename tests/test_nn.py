@@ -54,9 +54,48 @@ def test_arguments_are_those_of_linear():
 )
 def test_an_unknown_activation_is_a_value_error(make):
     with pytest.raises(
-        ValueError, match="activation: expected 'relu', 'sigmoid', 'tanh' or None, got 'gelu'"
+        ValueError, match=r"activation: expected 'relu', 'leaky_relu', .*'hardsigmoid' or None, got 'sine'"
     ):
-        make("gelu")
+        make("sine")
+
+
+@pytest.mark.parametrize(
+    "activation", [("elu", 1.0, 2.0), ("relu", 0.5), nn.PReLU(), nn.Sequential(nn.ReLU())], ids=str
+)
+def test_an_activation_that_the_kernels_do_not_know_is_a_value_error(activation):
+    with pytest.raises(ValueError, match="activation: expected"):
+        fastmlp.Linear(7, 5, activation=activation)
+
+
+GIVEN = {
+    nn.ReLU(inplace=True): "relu",
+    nn.LeakyReLU(0.2): ("leaky_relu", 0.2),
+    nn.ReLU6(): "relu6",
+    nn.Hardtanh(-0.5, 2): ("hardtanh", -0.5, 2.0),
+    nn.ELU(2): ("elu", 2.0),
+    nn.CELU(0.5): ("celu", 0.5),
+    nn.SELU(): "selu",
+    nn.Sigmoid(): "sigmoid",
+    nn.Tanh(): "tanh",
+    nn.Softplus(2, 5): ("softplus", 2.0, 5.0),
+    nn.SiLU(): "silu",
+    nn.GELU(): "gelu",
+    nn.GELU("tanh"): "gelu_tanh",
+    nn.Mish(): "mish",
+    nn.Hardswish(): "hardswish",
+    nn.Hardsigmoid(): "hardsigmoid",
+    nn.Identity(): None,
+}
+
+
+@pytest.mark.parametrize(("module", "activation"), GIVEN.items(), ids=str)
+def test_an_activation_may_be_given_as_a_module(module, activation):
+    model, x = fastmlp.MLP(7, 5, 3, activation=module), torch.randn(2, 7)
+    assert model[0].activation == activation
+    torch.testing.assert_close(model[0](x), module(nn.functional.linear(x, *model[0].parameters())))
+    again = fastmlp.MLP(7, 5, 3, activation=activation)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
 
 
 @pytest.mark.parametrize("sizes", [(), (7,)])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reference import ACTIVATIONS
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, remove_weight_norm, weight_norm
 
@@ -187,6 +188,13 @@ def test_an_mlp_a_flatten_nested_sequentials_and_identities_are_understood():
 def test_an_activation_at_the_end_is_understood():
     loss = nn.MSELoss()
     model = nn.Sequential(fastmlp.LinearReLU(4, 6), nn.Linear(6, 2), nn.Sigmoid())
+    assert_same_training(model, loss, lambda _: batch_for(loss, 5, 4, 2))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_every_activation_trains_as_in_the_standard_loop(instruction_set, activation):
+    loss, model = nn.MSELoss(), nn.Sequential(*fastmlp.MLP(4, 6, 5, activation=activation), nn.Linear(5, 2))
+    model[1].activation = activation
     assert_same_training(model, loss, lambda _: batch_for(loss, 5, 4, 2))
 
 

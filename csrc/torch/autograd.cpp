@@ -43,14 +43,14 @@ struct NetworkFunction : torch::autograd::Function<NetworkFunction> {
     bool has_grad = input.requires_grad();
     for (size_t i = 0; i < n.size; ++i) {
       const OptionalTensor& bias = n.biases[i];
-      layers.insert(layers.end(), {n.activations[i].formula - formulas, bias.has_value()});
+      layers.insert(layers.end(), {n.activations[i].formula - formulas.data(), bias.has_value()});
       if (has_grad) saved[1 + i] = transposes ? transposed(weights[i]) : weights[i];
       if (weights[i].requires_grad()) {
         if (i == 0) saved[0] = input;
         else keeps[i - 1] = true;
       }
       has_grad |= weights[i].requires_grad() || (bias && bias->requires_grad());
-      keeps[i] = has_grad && n.activations[i].formula->reads != Reads::nothing;
+      keeps[i] = has_grad && n.activations[i].reads != Reads::nothing;
     }
     const at::AutoDispatchBelowADInplaceOrView guard;
     variable_list outputs = call_network_forward(input, weights, n.bias_list, n.names, n.parameters);

@@ -27,13 +27,33 @@ OptionalTensor tensor_or_none(PyObject* o) {
   return o == Py_None ? std::nullopt : OptionalTensor(THPVariable_Unpack(o));
 }
 
-std::string name_of(PyObject* activation) {
-  if (activation == Py_None) return "identity";
+std::string string_of(PyObject* o) {
   Py_ssize_t size = 0;
-  const char* const text = PyUnicode_AsUTF8AndSize(activation, &size);
+  const char* const text = PyUnicode_AsUTF8AndSize(o, &size);
   if (!text) throw python_error();
   return {text, size_t(size)};
 }
+
+// The activations of a list, as the ops take them.
+struct Activations {
+  explicit Activations(PyObject* list) {
+    for (PyObject* const activation : items_of(list)) {
+      c10::SmallVector<double, 2> given;
+      if (PyTuple_Check(activation) && PyTuple_GET_SIZE(activation) > 0) {
+        names.push_back(string_of(PyTuple_GET_ITEM(activation, 0)));
+        for (PyObject* const number : items_of(activation).slice(1))
+          given.push_back(PyFloat_AsDouble(number));
+        if (PyErr_Occurred()) throw python_error();
+      } else {
+        names.push_back(activation == Py_None ? "identity" : string_of(activation));
+      }
+      const Numbers own = parameters_of(names.back(), given);
+      parameters.append(own.begin(), own.end());
+    }
+  }
+  c10::SmallVector<std::string, 4> names;
+  c10::SmallVector<double, 4> parameters;
+};
 
 std::vector<Tensor> tensors(PyObject* list) {
   std::vector<Tensor> result;
@@ -60,7 +80,6 @@ PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (!is_plain(arguments[0])) Py_RETURN_NOTIMPLEMENTED;
   c10::SmallVector<Tensor, 4> weights;
   OptionalTensors biases;
-  c10::SmallVector<std::string, 4> activations;
   biases.reserve(PySequence_Fast_GET_SIZE(arguments[2]));
   for (PyObject* const weight : items_of(arguments[1])) {
     if (!is_plain(weight)) Py_RETURN_NOTIMPLEMENTED;
@@ -70,12 +89,12 @@ PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     if (bias != Py_None && !is_plain(bias)) Py_RETURN_NOTIMPLEMENTED;
     biases.push_back(tensor_or_none(bias));
   }
-  for (PyObject* const name : items_of(arguments[3])) activations.push_back(name_of(name));
+  const Activations activations(arguments[3]);
   const Tensor& input = THPVariable_Unpack(arguments[0]);
   Tensor y;
   {
     const pybind11::gil_scoped_release no_gil;
-    y = call_network(input, weights, biases, activations, {});
+    y = call_network(input, weights, biases, activations.names, activations.parameters);
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS
@@ -95,11 +114,10 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const std::vector<int64_t> has_bias = numbers(arguments[6], integer),
                              trained = numbers(arguments[16], integer);
   const std::vector<double> options = numbers(arguments[15], PyFloat_AsDouble);
-  std::vector<std::string> activations;
-  for (PyObject* const name : items_of(arguments[7])) activations.push_back(name_of(name));
+  const Activations activations(arguments[7]);
   const Tensor &input = THPVariable_Unpack(arguments[0]), &target = THPVariable_Unpack(arguments[1]),
                &workspace = THPVariable_Unpack(arguments[5]);
-  const std::string loss = name_of(arguments[8]), optimizer = name_of(arguments[14]);
+  const std::string loss = string_of(arguments[8]), optimizer = string_of(arguments[14]);
   const bool mean = PyObject_IsTrue(arguments[9]);
   const OptionalTensor weight = tensor_or_none(arguments[10]), pos_weight = tensor_or_none(arguments[11]);
   const int64_t ignore_index = integer(arguments[12]);
@@ -108,9 +126,9 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Tensor value;
   {
     const pybind11::gil_scoped_release no_gil;
-    value =
-        call_train_step(input, target, params, states, counts, workspace, has_bias, activations, loss, mean,
-                        weight, pos_weight, ignore_index, label_smoothing, optimizer, options, trained);
+    value = call_train_step(input, target, params, states, counts, workspace, has_bias, activations.names,
+                            activations.parameters, loss, mean, weight, pos_weight, ignore_index,
+                            label_smoothing, optimizer, options, trained);
   }
   return THPVariable_Wrap(std::move(value));
   END_HANDLE_TH_ERRORS

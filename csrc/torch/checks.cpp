@@ -95,7 +95,7 @@ void check(const Backpropagation& b) {
   for (size_t i = b.size; i-- > b.lowest;) {
     const OptionalTensor &weight = b.weights[i], &saved = b.saved[i], &x = b.x(i);
     const Name weight_name{"weight", "weights", i, b.size}, saved_name{"saved", "saved", i, b.size};
-    if (b.activations[i].formula->reads != Reads::nothing) {
+    if (b.activations[i].reads != Reads::nothing) {
       check_read(saved_name, saved);
       TORCH_CHECK(saved->sym_sizes().equals(rows), saved_name, ": expected shape ", c10::SymIntArrayRef(rows),
                   ", got ", saved->sym_sizes());

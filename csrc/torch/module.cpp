@@ -1,9 +1,11 @@
 // The extension module: what is not a tensor op. Importing it also registers the ops.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 
 #include "../kernels.h"
+#include "activations.h"
 #include "call.h"
 #include "lookup.h"
 
@@ -47,6 +49,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return supported;
   });
   m.def("use_instruction_set", use, py::arg("name"));
+  py::dict activations;  // each with the defaults of its parameters
+  for (const fastmlp::ActivationFormula& formula : fastmlp::formulas)
+    activations[py::str(std::string(formula.name))] = py::tuple(py::cast(formula.defaults));
+  m.attr("activations") = activations;
   m.attr("compiler") = "gcc " __VERSION__;
 #ifdef FASTMLP_WITH_CUDA
   m.attr("cuda") = fastmlp::cuda::toolkit();

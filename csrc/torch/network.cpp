@@ -133,24 +133,28 @@ at::DimVector sizes_of_rows(const Tensor& t, int64_t columns) {
   return sizes;
 }
 
+void* data_of(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
 // As run_composite.
 template <class Device>
 Tensor run_fused(const Network& n, std::vector<Tensor>* left) {
   const c10::DeviceGuard guard(n.input.device());
   const int64_t M = rows_of(n.input);
+  const bool reduced = is_reduced(n.input);
   const Tensor x = as_matrix(n.input, M, n.input.size(-1));
   Tensor y;
   c10::SmallVector<Tensor, 4> biases(n.size);  // alive until the kernels have run
   c10::SmallVector<Forward, 4> layers;
   for (size_t i = 0; i < n.size; ++i) {
-    const bool last = i + 1 == n.size;
     const Tensor& weight = n.weights[i];
-    if (const OptionalTensor& bias = n.biases[i]) biases[i] = bias->contiguous();
-    if (left || last) y = empty(sizes_of_rows(n.input, weight.size(0)), n.input.options());
-    if (left && n.leaves(i)) left->push_back(y);
+    const auto output = [&] { return empty(sizes_of_rows(n.input, weight.size(0)), n.input.options()); };
+    Tensor h, z;
+    if (left && n.leaves(i)) left->push_back((n.activations[i].reads_z() ? z : h) = output());
+    if (i + 1 == n.size) y = h = output();
+    if (n.biases[i]) biases[i] = n.biases[i]->contiguous();
     layers.push_back({.dtype = dtype_of(n.input),
-                      .reduced = is_reduced(n.input),
-                      .activation = n.activations[i].formula->activation,
+                      .reduced = reduced,
+                      .activation = n.activations[i].kernel_for(n.input.scalar_type()),
                       .M = M,
                       .N = weight.size(0),
                       .K = weight.size(1),
@@ -159,7 +163,8 @@ Tensor run_fused(const Network& n, std::vector<Tensor>* left) {
                       .weight = weight.const_data_ptr(),
                       .ldw = weight.stride(0),
                       .bias = biases[i].defined() ? biases[i].const_data_ptr() : nullptr,
-                      .y = y.defined() ? y.mutable_data_ptr() : nullptr});
+                      .y = data_of(h),
+                      .z = data_of(z)});
   }
   run<Device>(layers.data(), int64_t(n.size), n.input);
   return y;
@@ -194,16 +199,17 @@ std::vector<Tensor> network_backward_fused(const Backpropagation& b) {
     grads[number] = empty(sizes, b.grad_y.options());
     return grads[number].mutable_data_ptr();
   };
+  const bool reduced = is_reduced(b.grad_y);
   int64_t N = b.grad_y.size(-1);
   for (size_t i = b.size; i-- > b.lowest;) {
     Backward p{};
     p.dtype = dtype_of(b.grad_y);
-    p.reduced = is_reduced(b.grad_y);
-    p.activation = b.activations[i].formula->activation;
+    p.reduced = reduced;
+    p.activation = b.activations[i].kernel_for(b.grad_y.scalar_type());
     p.M = M, p.N = N;
     p.grad_y = i + 1 == b.size ? alive[0].const_data_ptr() : nullptr;
-    if (b.activations[i].formula->reads != Reads::nothing)
-      p.y = alive.emplace_back(b.saved[i]->contiguous()).const_data_ptr();
+    if (b.activations[i].reads != Reads::nothing)
+      p.saved = alive.emplace_back(b.saved[i]->contiguous()).const_data_ptr();
     if (b.wants_x(i)) {
       const Tensor& weight = *b.weights[i];
       p.K = weight.size(1);
@@ -216,6 +222,8 @@ std::vector<Tensor> network_backward_fused(const Backpropagation& b) {
       p.K = x->size(-1);
       p.x = alive.emplace_back(as_matrix(*x, M, p.K)).const_data_ptr();
       p.ldx = alive.back().stride(0);
+      if (i > 0 && b.activations[i - 1].reads_z())
+        p.x_activation = b.activations[i - 1].kernel_for(b.grad_y.scalar_type());
       p.grad_weight = output(1 + i, {N, p.K});
     }
     if (b.wants_bias(i)) p.grad_bias = output(1 + b.size + i, {N});

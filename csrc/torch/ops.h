@@ -20,9 +20,9 @@ std::vector<Tensor> call_network_backward(const Tensor& grad_y, const OptionalTe
                                           Names activations, Numbers parameters, at::IntArrayRef wanted);
 Tensor call_train_step(const Tensor& input, const Tensor& target, at::TensorList params,
                        at::TensorList states, at::TensorList counts, const Tensor& workspace,
-                       at::IntArrayRef has_bias, Names activations, std::string_view loss, bool mean,
-                       const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t ignore_index,
-                       double label_smoothing, std::string_view optimizer, Numbers options,
-                       at::IntArrayRef trained);
+                       at::IntArrayRef has_bias, Names activations, Numbers parameters, std::string_view loss,
+                       bool mean, const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                       int64_t ignore_index, double label_smoothing, std::string_view optimizer,
+                       Numbers options, at::IntArrayRef trained);
 
 }  // namespace fastmlp

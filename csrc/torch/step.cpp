@@ -57,7 +57,7 @@ const float* floats_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<
 // Of each parameter: its states, a count where the optimizer has one, its options, and whether it is trained.
 Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params, TensorList states,
                    TensorList counts, const Tensor& workspace, at::IntArrayRef has_bias, Names activations,
-                   std::string_view loss_name, bool mean, const OptionalTensor& weight,
+                   Numbers parameters, std::string_view loss_name, bool mean, const OptionalTensor& weight,
                    const OptionalTensor& pos_weight, int64_t ignore_index, double label_smoothing,
                    std::string_view optimizer, at::ArrayRef<double> options, at::IntArrayRef trained) {
   const Loss loss = parse_loss(loss_name);
@@ -81,7 +81,7 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
 
   const int64_t M = rows_of(input);
   const Tensor x = as_matrix(input, M, input.size(-1));
-  const LayerActivations layer_activations = parse_activations(activations, {});
+  const LayerActivations layer_activations = parse_activations(activations, parameters);
   std::vector<Forward> layers;
   std::vector<Optimizer> optimizers(P);
   std::vector<Trained> weights(L), biases(L);
@@ -117,7 +117,7 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
     else biases[i] = {};
     layers.push_back({.dtype = Dtype::float32,
                       .reduced = is_reduced(input),
-                      .activation = layer_activations[i].formula->activation,
+                      .activation = layer_activations[i].kernel,
                       .M = M,
                       .N = weight.size(0),
                       .K = width,
@@ -197,21 +197,23 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
 
 Tensor call_train_step(const Tensor& input, const Tensor& target, TensorList params, TensorList states,
                        TensorList counts, const Tensor& workspace, at::IntArrayRef has_bias,
-                       Names activations, std::string_view loss, bool mean, const OptionalTensor& weight,
-                       const OptionalTensor& pos_weight, int64_t ignore_index, double label_smoothing,
-                       std::string_view optimizer, at::ArrayRef<double> options, at::IntArrayRef trained) {
+                       Names activations, Numbers parameters, std::string_view loss, bool mean,
+                       const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t ignore_index,
+                       double label_smoothing, std::string_view optimizer, at::ArrayRef<double> options,
+                       at::IntArrayRef trained) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastmlp::train_step_", "")
                              .typed<decltype(call_train_step)>();
-  return op.call(input, target, params, states, counts, workspace, has_bias, activations, loss, mean, weight,
-                 pos_weight, ignore_index, label_smoothing, optimizer, options, trained);
+  return op.call(input, target, params, states, counts, workspace, has_bias, activations, parameters, loss,
+                 mean, weight, pos_weight, ignore_index, label_smoothing, optimizer, options, trained);
 }
 
 TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
   m.def(
       "train_step_(Tensor input, Tensor target, Tensor(a!)[] params, Tensor(b!)[] states, Tensor(c!)[] "
       "counts, "
-      "Tensor(d!) workspace, int[] has_bias, str[] activations, str loss, bool mean, Tensor? weight, "
+      "Tensor(d!) workspace, int[] has_bias, str[] activations, float[] parameters, str loss, bool mean, "
+      "Tensor? weight, "
       "Tensor? pos_weight, int ignore_index, float label_smoothing, str optimizer, float[] options, "
       "int[] trained) -> Tensor");
 }
