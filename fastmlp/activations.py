@@ -1,8 +1,8 @@
 """The activations: what each is in torch's own terms, as a function and as a module."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,18 @@ from torch import Tensor, nn
 
 from fastmlp import _C
 
-__all__ = ["ACTIVATIONS", "COMPOSITES", "Activation", "Composite", "Name", "checked", "resolved"]
+__all__ = [
+    "ACTIVATIONS",
+    "ATTRIBUTES",
+    "COMPOSITES",
+    "MODULES",
+    "Activation",
+    "Composite",
+    "Name",
+    "checked",
+    "resolved",
+    "usual",
+]
 
 #: The activations that the kernels know; without one, a layer is plain linear.
 Name = Literal[
@@ -23,7 +34,7 @@ Activation = Name | tuple[str | float, ...]
 
 
 class Composite(NamedTuple):
-    """The function of z and the parameters; the class of module, and which of its attributes they are."""
+    """The function of z and the parameters, the class of module, and the names of the parameters."""
 
     function: Callable[..., Tensor]
     module: type[nn.Module]
@@ -43,7 +54,7 @@ ACTIVATIONS = {
     "tanh": Composite(torch.tanh, nn.Tanh),
     "softplus": Composite(F.softplus, nn.Softplus, ("beta", "threshold")),
     "silu": Composite(F.silu, nn.SiLU),
-    "gelu": Composite(F.gelu, nn.GELU),
+    "gelu": Composite(F.gelu, nn.GELU, ("approximate",)),
     "gelu_tanh": Composite(partial(F.gelu, approximate="tanh"), nn.GELU),
     "mish": Composite(F.mish, nn.Mish),
     "hardswish": Composite(F.hardswish, nn.Hardswish),
@@ -53,11 +64,36 @@ ACTIVATIONS = {
 #: What each activation is in torch's own terms.
 COMPOSITES: dict[str, Callable[..., Tensor]] = {name: row.function for name, row in ACTIVATIONS.items()}
 
-_BY_MODULE = {row.module: name for name, row in reversed(ACTIVATIONS.items())}
+#: The parameters by name, as torch's modules have them as attributes and its functions as arguments.
+ATTRIBUTES = {name: row.attributes for name, row in ACTIVATIONS.items()}
+
+#: The name of each module; GELU's for both of its ways.
+MODULES: dict[type[nn.Module], str] = {row.module: name for name, row in reversed(ACTIVATIONS.items())}
+
+#: Those of which torch's kernels make what the formula says; of others they differ in what they refuse.
+_USUAL: dict[str, Callable[..., bool]] = {
+    "leaky_relu": lambda negative_slope: negative_slope >= 0,
+    "hardtanh": lambda min_val, max_val: min_val <= max_val,
+    "elu": lambda alpha: alpha >= 0,
+    "celu": lambda alpha: alpha > 0,
+    "softplus": lambda beta, threshold: beta > 0 and threshold == threshold,
+}
+
+
+def usual(name: str, values: Mapping[str, Any]) -> Activation | None:
+    """The activation whose parameters are among the values, or torch's by default; None for unusual ones."""
+    if name == "gelu":
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(values.get("approximate", "none")))  # type: ignore[return-value]
+    attributes = ATTRIBUTES[name]
+    if not attributes:
+        return name  # type: ignore[return-value]
+    numbers = [*map(values.get, attributes, _C.activations[name])]
+    is_usual = all(type(number) in (int, float) for number in numbers) and _USUAL[name](*numbers)
+    return (name, *numbers) if is_usual else None
 
 
 def resolved(activation: Activation | None) -> tuple[str, tuple[float, ...]]:
-    """The name, "identity" for none, and the parameters; ValueError where the kernels know none such."""
+    """The name, "identity" for none, and the parameters; ValueError for what the kernels do not know."""
     name, *given = activation if isinstance(activation, tuple) else (activation or "identity",)
     defaults = _C.activations.get(name)  # type: ignore[arg-type]
     if defaults is None or len(given) not in (0, len(defaults)):
@@ -71,12 +107,10 @@ def checked(activation: Activation | nn.Module | None) -> Activation | None:
     if isinstance(activation, nn.Module):
         if type(activation) is nn.Identity:
             return None
-        name = _BY_MODULE.get(type(activation))
-        if name is None:
+        name = MODULES.get(type(activation))
+        found = name and usual(name, vars(activation))
+        if not found:
             raise ValueError(f"activation: expected a module that is a known activation, got {activation}")
-        if isinstance(activation, nn.GELU) and activation.approximate == "tanh":
-            name = "gelu_tanh"
-        numbers = [float(getattr(activation, attribute)) for attribute in ACTIVATIONS[name].attributes]
-        activation = (name, *numbers) if numbers else name  # type: ignore[assignment]
-    resolved(activation)  # type: ignore[arg-type]
-    return activation  # type: ignore[return-value]
+        activation = found
+    resolved(activation)
+    return activation

@@ -6,6 +6,7 @@ another mode at any time: it is then called as torch would call it. A class whos
 patched is no longer the one that is known here.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -20,8 +21,10 @@ from torch.nn.modules.module import _global_forward_hooks as _hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
 
 from fastmlp import functional
+from fastmlp.activations import ATTRIBUTES, COMPOSITES, MODULES, Activation, usual
 
 __all__ = [
+    "METHODS",
     "ROLES",
     "Bound",
     "Layers",
@@ -76,10 +79,8 @@ def _original(cls: Any, name: str) -> Callable[..., Any] | None:
 ROLES: dict[type[nn.Module], Role] = {
     owner: Role.of(owner, name)
     for owner, name in {
+        **MODULES,
         nn.Linear: "linear",
-        nn.ReLU: "relu",
-        nn.Sigmoid: "sigmoid",
-        nn.Tanh: "tanh",
         nn.Sequential: "sequential",
         nn.Identity: "identity",
         nn.Dropout: "dropout",
@@ -96,17 +97,39 @@ def role_of(cls: Any) -> str | None:
 #: What functions of one tensor are to a chain. One that has been exchanged in torch is another function.
 FUNCTIONS: dict[Any, str] = {
     getattr(holder, name + suffix): name
-    for name in functional.COMPOSITES
+    for name in COMPOSITES
     for holder in (torch, F)
     for suffix in ("", "_")
     if hasattr(holder, name + suffix)
 } | {F.dropout: "dropout"}
-_ACTIVATIONS = functional.COMPOSITES.keys()
-_METHODS = frozenset(name for name in functional.COMPOSITES if hasattr(Tensor, name))
+#: Their further arguments: the names by position, and by keyword. Functions made in C do not tell the former.
+_ARGUMENTS: dict[Any, tuple[list[str], set[str]]] = {}
+for _function, _name in FUNCTIONS.items():
+    _names = [*inspect.signature(_function).parameters][1:] if isinstance(_function, FunctionType) else []
+    _ARGUMENTS[_function] = _names, {*_names, *ATTRIBUTES.get(_name, ())}
+#: Activations that tensors have as methods.
+METHODS = frozenset(name for name in COMPOSITES if hasattr(Tensor, name))
 _FUNCTION_TYPES = frozenset({FunctionType, BuiltinFunctionType})
 _OF_TENSOR = vars(Tensor)
 _linear, _relu, _dropout = F.linear, F.relu, F.dropout
 _torchs_relu, _torchs_relu_, _sigmoid, _tanh = torch.relu, torch.relu_, torch.sigmoid, torch.tanh
+
+#: Where torch finds what computes an activation, of those that `is_unwatched` does not look for.
+_SOURCES = {
+    name: [
+        (vars(holder), key, vars(holder)[key])
+        for holder in (torch, F)
+        for key in (name, name + "_")
+        if key in vars(holder)
+    ]
+    for name in COMPOSITES
+    if name not in ("relu", "sigmoid", "tanh")
+}
+
+
+def _is_torchs(name: str) -> bool:
+    """Whether nobody has exchanged what computes the activation, one of `_SOURCES`."""
+    return all(holder.get(key) is value for holder, key, value in _SOURCES[name])
 
 
 class Method(NamedTuple):
@@ -132,28 +155,29 @@ class Bound(NamedTuple):
         return self.function(value, *self.args, **self.kwargs)
 
 
-def _role_of_function(function: Any) -> str | None:
+def _role_of_function(function: Any) -> Any:  # Activation | Literal["identity"] | None
     """The activation that a function with arguments or a method is, or "identity"."""
     kind = type(function)
     if kind is Method and not function.args:
         name = function.name.removesuffix("_")
-        return name if name in _METHODS and function.name not in _OF_TENSOR else None
-    if kind is Bound and type(function.function) in _FUNCTION_TYPES:
-        name, arguments = FUNCTIONS.get(function.function), function.kwargs
-        if name == "relu" and len(function.args) + len(arguments) == 1:
-            return "relu" if type(arguments.get("inplace", *function.args)) is bool else None
-        if name == "dropout" and len(function.args) <= 2 and arguments.keys() <= {"p", "training"}:
-            given = dict(zip(("p", "training"), function.args, strict=False))
-            if not given.keys() & arguments.keys():
-                given |= arguments
-                p = given.get("p", 0.5)
-                if type(p) is float and 0 <= p <= 1 and given.get("training") is False:
-                    return "identity"
-    return None
+        return name if name in METHODS and function.name not in _OF_TENSOR else None
+    if kind is not Bound or type(function.function) not in _FUNCTION_TYPES:
+        return None
+    name = FUNCTIONS.get(function.function)
+    if name is None or (name in _SOURCES and not _is_torchs(name)):
+        return None
+    by_position, by_keyword = _ARGUMENTS[function.function]
+    given = dict(zip(by_position, function.args, strict=False)) | function.kwargs
+    if len(given) < len(function.args) + len(function.kwargs) or not given.keys() <= by_keyword:
+        return None
+    if name == "dropout":
+        p, training = given.get("p", 0.5), given.get("training")
+        return "identity" if type(p) is float and 0 <= p <= 1 and training is False else None
+    return usual(name, given) if type(given.pop("inplace", False)) is bool else None
 
 
 #: Linear layers in their order: the weights, the biases, and the activations after them.
-Layers = tuple[list[Tensor], list[Tensor | None], list[functional.Activation | None]]
+Layers = tuple[list[Tensor], list[Tensor | None], list[Activation | None]]
 
 #: What to do with a callable that is no layer, with its input, and the layers that are to come before it.
 Other = Callable[[Any, Any, Layers], Any]
@@ -257,14 +281,27 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
                 if type(output) is not Stopped:
                     input = output
                     continue
-            elif name != "dropout" and weights and activations[-1] is None:
-                activations[-1] = name
-                continue
+            elif (
+                name != "dropout"
+                and weights
+                and activations[-1] is None
+                and (name not in _SOURCES or _is_torchs(name))
+            ):
+                activation = usual(name, own) if ATTRIBUTES[name] else name
+                if activation is not None:
+                    activations[-1] = activation
+                    continue
         else:
             if kind in _FUNCTION_TYPES:
                 name = FUNCTIONS.get(module)
-                if name in _ACTIVATIONS and weights and activations[-1] is None and name not in _OF_TENSOR:
-                    activations[-1] = name  # type: ignore[call-overload]
+                if (
+                    name in COMPOSITES
+                    and weights
+                    and activations[-1] is None
+                    and name not in _OF_TENSOR
+                    and (name not in _SOURCES or _is_torchs(name))
+                ):
+                    activations[-1] = name  # type: ignore[call-overload]  # one of COMPOSITES
                     continue
             elif kind is MethodType:
                 own = type(module.__self__).__dict__.get("_wholes")  # of a class made by fastmlp.fuse
@@ -281,11 +318,11 @@ def walk(modules: Iterable[Any], input: Any, layers: Layers, other: Other) -> An
                 else:
                     continue
             else:
-                name = _role_of_function(module)
-                if name == "identity":
+                activation = _role_of_function(module)
+                if activation == "identity":
                     continue
-                if name is not None and weights and activations[-1] is None:
-                    activations[-1] = name  # type: ignore[call-overload]
+                if activation is not None and weights and activations[-1] is None:
+                    activations[-1] = activation
                     continue
         input = other(module, input, layers)
         if type(input) is Stopped:

@@ -24,7 +24,7 @@ Model = TypeVar("Model", bound=nn.Module | torch.optim.Optimizer)
 
 
 def fuse(model: Model, inplace: bool = True) -> Model:
-    """Lets a model compute Linear layers, and the ReLU, Sigmoid or Tanh after them, in fused kernels.
+    """Lets a model compute Linear layers, and the activations after them, in fused kernels.
 
     Chains of such layers become one op. They are found in every nn.Sequential, and in the source of every
     forward of a module's own, which runs as it is written in all else; where the source does not tell what

@@ -474,7 +474,7 @@ class _Rewriter(ast.NodeTransformer):
             return False
         if function.attr in _VIEWS:
             return bool(node.args) and all(map(_constant, node.args))
-        return function.attr.removesuffix("_") in functional.COMPOSITES and not node.args
+        return function.attr.removesuffix("_") in chain.METHODS and not node.args
 
     # ---- expressions: nested calls, within one line
 

@@ -59,7 +59,7 @@ class TrainStep:
     parameter has hooks.
 
     Args:
-        model: an nn.Sequential of Linear layers and ReLU, Sigmoid or Tanh (fastmlp.MLP is one), float32;
+        model: an nn.Sequential of Linear layers and activations (fastmlp.MLP is one), float32;
             nested ones, nn.Identity, and nn.Flatten() at the beginning are understood. So is a module whose
             forward ends by returning such a chain; what it does before, without parameters, it does itself at
             every call.
@@ -421,5 +421,5 @@ def _flat(lists: list[list[Any]]) -> list[Any]:
     return [each for inner in lists for each in inner]
 
 
-_EXPECTED = "expected nn.Linear, or nn.ReLU, nn.Sigmoid or nn.Tanh after it"
+_EXPECTED = "expected nn.Linear, or an activation of torch's after it"
 _OTHERS = "other models train in the standard loop, with fastmlp's layers"
