@@ -77,6 +77,72 @@ def ops():
 # ---- what is fused
 
 
+MODULES = {
+    nn.LeakyReLU(0.3, inplace=True): "leaky_relu",
+    nn.ReLU6(): "relu6",
+    nn.Hardtanh(-0.5, 0.25): "hardtanh",
+    nn.ELU(0.5): "elu",
+    nn.CELU(2.0): "celu",
+    nn.SELU(): "selu",
+    nn.Softplus(2.0, 1.0): "softplus",
+    nn.SiLU(inplace=True): "silu",
+    nn.GELU(): "gelu",
+    nn.GELU(approximate="tanh"): "gelu_tanh",
+    nn.Mish(): "mish",
+    nn.Hardswish(): "hardswish",
+    nn.Hardsigmoid(): "hardsigmoid",
+    nn.ELU(-0.5): None,
+    nn.Softplus(-1.0): None,
+}
+
+
+@pytest.mark.parametrize(("module", "name"), MODULES.items(), ids=str)
+def test_an_activation_is_in_the_op_of_its_layers(ops, module, name):
+    stock, x = nn.Sequential(nn.Linear(12, 9), module, nn.Linear(9, 4), module), inputs()
+    assert_same(fastmlp.fuse(copy.deepcopy(stock)), stock, x)
+    ops.clear()
+    fastmlp.fuse(stock)(x)
+    assert ops == ([(name, name)] if name else [(None,), (None,)])
+
+
+FUNCTIONS = {
+    "F.leaky_relu(x)": "leaky_relu",
+    "F.leaky_relu(x, 0.3, inplace=True)": "leaky_relu",
+    "F.leaky_relu(x, inplace=False, negative_slope=0.3)": "leaky_relu",
+    "F.elu_(x)": "elu",
+    "F.hardtanh(x, -0.5, 0.25)": "hardtanh",
+    "F.softplus(x, beta=2.0, threshold=1.0)": "softplus",
+    "F.gelu(x, approximate='tanh')": "gelu_tanh",
+    "torch.celu(x, alpha=2.0)": "celu",
+    "torch.selu(x)": "selu",
+    "F.silu(x, True)": "silu",
+    "F.mish(x)": "mish",
+    "F.elu(x, -0.5)": None,
+    "F.leaky_relu(x, inplace=1)": None,
+}
+
+
+@pytest.mark.parametrize(("call", "name"), FUNCTIONS.items())
+def test_a_function_with_arguments_is_in_the_op_of_its_layer(ops, tmp_path, call, name):
+    source = f"def forward(self, x):\n    x = self.fc1(x)\n    x = {call}\n    return self.fc2(x)\n"
+    path = tmp_path / "model.py"
+    path.write_text(source)
+    namespace = {"F": F, "torch": torch}
+    exec(compile(source, str(path), "exec"), namespace)
+    stock, x = type("Own", (Net,), {"forward": namespace["forward"]})(), inputs()
+    assert_same(fastmlp.fuse(copy.deepcopy(stock)), stock, x)
+    ops.clear()
+    fastmlp.fuse(stock)(x)
+    assert ops == ([(name, None)] if name else [(None,), (None,)])
+
+
+def test_an_activation_that_has_been_exchanged_in_torch_is_the_other(monkeypatch, ops):
+    model, x = fastmlp.fuse(nn.Sequential(nn.Linear(12, 9), nn.ELU())), inputs()
+    assert ops == []
+    monkeypatch.setattr(F, "elu", lambda input, *_: torch.tanh(input))
+    torch.testing.assert_close(model(x), torch.tanh(model[0](x)))
+
+
 class Method(Net):
     def forward(self, x):
         return self.fc2(self.fc1(x).relu())
@@ -213,7 +279,7 @@ FUSED = {
         [("relu", None)],
     ),
     "other modules between": (
-        lambda: nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.LayerNorm(9), nn.Linear(9, 4), nn.GELU()),
+        lambda: nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.LayerNorm(9), nn.Linear(9, 4), nn.Softsign()),
         [("relu",), (None,)],
     ),
     "parts of fastmlp's": (
