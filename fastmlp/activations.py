@@ -54,7 +54,7 @@ ACTIVATIONS = {
     "tanh": Composite(torch.tanh, nn.Tanh),
     "softplus": Composite(F.softplus, nn.Softplus, ("beta", "threshold")),
     "silu": Composite(F.silu, nn.SiLU),
-    "gelu": Composite(F.gelu, nn.GELU, ("approximate",)),
+    "gelu": Composite(F.gelu, nn.GELU),
     "gelu_tanh": Composite(partial(F.gelu, approximate="tanh"), nn.GELU),
     "mish": Composite(F.mish, nn.Mish),
     "hardswish": Composite(F.hardswish, nn.Hardswish),
@@ -65,7 +65,7 @@ ACTIVATIONS = {
 COMPOSITES: dict[str, Callable[..., Tensor]] = {name: row.function for name, row in ACTIVATIONS.items()}
 
 #: The parameters by name, as torch's modules have them as attributes and its functions as arguments.
-ATTRIBUTES = {name: row.attributes for name, row in ACTIVATIONS.items()}
+ATTRIBUTES = {name: row.attributes for name, row in ACTIVATIONS.items()} | {"gelu": ("approximate",)}
 
 #: The name of each module; GELU's for both of its ways.
 MODULES: dict[type[nn.Module], str] = {row.module: name for name, row in reversed(ACTIVATIONS.items())}

@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(Tiling::threads)
         math.multiply(rows + t * Rows::size, weight_of(use) + t * Weights::size);
       // An activation that is not simple comes when all of z, or dx, is in shared memory.
       const Activation& activation = transposed ? link.activation_of_saved : link.result.activation;
-      const bool in_two_steps = !is_simple(activation);
+      const auto in_two_steps = [&] { return !is_simple(activation); };  // not kept: registers are few here
       __syncthreads();  // A has been read, and C takes its place
       math.each_pair([&](int row, int column, float one, float two) {
         const int64_t m = m0 + row, columns = link.result.columns;
@@ -100,16 +100,16 @@ __global__ void __launch_bounds__(Tiling::threads)
           const int64_t at = m * columns + n;
           T rounded{};
           if (m < M && n < columns) {
-            store(&rounded,
-                  in_two_steps && !transposed ? link.result.z_of(sums[e], n) : link.result.y_of(sums[e], n));
-            if (link.result.c && (transposed || !in_two_steps)) link.result.c[at] = rounded;
+            store(&rounded, !transposed && in_two_steps() ? link.result.z_of(sums[e], n)
+                                                          : link.result.y_of(sums[e], n));
+            if (link.result.c && (transposed || !in_two_steps())) link.result.c[at] = rounded;
             if (link.saved && activation.kind == Activation::relu)
               store(&rounded, Relu{}.gradient(to_float(rounded), to_float(link.saved[at])));
           }
-          if (!last || in_two_steps) rows[place(row, n)] = rounded;
+          if (!last || in_two_steps()) rows[place(row, n)] = rounded;
         }
       });
-      if (!in_two_steps) continue;
+      if (!in_two_steps()) continue;
       __syncthreads();
 #pragma unroll 1
       for (int e = 0; e < Tiling::m * Tiling::n / Tiling::threads; ++e) {  // in pairs, which share no word
