@@ -7,6 +7,7 @@ parts, both under DistributedDataParallel in the standard loop, and of TrainStep
 """
 
 import copy
+import os
 import sys
 
 import torch
@@ -50,3 +51,4 @@ models = {"stock": stock, "fused": fused, "step": in_one_call}
 parameters = {name: [p.detach() for p in model.parameters()] for name, model in models.items()}
 torch.save(parameters, f"{sys.argv[1]}/{dist.get_rank()}.pt")
 dist.destroy_process_group()
+os._exit(0)  # all is done: at a usual exit, threads of torch's that still end may abort the process
