@@ -25,44 +25,79 @@ FASTMLP_INLINE V larger_or_nan(V a, V b) {
   return (a != a) | (a > b) ? a : b;
 }
 
-// An optimizer and how many tensors of state each parameter has: what a kernel is instantiated for.
-template <Optimizer::Kind kind_, int states_>
-struct Rule {
-  static constexpr Optimizer::Kind kind = kind_;
+// A row of the table: what a kernel is instantiated for, with the numbers of one tensor's step. It gives w after the step,
+// from w, its gradient g, and its `states`, which are changed; they are not read in the first step of an Sgd.
+template <int states_>
+struct Sgd {
   static constexpr int states = states_;
+  FASTMLP_INLINE Sgd(const Optimizer& o, const Rates& r)
+      : rate(r.rate),
+        weight_decay(o.weight_decay),
+        momentum(o.momentum),
+        undamped(o.undamped),
+        maximize(o.maximize),
+        nesterov(o.nesterov),
+        first(o.first) {}
 
-  // w after the step, from w, its gradient g, and its state, which is changed.
   template <class V>
-  static FASTMLP_INLINE V updated(V w, V g, V* state, const Optimizer& o, const Rates& r) {
-    if (o.maximize) g = -g;
-    if (o.weight_decay != 0) g = fused(V{} + o.weight_decay, w, g);  // 0 · inf would be NaN
-    if constexpr (kind == Optimizer::sgd) {
-      if constexpr (states > 0) {
-        const V m = o.first ? g : fused(V{} + o.momentum, state[0], o.undamped * g);
-        state[0] = m;
-        g = o.nesterov ? fused(V{} + o.momentum, m, g) : m;
-      }
-      return fused(V{} - r.rate, g, w);
-    } else {
-      const V change = g - state[0];  // from the nearer end, as torch's lerp goes
-      const V m =
-          o.undamped < 0.5f ? fused(V{} + o.undamped, change, state[0]) : fused(V{} - o.momentum, change, g);
-      const V v = fused(o.undamped_square * g, g, o.momentum_square * state[1]);
-      state[0] = m, state[1] = v;
-      V largest = v;
-      if constexpr (states > 2) largest = state[2] = larger_or_nan(v, state[2]);
-      const V size = fused(square_root(largest), V{} + r.inverse_root, o.eps);
-      return fused(V{} - r.rate, m / size, o.kept * w);
+  FASTMLP_INLINE V operator()(V w, V g, V* state) const {
+    if (maximize) g = -g;
+    if (weight_decay != 0) g = fused(V{} + weight_decay, w, g);  // 0 · inf would be NaN
+    if constexpr (states > 0) {
+      const V m = first ? g : fused(V{} + momentum, state[0], undamped * g);
+      state[0] = m;
+      g = nesterov ? fused(V{} + momentum, m, g) : m;
     }
+    return fused(V{} - rate, g, w);
   }
+
+  float rate, weight_decay, momentum, undamped;
+  bool maximize, nesterov, first;
 };
 
-// Calls f(Rule<kind, states>{}).
+template <int states_>
+struct Adam {
+  static constexpr int states = states_;
+  static constexpr bool first = false;
+  FASTMLP_INLINE Adam(const Optimizer& o, const Rates& r)
+      : rate(r.rate),
+        inverse_root(r.inverse_root),
+        weight_decay(o.weight_decay),
+        momentum(o.momentum),
+        undamped(o.undamped),
+        momentum_square(o.momentum_square),
+        undamped_square(o.undamped_square),
+        eps(o.eps),
+        kept(o.kept),
+        maximize(o.maximize) {}
+
+  template <class V>
+  FASTMLP_INLINE V operator()(V w, V g, V* state) const {
+    if (maximize) g = -g;
+    if (weight_decay != 0) g = fused(V{} + weight_decay, w, g);
+    const V change = g - state[0];  // from the nearer end, as torch's lerp goes
+    const V m = undamped < 0.5f ? fused(V{} + undamped, change, state[0]) : fused(V{} - momentum, change, g);
+    const V v = fused(undamped_square * g, g, momentum_square * state[1]);
+    state[0] = m, state[1] = v;
+    V largest = v;
+    if constexpr (states > 2) largest = state[2] = larger_or_nan(v, state[2]);
+    const V size = fused(square_root(largest), V{} + inverse_root, eps);
+    return fused(V{} - rate, m / size, kept * w);
+  }
+
+  float rate, inverse_root, weight_decay, momentum, undamped, momentum_square, undamped_square, eps, kept;
+  bool maximize;
+};
+
+// Calls f(Named<row>{}), which makes the row of the Optimizer and of each tensor's Rates.
+template <class Row>
+struct Named {
+  using type = Row;
+};
 template <class F>
 auto with_rule(const Optimizer& o, F f) {
-  if (o.kind == Optimizer::adam)
-    return o.states > 2 ? f(Rule<Optimizer::adam, 3>{}) : f(Rule<Optimizer::adam, 2>{});
-  return o.states > 0 ? f(Rule<Optimizer::sgd, 1>{}) : f(Rule<Optimizer::sgd, 0>{});
+  if (o.kind == Optimizer::adam) return o.states > 2 ? f(Named<Adam<3>>{}) : f(Named<Adam<2>>{});
+  return o.states > 0 ? f(Named<Sgd<1>>{}) : f(Named<Sgd<0>>{});
 }
 
 }  // namespace fastmlp

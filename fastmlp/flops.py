@@ -64,12 +64,12 @@ def _train_step(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    is_trained, start = args[-1], 0
+    numbers, start = args[-1], 0
     weights, trained = [], []  # of each layer: the weight's shape, and whether weight and bias are trained
     for bias in has_bias:
         end = start + 1 + bias
         weights.append(params[start])
-        trained.append(is_trained[start:end])
+        trained.append([number >= 0 for number in numbers[start:end]])
         start = end
     products = _products(input, weights)
     lowest = next((i for i, layer in enumerate(trained) if any(layer)), len(trained))

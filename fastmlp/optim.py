@@ -80,17 +80,13 @@ class Rule(NamedTuple):
 
 
 def _options_of_sgd(group: dict[str, Any]) -> list[Any]:
-    return [
-        *(_number(group[name]) for name in ("lr", "momentum", "dampening", "weight_decay")),
-        *(group["nesterov"], group["maximize"], False),  # the last for whether it is the first step
-    ]
+    numbers = [group["lr"], group["momentum"], group["dampening"], group["weight_decay"]]
+    return [*_numbers(numbers), group["nesterov"], group["maximize"], False]  # the last: a first step
 
 
 def _options_of_adam(group: dict[str, Any]) -> list[Any]:
-    return [
-        *map(_number, (group["lr"], *group["betas"], group["eps"], group["weight_decay"])),
-        *(group["decoupled_weight_decay"], group["maximize"]),
-    ]
+    numbers = [group["lr"], *group["betas"], group["eps"], group["weight_decay"]]
+    return [*_numbers(numbers), group["decoupled_weight_decay"], group["maximize"]]
 
 
 def _keys_of_sgd(group: dict[str, Any]) -> tuple[str, ...]:
@@ -153,6 +149,8 @@ class _OneKernel(Optimizer):
         ):
             return False
         rule = self._rule
+        if rule.counter and group["fused"] and any(param.is_cuda for param in group["params"]):
+            return False  # torch's fused kernel counts on the GPU
         options = rule.options(group)
         if None in options:
             return False
@@ -298,11 +296,12 @@ class AdamW(_OneKernel, torch.optim.AdamW):
 _OURS: dict[type[Optimizer], type[_OneKernel]] = {cls._torchs: cls for cls in (SGD, Adam, AdamW)}
 
 
+_RULES = {cls: ours._rule for torchs, ours in _OURS.items() for cls in (torchs, ours)}
+
+
 def rule_of(optimizer: Optimizer) -> Rule | None:
     """What the kernels are to know of the optimizer, torch's or ours; None for one that they do not know."""
-    kind = type(optimizer)
-    ours = _OURS.get(kind, kind)
-    return ours._rule if issubclass(ours, _OneKernel) and ours in _OURS.values() else None
+    return _RULES.get(type(optimizer))
 
 
 def fuse_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -340,8 +339,12 @@ def _set_class(optimizer: Optimizer, cls: Any) -> None:
     optimizer.step = step  # type: ignore[method-assign]
 
 
+def _numbers(values: list[Any]) -> list[float | None]:
+    """What hyperparameters are as numbers; None for one that only torch can use, or that a GPU has."""
+    return values if {*map(type, values)} <= {float, int} else [*map(_number, values)]
+
+
 def _number(value: Any) -> float | None:
-    """What a hyperparameter is as a number; None where only torch can use it, or a GPU has it."""
     if isinstance(value, (float, int)):
         return value
     is_number = type(value) is Tensor and value.is_cpu and not value.requires_grad and value.numel() == 1

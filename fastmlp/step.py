@@ -282,51 +282,54 @@ class TrainStep:
             raise ValueError("loss: expected no hooks and no forward set on it, which no step would call")
         rule = rule_of(optimizer)
         assert rule is not None  # _look has seen to that
-        groups: dict[int, tuple[dict[str, Any], list[Any], tuple[str, ...]]] = {}
-        for group in optimizer.param_groups:
+        groups: dict[int, tuple[int, dict[str, Any], tuple[str, ...]]] = {}
+        options: list[Any] = []  # of each group, and once more for a first step
+        for number, group in enumerate(optimizer.param_groups):
             if group["differentiable"]:
                 raise ValueError("optimizer: expected differentiable=False")
-            known = group, rule.options(group), rule.keys(group)
-            if None in known[1]:
-                raise ValueError(
-                    "optimizer: expected its options as numbers, or as tensors of one element on the CPU"
-                )
+            options += rule.options(group)
+            known = number, group, rule.keys(group)
             for p in group["params"]:
                 groups[id(p)] = known
+        if None in options:
+            raise ValueError("optimizer: expected options as numbers, or as tensors of one on the CPU")
         params: list[Tensor] = []
         states: list[Tensor] = []
         counts: list[Tensor] = []
-        options: list[Any] = []
-        trained: list[bool] = []
+        numbers: list[int] = []  # of each parameter's options; -1 where it is not trained
+        first: dict[int, int] = {}
         made = []
         requires_grad = is_known = False
-        nothing, zeros = [_NOTHING] * rule.most, [0.0] * rule.numbers
+        nothing, does_count = [_NOTHING] * rule.most, rule.counter is not None
         for parameter in chain.parameters(layers):
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise ValueError("model: expected parameters without hooks, which no step would call")
             params.append(parameter)
             requires_grad |= parameter.requires_grad
-            own = groups.get(id(parameter))
-            is_known |= own is not None
-            trained.append(own is not None and parameter.requires_grad)
-            if own is None or not trained[-1]:
+            number, group, keys = groups.get(id(parameter), _UNKNOWN)
+            is_known |= number >= 0
+            if not parameter.requires_grad:
+                number, keys = -1, ()
+            if keys:
+                state: Any = optimizer.state.get(parameter)
+                if not state or state.get(keys[0]) is None:
+                    state = rule.made(parameter, group)
+                    made.append((parameter, state))
+                    if not does_count:
+                        if number not in first:
+                            first[number] = len(options) // rule.numbers
+                            options += [*options[number * rule.numbers :][: rule.numbers - 1], True]
+                        number = first[number]
+                for key in keys:
+                    states.append(state[key])
+                states += nothing[len(keys) :]
+                if does_count:
+                    counts.append(state[rule.counter])
+            else:
                 states += nothing
-                options += zeros
-                if rule.counter is not None:
+                if does_count:
                     counts.append(_NOTHING)
-                continue
-            group, numbers, keys = own
-            options += numbers
-            state = optimizer.state.get(parameter)
-            if keys and (not state or state.get(keys[0]) is None):
-                state = rule.made(parameter, group)
-                made.append((parameter, state))
-                if rule.counter is None:
-                    options[-1] = True
-            states += [state[key] for key in keys]  # type: ignore[index]  # there are keys
-            states += nothing[len(keys) :]
-            if rule.counter is not None:
-                counts.append(state[rule.counter])  # type: ignore[index]
+            numbers.append(number)
         if not requires_grad:
             raise RuntimeError("model: expected a parameter or more that requires a gradient, got none")
         if not is_known:
@@ -351,7 +354,7 @@ class TrainStep:
             *of_loss,
             rule.name,
             options,
-            trained,
+            numbers,
         )
         value: Tensor = _C.train_step(*arguments)
         if value is NotImplemented:
@@ -388,6 +391,7 @@ class TrainStep:
 
 
 _NOTHING = torch.empty(0)
+_UNKNOWN: tuple[int, dict[str, Any], tuple[str, ...]] = (-1, {}, ())
 
 
 def _check_over_outputs(name: str, values: Tensor | None, outputs: int) -> None:

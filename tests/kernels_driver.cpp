@@ -259,29 +259,32 @@ void check_optimizer(Optimizer o) {
   }
 }
 
+// One whose parameters have so many tensors of state, with every number at work.
+Optimizer optimizer_with(int states, Dtype dtype = Dtype::float32) {
+  return {.kind = states > 1 ? Optimizer::adam : Optimizer::sgd,
+          .dtype = dtype,
+          .states = states,
+          .weight_decay = 0.125f,
+          .momentum = 0.75f,
+          .undamped = 0.25f,
+          .momentum_square = 0.5f,
+          .undamped_square = 0.5f,
+          .eps = 0.5f,
+          .kept = 0.75f,
+          .maximize = false,
+          .nesterov = states == 1,
+          .first = false};
+}
+
 template <class T>
 void check_optimizers(Dtype dtype) {
-  Optimizer o{.kind = Optimizer::sgd,
-              .dtype = dtype,
-              .states = 0,
-              .weight_decay = 0.125f,
-              .momentum = 0.75f,
-              .undamped = 0.25f,
-              .momentum_square = 0.5f,
-              .undamped_square = 0.5f,
-              .eps = 0.5f,
-              .kept = 0.75f,
-              .maximize = false,
-              .nesterov = false,
-              .first = false};
-  for (o.maximize = false;; o.maximize = true) {
-    o.kind = Optimizer::sgd;
-    for (o.states = 0; o.states < 2; ++o.states)
-      for (const bool nesterov : {false, true}) o.nesterov = nesterov, check_optimizer<T>(o);
-    o.kind = Optimizer::adam;
-    for (o.states = 2; o.states < 4; ++o.states) check_optimizer<T>(o);
-    if (o.maximize) break;
-  }
+  for (int states = 0; states <= most_states; ++states)
+    for (const bool maximize : {false, true})
+      for (const bool nesterov : {false, true}) {
+        Optimizer o = optimizer_with(states, dtype);
+        o.maximize = maximize, o.nesterov = nesterov;
+        check_optimizer<T>(o);
+      }
 }
 
 #ifndef FASTMLP_EMULATE
@@ -295,19 +298,7 @@ Activation activations_of(int64_t layer, int64_t L) {
 void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, int states, int threads,
                 bool weighted = false) {
   const int64_t L = int64_t(sizes.size()) - 1, C = sizes.back();
-  const Optimizer optimizer{.kind = states > 1 ? Optimizer::adam : Optimizer::sgd,
-                            .dtype = Dtype::float32,
-                            .states = states,
-                            .weight_decay = 0.125f,
-                            .momentum = 0.75f,
-                            .undamped = 0.25f,
-                            .momentum_square = 0.5f,
-                            .undamped_square = 0.5f,
-                            .eps = 0.5f,
-                            .kept = 0.75f,
-                            .maximize = false,
-                            .nesterov = states == 1,
-                            .first = false};
+  const Optimizer optimizer = optimizer_with(states);
   const auto update_of = [&](std::vector<float>* p, const float* grad) {
     Update u{p[0].data(), grad, {}, int64_t(p[0].size()), {0.5f, 2}};
     for (int k = 0; k < states; ++k) u.states[k] = p[1 + k].data();

@@ -78,7 +78,7 @@ struct Target {
 template <class T>
 void finish(const Product& p, const float* sums, int64_t ld, int64_t i, int64_t j, int64_t m, int64_t n) {
   const int64_t at = i * p.ldc + j;
-  if (p.optimizer) return descend(*p.optimizer, offset(p.update, at), sums, ld, p.ldc, m, n);
+  if (p.optimizer) return descend(*p.optimizer, p.update, at, p.ldc, sums, ld, m, n);
   finish(p.activation, sums, ld, p.z ? static_cast<T*>(p.z) + at : nullptr, static_cast<T*>(p.c) + at, p.ldc,
          m, n);
 }
@@ -110,16 +110,15 @@ FASTMLP_INLINE void finish(const Product& p, const Target& t, V (&sum)[rows][vec
     return store_tile(sum, static_cast<T*>(p.c) + at, p.ldc, last);
   }
   if (t.end == End::change) {
-    const Optimizer plain{};
+    const Sgd<0> plain(Optimizer{}, p.update.rates);
     float* const param = static_cast<float*>(p.update.param) + at;
 #pragma GCC unroll 16
     for (int i = 0; i < rows; ++i)
 #pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) {
-        using Plain = Rule<Optimizer::sgd, 0>;
         float* const w = param + i * p.ldc + v * width;
         const int64_t n = v == vectors - 1 ? last : width;
-        store(w, Plain::updated(load(w, n), sum[i][v], static_cast<V*>(nullptr), plain, p.update.rates), n);
+        store(w, plain(load(w, n), sum[i][v], static_cast<V*>(nullptr)), n);
       }
     return;
   }
@@ -224,7 +223,7 @@ struct Multiplication {
       else {
         const T* const from = b + k * p.b.ld + j;
         if (p.b.activation == Activation::identity)
-          pack_panels<terms>(scratch.b, Plain<T>{from, p.b.ld}, depth, n);
+          pack_panels<terms>(scratch.b, Plain<const T*>{from, p.b.ld}, depth, n);
         else
           pack_panels<terms>(scratch.b,
                              Activated<T>{p.b.activation, from, p.b.ld, reinterpret_cast<T*>(scratch.rows)},
@@ -239,11 +238,10 @@ struct Multiplication {
       if (p.a.transposed) pack_columns<terms>(scratch.a, source, m, depth, sums, p.accumulate || k > 0);
       else pack_rows<terms>(scratch.a, source, m, depth);
     };
-    if (p.a.activation == Activation::identity) pack(Plain<T>{a + at, p.a.ld});
-    else {
-      const T* const saved = static_cast<const T*>(p.a.saved) + at;
-      pack(Differentiated<T>{p.a.activation, a + at, saved, p.a.ld, scratch.rows});
-    }
+    const T* const saved = static_cast<const T*>(p.a.saved);
+    if (p.a.activation == Activation::identity) pack(Plain<const T*>{a + at, p.a.ld});
+    else if (p.a.activation == Activation::relu) pack(Plain<Rectified<T>>{{a + at, saved + at}, p.a.ld});
+    else pack(Differentiated<T>{p.a.activation, a + at, saved + at, p.a.ld, scratch.rows});
   }
 
   // The tiles of a block of C, row by row if B's panels have room in L2, else panel by panel.

@@ -17,20 +17,40 @@ constexpr int64_t group = MR * KC + width;  // a group by slots ends with a whol
 constexpr int64_t panel = KC * NR;
 static_assert(MR <= width && KC % width == 0);
 
-// Where a block of an operand begins, and how far its rows are apart.
-template <class E>
+// A ReLU's dz, formed from what two pointers point to as it is loaded: too simple to be worth a buffer.
+template <class T>
+struct Rectified {
+  const T *dy, *y;
+  FASTMLP_INLINE Rectified operator+(int64_t n) const { return {dy + n, y + n}; }
+};
+template <class T>
+FASTMLP_INLINE void fetch(Rectified<T> p) {
+  fetch(p.dy), fetch(p.y);
+}
+template <class T>
+FASTMLP_INLINE V load(Rectified<T> p, int64_t n) {
+  return Relu{}.gradient(load(p.dy, n), load(p.y, n));
+}
+template <int terms, class T>
+FASTMLP_INLINE V slots(Rectified<T> p, int64_t n) {
+  if constexpr (terms == 1) return load(p, n);
+  else return joined(narrow(load(p, n)), narrow(load(p + width, larger(n - width, 0))));
+}
+
+// Where a block of an operand begins, a pointer or as good as one, and how far its rows are apart.
+template <class Pointer>
 struct Rows {
-  const E* data;
+  Pointer data;
   int64_t ld;
 };
 
 // An operand as it lies in memory. All sources have rows(): the block of `rows` rows and n columns from (i, j) on.
-template <class T>
+template <class Pointer>
 struct Plain {
-  const T* data;
+  Pointer data;
   int64_t ld;
-  FASTMLP_INLINE Rows<T> rows(int64_t i, int64_t j, int64_t rows, int64_t n) const {
-    return {data + i * ld + j, ld};
+  FASTMLP_INLINE Rows<Pointer> rows(int64_t i, int64_t j, int64_t rows, int64_t n) const {
+    return {data + (i * ld + j), ld};
   }
 };
 
@@ -41,7 +61,7 @@ struct Differentiated {
   const T *dy, *saved;
   int64_t ld;
   float* buffer;
-  FASTMLP_INLINE Rows<float> rows(int64_t i, int64_t j, int64_t rows, int64_t n) const {
+  FASTMLP_INLINE Rows<const float*> rows(int64_t i, int64_t j, int64_t rows, int64_t n) const {
     const int64_t at = i * ld + j, wide = ceil_div(n, width) * width;
     differentiate(activation, dy + at, saved + at, ld, buffer, wide, rows, n);
     return {buffer, wide};
@@ -53,7 +73,7 @@ struct Activated {
   const T* z;
   int64_t ld;
   T* buffer;
-  FASTMLP_INLINE Rows<T> rows(int64_t i, int64_t j, int64_t rows, int64_t n) const {
+  FASTMLP_INLINE Rows<const T*> rows(int64_t i, int64_t j, int64_t rows, int64_t n) const {
     const int64_t wide = ceil_div(n, width) * width;
     activate(activation, z + i * ld + j, ld, buffer, wide, rows, n);
     return {buffer, wide};
@@ -74,7 +94,7 @@ void pack_rows(float* to, const Source source, int64_t rows, int64_t depth) {
     for (int64_t r = 0; r < count; ++r) {
       float* row = to + r * KC;
       for (int64_t p = 0; p < depth; p += terms * width, row += width) {
-        const auto* at = from.data + r * from.ld + p;
+        const auto at = from.data + (r * from.ld + p);
         fetch(at + 4 * from.ld);
         store(row, slots<terms>(at, depth - p));
       }
@@ -96,7 +116,7 @@ void pack_columns(float* to, const Source source, int64_t rows, int64_t depth, f
       float* slot = to + i / MR * group + first / terms * MR;
       V partial{};
       for (int64_t p = 0; p < count; p += terms, slot += MR) {
-        const auto* at = from.data + p * from.ld + i;
+        const auto at = from.data + (p * from.ld + i);
         fetch(at + 2 * block * from.ld);
         const V v = load(at, n);
         partial += v;
@@ -131,7 +151,7 @@ void pack_panels(float* to, const Source source, int64_t depth, int64_t columns)
       for (int64_t p = 0; p < count; p += terms, slot += NR)
 #pragma GCC unroll 16
         for (int64_t v = 0; v < NR; v += width) {
-          const auto* at = from.data + p * from.ld + v;
+          const auto at = from.data + (p * from.ld + v);
           fetch(at + block * from.ld);
           const int64_t n = larger(columns - j - v, 0);
           if constexpr (terms == 1) store(slot + v, load(at, n));

@@ -136,8 +136,8 @@ double loss_of(const Kernels& k, const Step& s, double scale, Range rows, int64_
                           {own.begin * p.N, own.end * p.N});
 }
 
-// The update of a parameter from an element on, whose gradient is there.
-Update with_gradient(const Trained& parameter, const float* gradient, int64_t from) {
+// The update of a parameter from an element on, by the gradient from there on.
+Update update_of(const Trained& parameter, const float* gradient, int64_t from) {
   Update u = parameter.update;
   u.param = static_cast<float*>(u.param) + from;
   u.grad = gradient;
@@ -175,7 +175,7 @@ void backward_layer(const Kernels& k, const Step& s, int64_t index, const Forwar
   if (!weight.optimizer && !bias.optimizer) return;
   const Range biases = grad_weight(k, b, sums, accumulate, trained, rank, size);
   if (!memory.by_rows && bias.optimizer && biases.size() > 0)
-    k.update(*bias.optimizer, with_gradient(bias, sums.bias, 0), biases);
+    k.update(*bias.optimizer, update_of(bias, sums.bias, 0), biases);
 }
 
 // Changes a range of a parameter by the sums of all parts, a piece at a time.
@@ -187,7 +187,7 @@ void finish(const Kernels& k, const Trained& parameter, const float* sums, int64
   for (int64_t i = range.begin; i < range.end; i += piece) {
     const Range some = {0, std::min(piece, range.end - i)};
     k.add_up(sums + i, parts, stride, Dtype::float32, gradient, some);
-    k.update(*parameter.optimizer, with_gradient(parameter, gradient, i), some);
+    k.update(*parameter.optimizer, update_of(parameter, gradient, i), some);
   }
 }
 

@@ -40,7 +40,7 @@ __device__ __forceinline__ void store(T* p, const Pack<T>& pack, int64_t n, bool
     if (j < n) p[j] = pack.elements[j];
 }
 
-template <class T, class Rule>
+template <class T, class Row>
 __global__ void __launch_bounds__(threads) step(const Table table, const Optimizer o) {
   int tensor = 0;  // whose blocks this one is among: the last that begins no later
   for (int end = table.count; end - tensor > 1;) {
@@ -51,9 +51,10 @@ __global__ void __launch_bounds__(threads) step(const Table table, const Optimiz
   const Update u = table.tensors[tensor];
   T* const param = static_cast<T*>(u.param);
   const T* const grad = static_cast<const T*>(u.grad);
+  const Row row(o, u.rates);
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   uintptr_t addresses = address(param) | address(grad);
-  for (int k = 0; k < Rule::states; ++k) addresses |= address(u.states[k]);
+  for (int k = 0; k < Row::states; ++k) addresses |= address(u.states[k]);
   const bool aligned = addresses % sizeof(Pack<T>) == 0;
 
   int64_t i = (blockIdx.x - table.first_block[tensor]) * elements_of_block<T> + threadIdx.x * Pack<T>::size;
@@ -61,16 +62,15 @@ __global__ void __launch_bounds__(threads) step(const Table table, const Optimiz
     const int64_t n = u.size - i;
     const Pack<T> g = load(grad + i, n, aligned);
     Pack<T> w = load(param + i, n, aligned), states[most_states]{};
-    for (int k = 0; k < Rule::states && !o.first; ++k)
+    for (int k = 0; k < Row::states && !row.first; ++k)
       states[k] = load(static_cast<const T*>(u.states[k]) + i, n, aligned);
     for (int j = 0; j < Pack<T>::size; ++j) {
       float state[most_states];
-      for (int k = 0; k < Rule::states; ++k) state[k] = to_float(states[k].elements[j]);
-      cuda::store(&w.elements[j],
-                  Rule::updated(to_float(w.elements[j]), to_float(g.elements[j]), state, o, u.rates));
-      for (int k = 0; k < Rule::states; ++k) cuda::store(&states[k].elements[j], state[k]);
+      for (int k = 0; k < Row::states; ++k) state[k] = to_float(states[k].elements[j]);
+      cuda::store(&w.elements[j], row(to_float(w.elements[j]), to_float(g.elements[j]), state));
+      for (int k = 0; k < Row::states; ++k) cuda::store(&states[k].elements[j], state[k]);
     }
-    for (int k = 0; k < Rule::states; ++k) store(static_cast<T*>(u.states[k]) + i, states[k], n, aligned);
+    for (int k = 0; k < Row::states; ++k) store(static_cast<T*>(u.states[k]) + i, states[k], n, aligned);
     store(param + i, w, n, aligned);
   }
 }
@@ -88,8 +88,9 @@ cudaError_t run(const Optimizer& o, const Update* updates, int64_t count, cudaSt
       table.first_block[table.count++] = blocks;
       blocks += (updates->size + elements_of_block<T> - 1) / elements_of_block<T>;
     }
-    error = with_rule(
-        o, [&](auto rule) { return launch(step<T, decltype(rule)>, blocks, threads, stream, table, o); });
+    error = with_rule(o, [&](auto named) {
+      return launch(step<T, typename decltype(named)::type>, blocks, threads, stream, table, o);
+    });
   }
   return error;
 }

@@ -112,7 +112,7 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const std::vector<Tensor> params = tensors(arguments[2]), states = tensors(arguments[3]),
                             counts = tensors(arguments[4]);
   const std::vector<int64_t> has_bias = numbers(arguments[6], integer),
-                             trained = numbers(arguments[16], integer);
+                             options_of = numbers(arguments[16], integer);
   const std::vector<double> options = numbers(arguments[15], PyFloat_AsDouble);
   const Activations activations(arguments[7]);
   const Tensor &input = THPVariable_Unpack(arguments[0]), &target = THPVariable_Unpack(arguments[1]),
@@ -128,7 +128,7 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     const pybind11::gil_scoped_release no_gil;
     value = call_train_step(input, target, params, states, counts, workspace, has_bias, activations.names,
                             activations.parameters, loss, mean, weight, pos_weight, ignore_index,
-                            label_smoothing, optimizer, options, trained);
+                            label_smoothing, optimizer, options, options_of);
   }
   return THPVariable_Wrap(std::move(value));
   END_HANDLE_TH_ERRORS

@@ -23,6 +23,6 @@ Tensor call_train_step(const Tensor& input, const Tensor& target, at::TensorList
                        at::IntArrayRef has_bias, Names activations, Numbers parameters, std::string_view loss,
                        bool mean, const OptionalTensor& weight, const OptionalTensor& pos_weight,
                        int64_t ignore_index, double label_smoothing, std::string_view optimizer,
-                       Numbers options, at::IntArrayRef trained);
+                       Numbers options, at::IntArrayRef numbers);
 
 }  // namespace fastmlp

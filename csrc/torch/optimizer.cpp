@@ -59,10 +59,18 @@ Rates rates_of(const OptimizerRow& row, at::ArrayRef<double> o, double count) {
   return {float(o[0] / (1 - std::pow(o[1], count))), float(1 / std::sqrt(1 - std::pow(o[2], count)))};
 }
 
-void check_count(const char* name, size_t index, const at::Tensor& count) {
-  TORCH_CHECK(count.is_cpu() && count.scalar_type() == at::kFloat && count.numel() == 1, name, "[", index,
-              "]: expected a float32 of one element on the CPU, got ", count.scalar_type(), " of shape ",
-              count.sizes(), " on ", count.device());
+bool is_count(const at::Tensor& t) {
+  return t.is_cpu() && t.numel() == 1 && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble);
+}
+
+double count_of(const at::Tensor& t) {
+  return t.scalar_type() == at::kFloat ? *t.const_data_ptr<float>() : *t.const_data_ptr<double>();
+}
+
+void count_up(const at::Tensor& t) {
+  if (t.scalar_type() == at::kFloat) *t.mutable_data_ptr<float>() += 1;
+  else *t.mutable_data_ptr<double>() += 1;
+  t.unsafeGetTensorImpl()->bump_version();
 }
 
 namespace {
@@ -114,7 +122,8 @@ bool optimize_(std::string_view name, TensorList params, TensorList grads, Tenso
   TORCH_CHECK(states.size() == kinds * P && kinds <= row.states && kinds + 1 >= row.states,
               "states: expected ", row.states - 1, " or ", row.states, " for each of ", P, " params, got ",
               states.size());
-  for (size_t i = 0; i < counts.size(); ++i) check_count("counts", i, counts[i]);
+  for (const Tensor& count : counts)
+    if (!is_count(count)) return false;
   if (!covers<Device>(params[0].scalar_type())) return false;
   for (const TensorList tensors : {params, grads, states})
     if (!is_covered(params, tensors)) return false;
@@ -130,12 +139,12 @@ bool optimize_(std::string_view name, TensorList params, TensorList grads, Tenso
     u.grad = grads[i].const_data_ptr();
     for (size_t k = 0; k < kinds; ++k) u.states[k] = states[k * P + i].mutable_data_ptr();
     u.size = params[i].numel();
-    u.rates = rates_of(row, options, row.counts ? double(*counts[i].const_data_ptr<float>()) + 1 : 0);
+    u.rates = rates_of(row, options, row.counts ? count_of(counts[i]) + 1 : 0);
   }
   // So that autograd notices where it has saved one of them; raises for a tensor that may not be written.
-  for (const TensorList tensors : {params, states, counts})
+  for (const TensorList tensors : {params, states})
     for (const Tensor& t : tensors) t.unsafeGetTensorImpl()->bump_version();
-  for (const Tensor& count : counts) *count.mutable_data_ptr<float>() += 1;
+  for (const Tensor& count : counts) count_up(count);
   const c10::DeviceGuard guard(params[0].device());
   Device::run(optimizer_of(row, options, dtype_of(params[0]), kinds), updates.data(), int64_t(P));
   return true;

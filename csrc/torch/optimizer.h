@@ -26,7 +26,10 @@ Optimizer optimizer_of(const OptimizerRow& row, at::ArrayRef<double> options, Dt
 // Of the step that is the count's, from 1 on.
 Rates rates_of(const OptimizerRow& row, at::ArrayRef<double> options, double count);
 
-// A parameter's count of steps is a float32 of one element on the CPU, as torch.optim keeps it: raises where it is not.
-void check_count(const char* name, size_t index, const at::Tensor& count);
+// A parameter's count of steps, as torch.optim keeps it on the CPU: one element of float32, or of float64 where that was
+// torch's default.
+bool is_count(const at::Tensor& t);
+double count_of(const at::Tensor& t);
+void count_up(const at::Tensor& t);
 
 }  // namespace fastmlp

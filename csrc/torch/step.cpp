@@ -54,22 +54,26 @@ Tensor over_outputs(const char* name, const OptionalTensor& values, int64_t outp
 
 const float* floats_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
-// Of each parameter: its states, a count where the optimizer has one, its options, and whether it is trained.
+// Of each parameter: its states, a count where the optimizer has one, and the number of its options, which may be those
+// of others too; -1 for one that stays as it is.
 Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params, TensorList states,
                    TensorList counts, const Tensor& workspace, at::IntArrayRef has_bias, Names activations,
                    Numbers parameters, std::string_view loss_name, bool mean, const OptionalTensor& weight,
                    const OptionalTensor& pos_weight, int64_t ignore_index, double label_smoothing,
-                   std::string_view optimizer, at::ArrayRef<double> options, at::IntArrayRef trained) {
+                   std::string_view optimizer, at::ArrayRef<double> options, at::IntArrayRef numbers) {
   const Loss loss = parse_loss(loss_name);
   const OptimizerRow& row = optimizer_row(optimizer);
   const size_t L = has_bias.size(), P = params.size();
   size_t expected = L;
   for (const int64_t has : has_bias) expected += has != 0;
-  TORCH_CHECK(L > 0 && activations.size() == L && P == expected && states.size() == row.states * P &&
-                  counts.size() == (row.counts ? P : 0) && trained.size() == P &&
-                  options.size() == row.options * P,
-              "train_step_: expected one activation for each layer, and states, counts and options of ",
-              optimizer, " for each of ", expected, " params");
+  TORCH_CHECK(
+      L > 0 && activations.size() == L && P == expected && states.size() == row.states * P &&
+          counts.size() == (row.counts ? P : 0) && numbers.size() == P,
+      "train_step_: expected one activation for each layer, and states, counts and a number of options of ",
+      optimizer, " for each of ", expected, " params");
+  for (const int64_t number : numbers)
+    TORCH_CHECK(-1 <= number && row.options * (number + 1) <= options.size(),
+                "numbers: expected those of options, ", row.options, " each, got ", number);
   TORCH_CHECK(input.is_cpu() && input.scalar_type() == at::kFloat && input.layout() == c10::kStrided &&
                   input.dim() >= 1,
               "input: expected a float32 tensor on the CPU of shape [..., in_features], got ",
@@ -92,14 +96,15 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
       check_parameter(at, params[at], own);
       to = {};
       to.update.param = params[at].mutable_data_ptr<float>();
-      if (trained[at]) {
-        const at::ArrayRef<double> given = options.slice(row.options * at, row.options);
+      if (numbers[at] >= 0) {
+        const at::ArrayRef<double> given = options.slice(row.options * numbers[at], row.options);
         size_t kinds = 0;
         for (; kinds < row.states && own[kinds].numel(); ++kinds)
           to.update.states[kinds] = own[kinds].mutable_data_ptr<float>();
-        if (row.counts) check_count("counts", at, counts[at]);
-        to.update.rates =
-            rates_of(row, given, row.counts ? double(*counts[at].const_data_ptr<float>()) + 1 : 0);
+        TORCH_CHECK(!row.counts || is_count(counts[at]), "counts[", at,
+                    "]: expected a float32 or float64 of one element on the CPU, got ", counts[at].toString(),
+                    " of shape ", counts[at].sizes());
+        to.update.rates = rates_of(row, given, row.counts ? count_of(counts[at]) + 1 : 0);
         optimizers[at] = optimizer_of(row, given, Dtype::float32, kinds);
         to.optimizer = &optimizers[at];
       }
@@ -185,10 +190,10 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
     if (t.numel()) t.unsafeGetTensorImpl()->bump_version();
   };
   for (size_t i = 0; i < P; ++i) {
-    if (!trained[i]) continue;
+    if (numbers[i] < 0) continue;
     changed(params[i]);
     for (const Tensor& state : states.slice(row.states * i, row.states)) changed(state);
-    if (row.counts) changed(counts[i]), *counts[i].mutable_data_ptr<float>() += 1;
+    if (row.counts) count_up(counts[i]);
   }
   return value;
 }
@@ -200,22 +205,20 @@ Tensor call_train_step(const Tensor& input, const Tensor& target, TensorList par
                        Names activations, Numbers parameters, std::string_view loss, bool mean,
                        const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t ignore_index,
                        double label_smoothing, std::string_view optimizer, at::ArrayRef<double> options,
-                       at::IntArrayRef trained) {
+                       at::IntArrayRef numbers) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastmlp::train_step_", "")
                              .typed<decltype(call_train_step)>();
   return op.call(input, target, params, states, counts, workspace, has_bias, activations, parameters, loss,
-                 mean, weight, pos_weight, ignore_index, label_smoothing, optimizer, options, trained);
+                 mean, weight, pos_weight, ignore_index, label_smoothing, optimizer, options, numbers);
 }
 
 TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
   m.def(
-      "train_step_(Tensor input, Tensor target, Tensor(a!)[] params, Tensor(b!)[] states, Tensor(c!)[] "
-      "counts, "
-      "Tensor(d!) workspace, int[] has_bias, str[] activations, float[] parameters, str loss, bool mean, "
-      "Tensor? weight, "
-      "Tensor? pos_weight, int ignore_index, float label_smoothing, str optimizer, float[] options, "
-      "int[] trained) -> Tensor");
+      "train_step_(Tensor input, Tensor target, Tensor(a!)[] params, Tensor(b!)[] states, "
+      "Tensor(c!)[] counts, Tensor(d!) workspace, int[] has_bias, str[] activations, float[] parameters, "
+      "str loss, bool mean, Tensor? weight, Tensor? pos_weight, int ignore_index, float label_smoothing, "
+      "str optimizer, float[] options, int[] numbers) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fastmlp, CPU, m) { m.impl("train_step_", train_step_); }
 TORCH_LIBRARY_IMPL(fastmlp, Autograd, m) { m.impl("train_step_", torch::CppFunction::makeFallthrough()); }
