@@ -31,7 +31,7 @@ peers_environment := .venv-peers/installed
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 endif
 
-cpp = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+cpp = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-all test-integrations lint format bench bench-peers bench-integrations extension wheel cuda clean
 

@@ -142,7 +142,7 @@ class Build(cpp_extension.BuildExtension):
             sys.exit("\n".join([*wrong[:3], f"fastmlp could not be built: {failure}. See {log}"]))
 
 
-sources = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]
+sources = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").rglob("*.cpp")]
 flags = ["-O3", "-g0", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden"]
 flags += ["-Wall", "-Wextra", "-Wno-unused-parameter"]
 arguments = {"extra_link_args": ["-fopenmp"], "depends": [str(p) for p in Path("csrc").rglob("*.*")]}

@@ -44,7 +44,7 @@ def test_every_dtype_and_activation_is_right(tmp_path):
 
 
 def test_the_products_multiply_and_add_registers_in_one_instruction(tmp_path):
-    run(*COMPILE, "-c", ROOT / "csrc/cpu/portable.cpp", "-o", tmp_path / "portable.o")
+    run(*COMPILE, "-c", ROOT / "csrc/cpu/isa/portable.cpp", "-o", tmp_path / "portable.o")
     disassembly = run(f"{TOOLS}objdump", "-d", "--no-show-raw-insn", tmp_path / "portable.o")
     loops = [loop for loop in innermost_loops(disassembly) if not re.search("fmadd|fmul|fadd", loop)]
     assert max(len(re.findall(r"fmla\tv\d+\.4s", loop)) for loop in loops) >= 8  # the sums of a tile

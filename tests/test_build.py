@@ -98,7 +98,7 @@ def test_a_step_is_a_line_and_what_the_compiler_says_is_in_the_log(tmp_path):
     writes = 'while [ $# -gt 0 ]; do case $1 in -o | -MF) : > "$2" ;; esac; shift; done'
     code, out, err = build(tmp_path, **compiler(tmp_path, "#define __GNUC__ 11", writes))
     assert code == 0, err
-    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
+    sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/**/*.cpp")]
     count = len(sources)
     lines = [line.split() for line in out.splitlines()]
     assert [number for number, _ in lines] == [f"[{i + 1}/{count}]" for i in range(count)]

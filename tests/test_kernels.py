@@ -125,7 +125,7 @@ BROKEN = {
 
 SOURCES = {
     "cuda": ["csrc/cuda/backend.cu", "tests/kernels_driver.cpp"],
-    "cpu": [*sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp")),
+    "cpu": [*sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/**/*.cpp")),
             "tests/kernels_driver.cpp"],
 }  # fmt: skip
 FLAGS = {

@@ -6,7 +6,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "network.h"
+#include "plan.h"
 
 namespace fastmlp::cpu {
 namespace {

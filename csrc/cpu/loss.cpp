@@ -66,4 +66,26 @@ int64_t cross_entropy(const CrossEntropy& p, void* workspace, int threads) {
   return wrong;
 }
 
+double divisor(const Step& s, int64_t& wrong) {
+  const int64_t M = s.layers->M;
+  if (s.loss != Loss::cross_entropy) return s.pointwise.mean ? double(M * s.pointwise.N) : 1;
+  const Losses targets = weigh(s.cross_entropy, {0, M});
+  wrong = targets.wrong;
+  return mean_divisor(s.cross_entropy, targets.weight);
+}
+
+double loss_of(const Kernels& k, const Step& s, double scale, int64_t from, Range rows, const void* y,
+               float* gradient) {
+  const Range own = {rows.begin - from, rows.end - from};
+  if (s.loss == Loss::cross_entropy) {
+    CrossEntropy p = s.cross_entropy;
+    p.input = y, p.grad = gradient, p.target += from;
+    return k.cross_entropy(p, float(scale), own);
+  }
+  Pointwise p = s.pointwise;
+  p.target += from * p.N;
+  return k.pointwise_loss(s.loss, p, static_cast<const float*>(y), float(scale), gradient,
+                          {own.begin * p.N, own.end * p.N});
+}
+
 }  // namespace fastmlp::cpu

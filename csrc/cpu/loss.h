@@ -1,4 +1,4 @@
-// Cross-entropy in blocks of rows, whose size the number of classes alone decides.
+// Losses: cross-entropy in blocks of rows, whose size the number of classes alone decides, and those of a step.
 #pragma once
 
 #include "backend.h"
@@ -20,5 +20,13 @@ inline double mean_divisor(const CrossEntropy& p, double weight) {
   if (p.reduction != Reduction::mean) return 1;
   return weight == 0 && p.label_smoothing > 0 ? __builtin_nan("") : weight;
 }
+
+// What the loss of a step and its gradient are divided by; or, as `wrong`, the first row whose target is no class.
+double divisor(const Step&, int64_t& wrong);
+
+// The sum of a step's losses of some rows, before that division; and their gradients, times `scale`. y and gradient begin
+// at the row `from`.
+double loss_of(const Kernels&, const Step&, double scale, int64_t from, Range rows, const void* y,
+               float* gradient);
 
 }  // namespace fastmlp::cpu

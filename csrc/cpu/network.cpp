@@ -1,52 +1,14 @@
-// Forward and backward passes of a network, in one parallel region each.
-#include "network.h"
-
-#include <type_traits>
+// Passes over a network, in one parallel region each: forward, backward, and a whole training step.
+//
+// In a step by layers no weight's gradient outlives its layer: each tile of dW = dzᵀ x is used up, while in cache, to
+// change its part of W. dx reads all of W, so it comes first, and all threads wait for it. By rows, a block of the batch
+// goes forward, through the loss and backward while it is in cache, and the segments' sums are used up at the end.
+#include "../activation.h"
+#include "loss.h"
+#include "plan.h"
 
 namespace fastmlp::cpu {
 namespace {
-
-// What passes from one layer to the next: two buffers in turn, one read while the other is written.
-struct Between {
-  char* buffers[2];
-  char* written(int64_t layer) const { return buffers[layer % 2]; }
-  char* read(int64_t layer) const { return buffers[(layer + 1) % 2]; }
-};
-
-// Bytes of one buffer between layers, in whole cache lines.
-int64_t between_bytes(Dtype dtype, int64_t rows, int64_t widest) {
-  return ceil_div(rows * widest * size_of(dtype), cache_line) * cache_line;
-}
-
-template <class T>
-T* offset(T* pointer, int64_t bytes) {
-  using Char = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return pointer ? static_cast<Char*>(pointer) + bytes : nullptr;
-}
-
-// The layer for some rows of the batch, with nothing left open.
-Forward slice(const Forward* layers, int64_t index, Range rows, const Between& between) {
-  Forward p = layers[index];
-  const int64_t size = size_of(p.dtype);
-  p.M = rows.size();
-  p.x = p.x ? offset(p.x, rows.begin * p.ldx * size) : between.read(index);
-  p.y = p.y ? offset(p.y, rows.begin * p.N * size) : between.written(index);
-  p.z = offset(p.z, rows.begin * p.N * size);
-  return p;
-}
-
-Backward slice(const Backward* layers, int64_t index, int64_t count, Range rows, const Between& between) {
-  Backward p = layers[index];
-  const int64_t size = size_of(p.dtype);
-  p.M = rows.size();
-  p.grad_y = p.grad_y ? offset(p.grad_y, rows.begin * p.N * size) : between.read(index);
-  p.saved = offset(p.saved, rows.begin * p.N * size);
-  p.x = offset(p.x, rows.begin * p.ldx * size);
-  p.grad_x = index + 1 < count ? between.written(index) : offset(p.grad_x, rows.begin * p.K * size);
-  return p;
-}
-
-}  // namespace
 
 void grad_input(const Kernels& k, const Backward& p, int rank, int size) {
   const Product dx = {.dtype = p.dtype,
@@ -62,13 +24,14 @@ void grad_input(const Kernels& k, const Backward& p, int rank, int size) {
   k.multiply(dx, b.rows, b.columns, scratch());
 }
 
+// dW, or where `trained` is given its change by dW; and db. Returns the rows of which this thread has added up db.
 Range grad_weight(const Kernels& k, const Backward& p, const Sums& sums, bool accumulate,
                   const Trained* trained, int rank, int size) {
-  const bool multiplies = (p.grad_weight || trained) && p.K > 0;
+  const bool multiplies = (p.grad_weight || sums.weight || trained) && p.K > 0;
   const Block b = multiplies ? block(p.N, k.product_rows, p.K, k.product_columns, rank, size)
                              : Block{part(p.N, k.product_rows, rank, size), {0, 0}};
-  const bool adds_up =
-      p.grad_bias && b.columns.end == (multiplies ? p.K : 0);  // one thread alone a row of dzᵀ
+  float* const bias = sums.bias ? sums.bias : static_cast<float*>(p.grad_bias);
+  const bool adds_up = bias && b.columns.end == (multiplies ? p.K : 0);  // one thread alone a row of dzᵀ
   const Product dw = {.dtype = p.dtype,
                       .reduced = p.reduced,
                       .I = p.N,
@@ -79,162 +42,167 @@ Range grad_weight(const Kernels& k, const Backward& p, const Sums& sums, bool ac
                       .c = sums.weight ? sums.weight : p.grad_weight,
                       .ldc = p.K,
                       .accumulate = accumulate,
-                      .sums = adds_up ? sums.bias : nullptr,
+                      .sums = adds_up ? bias : nullptr,
                       .optimizer = trained ? trained->optimizer : nullptr,
                       .update = trained ? trained->update : Update{}};
   k.multiply(dw, b.rows, b.columns, scratch());
   return adds_up ? b.rows : Range{0, 0};
 }
 
-namespace {
-
-void backward_layer(const Kernels& k, const Backward& p, const Sums& sums, bool accumulate, int rank,
-                    int size) {
-  if (p.grad_weight || p.grad_bias) grad_weight(k, p, sums, accumulate, nullptr, rank, size);
-  if (p.grad_x) grad_input(k, p, rank, size);
-}
-
-template <class Layer>
-double multiply_adds(const Layer* layers, int64_t count, double products) {
-  double sum = 0;
-  for (const Layer* p = layers; p != layers + count; ++p)
-    sum += products * double(p->M) * double(p->N) * double(p->K + 1);
-  return sum;
-}
-
-// The widest of the results that only the next layer reads.
-int64_t widest(const Forward* layers, int64_t count) {
-  int64_t most = 0;
-  for (const Forward* p = layers; p != layers + count; ++p)
-    if (!p->y) most = std::max(most, p->N);
-  return most;
-}
-int64_t widest(const Backward* layers, int64_t count) {
-  int64_t most = 0;
-  for (int64_t i = 0; i + 1 < count; ++i) most = std::max(most, layers[i].K);
-  return most;
-}
-
-// The buffers between layers: for a block of each thread's, or for the whole batch. A thread's begin at
-// workspace + rank * of_thread.
-template <class Layer>
-struct Workspace {
-  int64_t buffer, of_thread, all;
-  Workspace(const Layer* layers, int64_t count, int threads) {
-    const bool by_rows = goes_by_rows(layers, count);
-    buffer = between_bytes(layers->dtype, by_rows ? block_rows : layers->M, widest(layers, count));
-    of_thread = by_rows ? 2 * buffer : 0;
-    all = 2 * buffer * (by_rows ? threads : 1);
+// Makes a range of a gradient of the segments' sums; or changes a parameter by it, a piece at a time.
+void finish(const Kernels& k, const Plan& plan, const float* sums, const Trained* trained, void* gradient,
+            Range range) {
+  if (!trained) return k.add_up(sums, plan.segments, plan.stride, plan.dtype, gradient, range);
+  constexpr int64_t piece = 4096;
+  float* const some = static_cast<float*>(scratch());
+  for (int64_t i = range.begin; i < range.end; i += piece) {
+    const int64_t n = std::min(piece, range.end - i);
+    k.add_up(sums + i, plan.segments, plan.stride, Dtype::float32, some, {0, n});
+    Update u = trained->update;
+    u.grad = some;
+    u.param = static_cast<float*>(u.param) + i;
+    for (void*& state : u.states)
+      if (state) state = static_cast<float*>(state) + i;
+    k.update(*trained->optimizer, u, {0, n});
   }
-  Between between(void* workspace, int rank) const {
-    char* const own = static_cast<char*>(workspace) + rank * of_thread;
-    return {{own, own + buffer}};
+}
+
+void by_layers(const Kernels& k, const Plan& plan, double scale, int rank, int size) {
+  const Range batch = {0, plan.M};
+  for (int64_t i = 0; i < plan.pass.forwards; ++i) {
+    if (i > 0) wait(size);
+    const Forward p = plan.forward(i, batch, rank);
+    const Block y = block(p.M, k.forward_rows, p.N, k.forward_columns, rank, size);
+    k.forward(p, k.runs_along_sum(p), y.rows, y.columns, scratch());
   }
-};
+  if (plan.pass.step) {
+    wait(size);
+    const void* const y = plan.forward(plan.pass.forwards - 1, batch, rank).y;
+    const Range blocks = part(plan.losses, 1, rank, size);
+    for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+      const Range rows = plan.rows_of_loss(b);
+      plan.loss(b) = loss_of(k, *plan.pass.step, scale, 0, rows, y, plan.loss_gradient(rank));
+    }
+    wait(size);
+  }
+  for (int64_t i = 0; i < plan.pass.backwards; ++i) {
+    const bool is_last = i + 1 == plan.pass.backwards;
+    const Backward p = plan.backward(i, batch, rank);
+    const Sums sums = plan.sums(i, 0);
+    if (p.grad_x) grad_input(k, p, rank, size);
+    if (!is_last || sums.weight) wait(size);  // W is read no more, nor are the sums of the layer above
+    if (!p.grad_weight && !p.grad_bias && !plan.weight(i) && !plan.bias(i)) continue;
+    const Range biases = grad_weight(k, p, sums, false, plan.weight(i), rank, size);
+    if (sums.bias) finish(k, plan, sums.bias, plan.bias(i), p.grad_bias, biases);
+  }
+}
+
+void by_rows(const Kernels& k, const Plan& plan, double scale, int rank, int size) {
+  const Pass& pass = plan.pass;
+  const Range own = part(plan.segments, 1, rank, size);
+  for (int64_t s = own.begin; s < own.end; ++s) {
+    const Range rows = plan.rows_of_segment(s);
+    double loss = 0;
+    for (int64_t first = rows.begin; first < rows.end; first += block_rows) {
+      const Range some = {first, std::min(first + block_rows, rows.end)};
+      Forward last;
+      for (int64_t i = 0; i < pass.forwards; ++i) {
+        last = plan.forward(i, some, rank);
+        k.forward(last, k.runs_along_sum(pass.forward[i]), {0, last.M}, {0, last.N}, scratch());
+      }
+      if (pass.step) loss += loss_of(k, *pass.step, scale, first, some, last.y, plan.loss_gradient(rank));
+      for (int64_t i = 0; i < pass.backwards; ++i) {
+        const Backward p = plan.backward(i, some, rank);
+        const Sums sums = plan.sums(i, s);
+        if (p.grad_x) grad_input(k, p, 0, 1);
+        if (sums.weight || sums.bias) grad_weight(k, p, sums, first > rows.begin, nullptr, 0, 1);
+      }
+    }
+    if (pass.step) plan.loss(s) = loss;
+  }
+  if (plan.stride == 0) return;
+  wait(size);
+  constexpr int line = cache_line / sizeof(float);
+  for (int64_t i = 0; i < pass.backwards; ++i) {
+    const Backward& p = pass.backward[i];
+    const Sums sums = plan.sums(i, 0);
+    if (sums.weight)
+      finish(k, plan, sums.weight, plan.weight(i), p.grad_weight, part(p.N * p.K, line, rank, size));
+    if (sums.bias) finish(k, plan, sums.bias, plan.bias(i), p.grad_bias, part(p.N, line, rank, size));
+  }
+}
+
+void run(const Plan& plan, int threads, double scale = 1) {
+  const Kernels& k = kernels();
+  share(threads, plan.multiply_adds,
+        [&](int rank, int size) { (plan.by_rows ? by_rows : by_layers)(k, plan, scale, rank, size); });
+}
+
+// The layers of a step that go backward: down to the lowest that is trained.
+std::vector<Backward> backward_layers(const Step& s) {
+  std::vector<Backward> layers;
+  int64_t lowest = 0;
+  while (lowest < s.count && !s.weights[lowest].optimizer && !s.biases[lowest].optimizer) ++lowest;
+  for (int64_t i = s.count - 1; i >= lowest; --i) {
+    const Forward& p = s.layers[i];
+    const bool from_z = i > 0 && reads(s.layers[i - 1].activation) == Reads::z;
+    layers.push_back({.dtype = p.dtype,
+                      .reduced = p.reduced,
+                      .activation = p.activation,
+                      .M = p.M,
+                      .N = p.N,
+                      .K = p.K,
+                      .grad_y = nullptr,
+                      .saved = nullptr,
+                      .x = p.x,
+                      .ldx = p.ldx,
+                      .weight = p.weight,
+                      .ldw = p.ldw,
+                      .grad_x = nullptr,
+                      .grad_weight = nullptr,
+                      .grad_bias = nullptr,
+                      .x_activation = from_z ? s.layers[i - 1].activation : Activation{}});
+  }
+  return layers;
+}
+
+Plan plan_of(const Step& s, const std::vector<Backward>& backward, void* workspace, int threads) {
+  return {{s.layers, s.count, backward.data(), int64_t(backward.size()), &s}, workspace, threads};
+}
 
 }  // namespace
 
 int64_t forward_workspace(const Forward* layers, int64_t count, int threads) {
-  return Workspace<Forward>(layers, count, threads).all;
+  return Plan({.forward = layers, .forwards = count}, nullptr, threads).bytes;
 }
 
 void forward(const Forward* layers, int64_t count, void* workspace, int threads) {
-  const Kernels& k = kernels();
-  const Workspace<Forward> space(layers, count, threads);
-  const bool by_rows = goes_by_rows(layers, count);
-  const int64_t M = layers->M;
-  share(threads, multiply_adds(layers, count, 1), [&](int rank, int size) {
-    const Between between = space.between(workspace, rank);
-    if (by_rows) {
-      const Range rows = part(M, k.product_rows, rank, size);
-      for (int64_t first = rows.begin; first < rows.end; first += block_rows)
-        for (int64_t i = 0; i < count; ++i) {
-          const Forward p = slice(layers, i, {first, std::min(first + block_rows, rows.end)}, between);
-          k.forward(p, k.runs_along_sum(layers[i]), {0, p.M}, {0, p.N}, scratch());
-        }
-      return;
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      if (i > 0) wait(size);
-      const Forward p = slice(layers, i, {0, M}, between);
-      const Block y = block(p.M, k.forward_rows, p.N, k.forward_columns, rank, size);
-      k.forward(p, k.runs_along_sum(p), y.rows, y.columns, scratch());
-    }
-  });
+  run(Plan({.forward = layers, .forwards = count}, workspace, threads), threads);
 }
 
-namespace {
-
-// The partial sums of the gradients of weights and biases, one after the other as the layers are. By layers:
-// none where they are float32, which the gradients are themselves; of bfloat16 the biases' alone.
-struct Partials {
-  bool by_rows;
-  int64_t stride = 0;  // floats of a segment
-
-  Partials(const Backward* layers, int64_t count) : by_rows(goes_by_rows(layers, count)) {
-    for (const Backward* p = layers; p != layers + count; ++p) stride += weight_size(*p) + bias_size(*p);
-  }
-  int64_t weight_size(const Backward& p) const { return by_rows && p.grad_weight ? rounded(p.N * p.K) : 0; }
-  int64_t bias_size(const Backward& p) const {
-    return p.grad_bias && (by_rows || p.dtype != Dtype::float32) ? rounded(p.N) : 0;
-  }
-  static int64_t rounded(int64_t floats) { return ceil_div(floats * 4, cache_line) * cache_line / 4; }
-
-  // Calls f(layer, index, its sums in the segment that begins at `segment`).
-  template <class F>
-  void each(const Backward* layers, int64_t count, float* segment, F f) const {
-    for (int64_t i = 0; i < count; ++i) {
-      const Backward& p = layers[i];
-      Sums sums = {nullptr, static_cast<float*>(p.grad_bias)};
-      if (weight_size(p)) sums.weight = segment, segment += weight_size(p);
-      if (bias_size(p)) sums.bias = segment, segment += bias_size(p);
-      f(i, sums);
-    }
-  }
-};
-
-}  // namespace
-
 int64_t backward_workspace(const Backward* layers, int64_t count, int threads) {
-  const Partials partials(layers, count);
-  const int64_t parts = partials.by_rows ? segments(layers->M) : 1;
-  return Workspace<Backward>(layers, count, threads).all + parts * partials.stride * int64_t(sizeof(float));
+  return Plan({.backward = layers, .backwards = count}, nullptr, threads).bytes;
 }
 
 void backward(const Backward* layers, int64_t count, void* workspace, int threads) {
-  const Kernels& k = kernels();
-  const Workspace<Backward> space(layers, count, threads);
-  const Partials partials(layers, count);
-  float* const sums_begin = reinterpret_cast<float*>(static_cast<char*>(workspace) + space.all);
-  const int64_t M = layers->M, parts = partials.by_rows ? segments(M) : 1;
-  share(threads, multiply_adds(layers, count, 2), [&](int rank, int size) {
-    const Between between = space.between(workspace, rank);
-    if (partials.by_rows) {
-      for (int64_t s = parts * rank / size; s < parts * (rank + 1) / size; ++s) {
-        const Range rows = part(M, 16, int(s), int(parts));
-        for (int64_t first = rows.begin; first < rows.end; first += block_rows)
-          partials.each(layers, count, sums_begin + s * partials.stride, [&](int64_t i, const Sums& sums) {
-            const Range some = {first, std::min(first + block_rows, rows.end)};
-            backward_layer(k, slice(layers, i, count, some, between), sums, first > rows.begin, 0, 1);
-          });
-      }
-    } else {
-      partials.each(layers, count, sums_begin, [&](int64_t i, const Sums& sums) {
-        if (i > 0) wait(size);
-        backward_layer(k, slice(layers, i, count, {0, M}, between), sums, false, rank, size);
-      });
-    }
-    if (partials.stride == 0) return;
-    wait(size);
-    partials.each(layers, count, sums_begin, [&](int64_t i, const Sums& sums) {
-      const Backward& p = layers[i];
-      const auto finish = [&](const float* from, void* to, int64_t length) {
-        k.add_up(from, parts, partials.stride, p.dtype, to, part(length, 64, rank, size));
-      };
-      if (partials.weight_size(p)) finish(sums.weight, p.grad_weight, p.N * p.K);
-      if (partials.bias_size(p)) finish(sums.bias, p.grad_bias, p.N);
-    });
-  });
+  run(Plan({.backward = layers, .backwards = count}, workspace, threads), threads);
+}
+
+int64_t train_workspace(const Step& s, int threads) {
+  return plan_of(s, backward_layers(s), nullptr, threads).bytes;
+}
+
+int64_t train(const Step& s, void* workspace, int threads) {
+  int64_t wrong = -1;
+  const double divided_by = divisor(s, wrong);
+  if (wrong >= 0) return wrong;
+  const std::vector<Backward> layers = backward_layers(s);
+  const Plan plan = plan_of(s, layers, workspace, threads);
+  run(plan, threads, 1 / divided_by);
+  double sum = 0;
+  for (int64_t b = 0; b < plan.losses; ++b) sum += plan.loss(b);
+  *s.value = float(sum / divided_by);
+  return -1;
 }
 
 }  // namespace fastmlp::cpu

@@ -1,6 +1,6 @@
 // AVX2 with FMA: 16 registers of 8 floats; tails by masked loads and by stores of halves, quarters and eighths, of
 // bfloat16 by copies.
-#include "backend.h"
+#include "../backend.h"
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -12,8 +12,8 @@
 #define FASTMLP_FUSED(a, b, c) _mm256_fmadd_ps(__m256(a), __m256(b), __m256(c))
 #define FASTMLP_SQUARE_ROOT(v) _mm256_sqrt_ps(__m256(v))
 
-#include "../activation.h"
-#include "../optimizer.h"
+#include "../../activation.h"
+#include "../../optimizer.h"
 
 namespace fastmlp::cpu {
 namespace avx2 {
@@ -48,7 +48,7 @@ FASTMLP_INLINE void store_some(float* p, V v, int n) {
 }
 FASTMLP_INLINE void store_some(uint16_t* p, Halves h, int n) { __builtin_memcpy(p, &h, n * sizeof(*p)); }
 
-#include "products.h"
+#include "products.inc"
 
 }  // namespace avx2
 const Kernels avx2_kernels = avx2::kernels;

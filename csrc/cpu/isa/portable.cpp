@@ -1,5 +1,5 @@
 // Any processor: registers of 4 floats, which every 64-bit x86 (SSE2) and Arm (NEON) has; tails by copies.
-#include "backend.h"
+#include "../backend.h"
 
 #ifdef __aarch64__
 #include <arm_neon.h>
@@ -10,8 +10,8 @@
 #define FASTMLP_SQUARE_ROOT(v) _mm_sqrt_ps(__m128(v))
 #endif
 
-#include "../activation.h"
-#include "../optimizer.h"
+#include "../../activation.h"
+#include "../../optimizer.h"
 
 namespace fastmlp::cpu {
 namespace portable {
@@ -35,7 +35,7 @@ FASTMLP_INLINE void store_some(T* p, R r, int n) {
   __builtin_memcpy(p, &r, n * sizeof(T));
 }
 
-#include "products.h"
+#include "products.inc"
 
 }  // namespace portable
 const Kernels portable_kernels = portable::kernels;

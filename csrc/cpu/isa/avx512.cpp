@@ -1,5 +1,5 @@
 // AVX-512: 32 registers of 16 floats, tails by masks.
-#include "backend.h"
+#include "../backend.h"
 
 #ifdef __x86_64__
 #if FASTMLP_EMULATE_AVX512
@@ -15,17 +15,17 @@
 #define FASTMLP_FUSED(a, b, c) _mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))
 #define FASTMLP_SQUARE_ROOT(v) _mm512_sqrt_ps(__m512(v))
 
-#include "../activation.h"
-#include "../optimizer.h"
+#include "../../activation.h"
+#include "../../optimizer.h"
 
 namespace fastmlp::cpu {
 namespace avx512 {
 
-#include "avx512.h"
+#include "avx512.inc"
 constexpr int outer_rows = 6, outer_vectors = 4;  // 24 sums + 4 of B + 1 of A
 constexpr bool multiplies_pairs = false;
 
-#include "products.h"
+#include "products.inc"
 
 }  // namespace avx512
 const Kernels avx512_kernels = avx512::kernels;

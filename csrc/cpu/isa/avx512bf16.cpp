@@ -1,5 +1,5 @@
 // AVX512-BF16: AVX-512 whose products of bfloat16 take two terms of a sum a lane, at twice float32's speed.
-#include "backend.h"
+#include "../backend.h"
 
 #ifdef __x86_64__
 #if FASTMLP_EMULATE_AVX512BF16
@@ -15,13 +15,13 @@
 #define FASTMLP_FUSED(a, b, c) _mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))
 #define FASTMLP_SQUARE_ROOT(v) _mm512_sqrt_ps(__m512(v))
 
-#include "../activation.h"
-#include "../optimizer.h"
+#include "../../activation.h"
+#include "../../optimizer.h"
 
 namespace fastmlp::cpu {
 namespace avx512bf16 {
 
-#include "avx512.h"
+#include "avx512.inc"
 constexpr int outer_rows = 8, outer_vectors = 3;  // 24 sums + 3 of B + 1 of A; rows divide a register's lanes
 constexpr bool multiplies_pairs = true;
 
@@ -34,7 +34,7 @@ FASTMLP_INLINE V joined(Halves first, Halves second) {
 }
 FASTMLP_INLINE Halves round(V v) { return Halves(_mm512_cvtneps_pbh(__m512(v))); }
 
-#include "products.h"
+#include "products.inc"
 
 }  // namespace avx512bf16
 const Kernels avx512bf16_kernels = avx512bf16::kernels;
