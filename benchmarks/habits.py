@@ -7,7 +7,7 @@ sides are compiled alike here, and differ in nothing but the layers. All take tu
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
@@ -32,8 +32,8 @@ MakeModel = Callable[..., nn.Module]
 def cast(make_model: MakeModel) -> MakeModel:
     """Models that compute in bfloat16 by autocast."""
 
-    def make(*sizes: int) -> nn.Module:
-        model = make_model(*sizes)
+    def make(*sizes: int, **options: Any) -> nn.Module:
+        model = make_model(*sizes, **options)
         model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
         return model
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -72,10 +72,17 @@ def jax_steps(cell: Cell) -> Steps:
         "bce": lambda y, target: jnp.mean(jax.nn.softplus(y) - target * y),
     }
 
+    activation = {
+        "relu": jax.nn.relu,
+        "tanh": jnp.tanh,
+        "elu": jax.nn.elu,
+        "gelu": partial(jax.nn.gelu, approximate=False),
+    }[cell.network.activation]
+
     def loss(layers: list[tuple[Any, Any]], x: Any, target: Any) -> Any:
         *hidden, (last_weight, last_bias) = layers
         for weight, bias in hidden:
-            x = jax.nn.relu(x @ weight + bias)
+            x = activation(x @ weight + bias)
         return losses[cell.network.loss](x @ last_weight + last_bias, target)
 
     def sgd(layers: Any, x: Any, target: Any) -> tuple[Any, Any]:

@@ -10,16 +10,21 @@ class Network(NamedTuple):
     sizes: tuple[int, ...]
     batches: tuple[int, ...]
     loss: str = "cross_entropy"
+    activation: str = "relu"  # between layers, as fastmlp.MLP names it
 
 
 GRID = (
     Network("seed", (784, 500, 10), (1, 64, 1024)),  # the reference workload, MNIST-shaped
+    Network("policy", (8, 64, 64, 4), (1, 64), "mse", "tanh"),  # reinforcement learning's default
     Network("rl", (17, 256, 256, 6), (1, 64, 2048)),  # policy networks
+    Network("elu", (48, 512, 256, 128, 12), (4096,), "mse", "elu"),  # locomotion policies
     Network("tabular", (30, 256, 256, 2), (128, 4096)),
     Network("wide", (1024,) * 5, (256, 2048)),
     Network("ffn", (512, 2048, 512), (4096,), "mse"),  # a transformer's feed-forward block
     Network("ranking", (479, 1024, 1024, 512, 256, 1), (2048,), "bce"),  # recommendation, top MLP
+    Network("gelu", (256, 1024, 256), (512,), "mse", "gelu"),  # the same, smaller, as language models have it
     Network("field", (64, 64, 64, 64, 16), (65536,), "mse"),  # coordinate networks
+    Network("siren-like", (2, 256, 256, 256, 1), (4096,), "mse", "tanh"),  # the same, for physics
 )
 
 # Beside the seed at 64: sizes that no tile, register or cache line divides.

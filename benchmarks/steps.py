@@ -101,7 +101,8 @@ class Cell(NamedTuple):
         """The columns of a CSV file that name it."""
         network = self.network
         sizes = "-".join(map(str, network.sizes))
-        return {"network": network.name, "sizes": sizes, "batch": self.batch, "loss": network.loss}
+        kind = {"activation": network.activation, "loss": network.loss}
+        return {"network": network.name, "sizes": sizes, "batch": self.batch, **kind}
 
 
 # ---- the sides: each makes, for a cell, the call that is timed
@@ -109,7 +110,8 @@ class Cell(NamedTuple):
 
 def made(cell: Cell, make_model: Callable[..., nn.Module]) -> nn.Module:
     """A model with the cell's sizes and weights."""
-    model = make_model(*cell.network.sizes).to(cell.device, cell.dtype)
+    network = cell.network
+    model = make_model(*network.sizes, activation=network.activation).to(cell.device, cell.dtype)
     with torch.no_grad():
         for own, weights in zip(model.parameters(), cell.weights(), strict=True):
             own.copy_(weights)

@@ -35,6 +35,7 @@ import data
 import fastmlp
 import timing
 from command import Output, Parser, execute, whole
+from fastmlp.activations import ACTIVATIONS
 from plot import draw
 
 RESULTS = Path("demo")
@@ -66,11 +67,11 @@ def one_call(model: nn.Module, lr: float) -> Step:
     return fastmlp.TrainStep(model, nn.CrossEntropyLoss(), fastmlp.SGD(model.parameters(), lr=lr))
 
 
-def stock_mlp(*sizes: int) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
+def stock_mlp(*sizes: int, activation: str = "relu") -> nn.Sequential:
+    """Linear layers with an activation between them."""
     layers: list[nn.Module] = []
     for in_features, out_features in pairwise(sizes):
-        layers += [nn.Linear(in_features, out_features), nn.ReLU()]
+        layers += [nn.Linear(in_features, out_features), ACTIVATIONS[activation].module()]
     return nn.Sequential(*layers[:-1])
 
 
