@@ -14,11 +14,14 @@ __all__ = [
     "ACTIVATIONS",
     "ATTRIBUTES",
     "COMPOSITES",
+    "FUNCTIONS",
+    "METHODS",
     "MODULES",
     "Activation",
     "Composite",
     "Name",
     "checked",
+    "is_torchs",
     "resolved",
     "usual",
 ]
@@ -70,6 +73,23 @@ ATTRIBUTES = {name: row.attributes for name, row in ACTIVATIONS.items()} | {"gel
 #: The name of each module; GELU's for both of its ways.
 MODULES: dict[type[nn.Module], str] = {row.module: name for name, row in reversed(ACTIVATIONS.items())}
 
+#: Where torch has functions that are the activation, some of which write to their input, and what they are.
+_SOURCES: dict[str, list[tuple[dict[str, Any], str, Any]]] = {
+    name: [
+        (vars(holder), key, vars(holder)[key])
+        for holder in (torch, F)
+        for key in (name, name + "_")
+        if key in vars(holder)
+    ]
+    for name in ACTIVATIONS
+}
+
+#: The activations by these functions. One that has been exchanged in torch is another function.
+FUNCTIONS: dict[Any, str] = {function: name for name, sources in _SOURCES.items() for *_, function in sources}
+
+#: Activations that tensors have as methods.
+METHODS = frozenset(name for name in ACTIVATIONS if hasattr(Tensor, name))
+
 #: Those of which torch's kernels make what the formula says; of others they differ in what they refuse.
 _USUAL: dict[str, Callable[..., bool]] = {
     "leaky_relu": lambda negative_slope: negative_slope >= 0,
@@ -78,6 +98,11 @@ _USUAL: dict[str, Callable[..., bool]] = {
     "celu": lambda alpha: alpha > 0,
     "softplus": lambda beta, threshold: beta > 0 and threshold == threshold,
 }
+
+
+def is_torchs(name: str) -> bool:
+    """Whether nobody has exchanged in torch what computes the activation."""
+    return all(holder.get(key) is function for holder, key, function in _SOURCES[name])
 
 
 def usual(name: str, values: Mapping[str, Any]) -> Activation | None:

@@ -4,7 +4,7 @@ import copy
 import inspect
 import threading
 from abc import ABCMeta
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from fastmlp import _C, chain, functional
+from fastmlp import _C, functional
+from fastmlp.layers import ROLES, Fused, Role, apply_sequential, is_called_plainly, is_unwatched, role_of
 from fastmlp.nn import Linear
 from fastmlp.optim import fuse_optimizer, unfuse_optimizer
 from fastmlp.rewrite import Refused, Rewritten, rewrite
@@ -97,7 +98,7 @@ def unfuse(model: Model) -> Model:
         return model
     _check(model)
     for module in model.modules():
-        if isinstance(module, _Fused):
+        if isinstance(module, _OfFused):
             _set_class(module, _unfused_class(type(module)))
     return model
 
@@ -169,7 +170,7 @@ def _plan(model: nn.Module) -> tuple[dict[nn.Module, Any], dict[str, str]]:
             except Refused as refusal:
                 reasons[name] = f"its forward {refusal}"
                 continue
-            layers, is_worth_it = _layers(module, [*fused._rewritten.values(), *fused._inherited.values()])
+            layers, is_worth_it = _layers(module, fused.__fastmlp__.functions.values())
             if is_worth_it:
                 run_by_others |= layers
                 if cls is original_class(module):
@@ -177,16 +178,16 @@ def _plan(model: nn.Module) -> tuple[dict[nn.Module, Any], dict[str, str]]:
     for name, module in modules.items():
         if not isinstance(module, nn.Linear) or isinstance(module, Linear):
             continue
-        if chain.role_of(type(module)) is None:
+        if role_of(type(module)) is None:
             reasons[name] = f"is a {type(module).__name__}, not an nn.Linear"
-        elif not chain.is_called_plainly(module):
+        elif not is_called_plainly(module):
             reasons[name] = "has a forward set on it" if "forward" in module.__dict__ else "has hooks"
         elif type(module) is nn.Linear and module not in run_by_others:
             changes[module] = _fused_class(nn.Linear)
     return changes, reasons
 
 
-def _layers(module: nn.Module, functions: list[Rewritten]) -> tuple[set[nn.Module], bool]:
+def _layers(module: nn.Module, functions: Iterable[Rewritten]) -> tuple[set[nn.Module], bool]:
     """The linear layers in the runs of its functions, and whether more is one op than they by themselves."""
     layers: set[nn.Module] = set()
     is_worth_it = False
@@ -194,7 +195,7 @@ def _layers(module: nn.Module, functions: list[Rewritten]) -> tuple[set[nn.Modul
         for plan in rewritten.plans:
             called = [each for calls in rewritten.callables(plan, module) for each in calls]
             parts = [each for each in called if isinstance(each, nn.Module)]
-            own = {part for part in parts if chain.role_of(type(part)) in ("linear", "layer")}
+            own = {part for part in parts if role_of(type(part)) in ("linear", "layer")}
             layers |= own
             is_worth_it |= bool(own) or (
                 len(called) > 1 and any(isinstance(m, nn.Linear) for part in parts for m in part.modules())
@@ -250,14 +251,14 @@ class _Meta(type):
     """Writes to a fused class go to the original: `type(self).calls += 1` counts for all its modules."""
 
     def __setattr__(cls, name: str, value: object) -> None:
-        if "_unfused" in vars(cls):
-            setattr(vars(cls)["_unfused"], name, value)
+        if fused := Fused.of(cls):
+            setattr(fused.original, name, value)
         else:
             super().__setattr__(name, value)
 
     def __delattr__(cls, name: str) -> None:
-        if "_unfused" in vars(cls):
-            delattr(vars(cls)["_unfused"], name)
+        if fused := Fused.of(cls):
+            delattr(fused.original, name)
         else:
             super().__delattr__(name)
 
@@ -269,21 +270,18 @@ def _set_class(module: nn.Module, cls: Any) -> None:
     _class.__set__(module, cls)
 
 
-class _Fused:
+class _OfFused:
     """What the fused classes have in common."""
-
-    _unfused: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Keeps the fused class from classes that register theirs."""
-        if "_unfused" not in vars(cls):
+        if not Fused.of(cls):
             super().__init_subclass__(**kwargs)
 
     @property
     def __class__(self) -> Any:
         """The original: what `super(self.__class__, self)` means, and what others derive classes from."""
-        cls = type(self)
-        return vars(cls).get("_unfused", cls)
+        return original_class(self)
 
     @__class__.setter
     def __class__(self, cls: Any) -> None:
@@ -291,15 +289,16 @@ class _Fused:
 
     def _get_name(self) -> str:
         name: str = super()._get_name()  # type: ignore[misc]
-        return f"Fused{name}" if "_unfused" in vars(type(self)) else name
+        return f"Fused{name}" if Fused.of(type(self)) else name
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the original class would be pickled, whose name can be imported, and fused again."""
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         make, arguments, *state = reduced
-        if arguments[:1] == (type(self),) and "_unfused" in vars(type(self)):
-            return _restored, (make, self._unfused, *arguments[1:]), *state
-        return self._unfused if make is type(self) else make, arguments, *state
+        cls = original_class(self)
+        if arguments[:1] == (type(self),) != (cls,):
+            return _restored, (make, cls, *arguments[1:]), *state
+        return cls if make is type(self) else make, arguments, *state
 
 
 def _restored(make: Callable[..., nn.Module], cls: Any, *arguments: Any) -> nn.Module:
@@ -341,42 +340,40 @@ def _fused_class(cls: Any) -> Any:
     with _lock:
         known = _classes.get(cls)
         fused = known and known()
-        if fused is None or not all(each.holds(cls, name) for name, each in fused._rewritten.items()):
+        if fused is None or not all(
+            each.holds(cls, name) for name, each in fused.__fastmlp__.methods.items()
+        ):
             fused = _make_class(cls)
             _classes[cls] = ref(fused)
         return fused
 
 
 def _make_class(cls: Any) -> Any:
+    methods: dict[str, Rewritten] = {}
+    functions: dict[Any, Rewritten] = {}
     attributes: dict[str, Any] = {
-        "_unfused": cls,
-        "_rewritten": {},
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
+    role: Role | None = None
     if cls is nn.Linear:
-        attributes |= {"forward": wraps(cls.forward)(_linear_forward), "_role": chain.ROLES[cls]}
+        role = ROLES[cls]
+        attributes["forward"] = wraps(cls.forward)(_linear_forward)
     elif _is_sequential(cls):
-        attributes |= {
-            "forward": wraps(cls.forward)(_sequential_forward),
-            "_role": chain.Role.of(cls, "sequential"),
-        }
+        role = Role.of(cls, "sequential")
+        attributes["forward"] = wraps(cls.forward)(_sequential_forward)
     else:
-        functions, inherited = _functions(cls)
-        attributes |= {name: _Rewritten(cls, name, each) for name, each in functions.items()}
-        attributes |= {"_rewritten": functions, "_inherited": inherited}
-        attributes["_wholes"] = {each.function: each for each in functions.values() if each.is_whole}
-        if functions["forward"].is_whole:
-            attributes |= {
-                "_role": chain.Role.of(cls, "chain"),
-                "_parts": staticmethod(functions["forward"].parts),
-            }
+        methods, functions = _functions(cls)
+        attributes |= {name: _Rewritten(cls, name, each) for name, each in methods.items()}
+        if methods["forward"].is_whole:
+            role = Role.of(cls, "chain", methods["forward"].parts)
+    attributes["__fastmlp__"] = Fused(cls, role, methods, functions)
     base: Any = type(cls)
     meta: Any = type(base.__name__, (_Meta, base) if base is not type else (_Meta,), {})
     # Past the class's own metaclass, which may keep a list of the classes that it makes.
     make: Any = ABCMeta.__new__ if issubclass(meta, ABCMeta) else type.__new__
-    fused = make(meta, cls.__name__, (_Fused, cls), attributes)
+    fused = make(meta, cls.__name__, (_OfFused, cls), attributes)
     for method in attributes.values():
         if isinstance(method, _Rewritten):
             method.fused = fused
@@ -404,18 +401,18 @@ def _functions(cls: Any) -> tuple[dict[str, Rewritten], dict[Any, Rewritten]]:
             names += [each for each in rewritten.names() if each not in names]
             if rewritten.plans and method is found[0]:
                 functions[name] = rewritten
-    return functions, inherited
+    return functions, {key: each for each in inherited.values() for key in (each.original, each.function)}
 
 
 def _linear_forward(self: nn.Linear, input: Tensor) -> Tensor:
-    if nn.Linear.forward is chain.ROLES[nn.Linear].forward and chain.is_unwatched(input):
+    if nn.Linear.forward is ROLES[nn.Linear].forward and is_unwatched(input):
         return functional.linear(input, self.weight, self.bias)
     return nn.Linear.forward(self, input)
 
 
 def _sequential_forward(self: nn.Sequential, input: Any) -> Any:
-    if nn.Sequential.forward is chain.ROLES[nn.Sequential].forward:
-        return chain.run_sequential(self, input)
+    if nn.Sequential.forward is ROLES[nn.Sequential].forward:
+        return apply_sequential(self, input)
     return nn.Sequential.forward(self, input)  # type: ignore[no-untyped-call]
 
 
@@ -427,15 +424,14 @@ def rewritten_forward(module: nn.Module, known: dict[Any, Rewritten]) -> Rewritt
     """
     cls = original_class(module)
     if cls not in known or not known[cls].holds(cls, "forward"):
-        known[cls] = _fused_class(cls)._rewritten["forward"]
+        known[cls] = _fused_class(cls).__fastmlp__.methods["forward"]
     return known[cls]
 
 
-def original_class(module: nn.Module) -> type[nn.Module]:
+def original_class(module: Any) -> Any:
     """The module's class before :func:`fuse`."""
-    cls = type(module)
-    unfused: type[nn.Module] = vars(cls).get("_unfused", cls)
-    return unfused
+    fused = Fused.of(type(module))
+    return fused.original if fused else type(module)
 
 
 def is_sequential(module: nn.Module) -> bool:
@@ -448,14 +444,14 @@ def _is_sequential(cls: Any) -> bool:
         issubclass(cls, nn.Sequential)
         and cls.__iter__ is nn.Sequential.__iter__
         and cls.__call__ is nn.Module.__call__
-        and any(chain.role_of(base) == "sequential" and cls.forward is base.forward for base in cls.__mro__)
+        and any(role_of(base) == "sequential" and cls.forward is base.forward for base in cls.__mro__)
     )
 
 
 def _unfused_class(cls: Any) -> Any:
-    if "_unfused" in vars(cls):
-        return cls._unfused
-    if not issubclass(cls, _Fused):
+    if fused := Fused.of(cls):
+        return fused.original
+    if not issubclass(cls, _OfFused):
         return cls
     # A class made of a fused one: the same, made of the original.
     attributes = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}

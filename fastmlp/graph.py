@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.sgd import sgd
 
-from . import chain
-from .chain import Layers
+from .layers import Layers, parameters_of
 from .optim import has_step_hooks
 
 __all__ = ["Graphs"]
@@ -50,7 +49,7 @@ class Graphs:
             loss: the loss, of layers with other parameters in the place of these.
             constants: what else the loss depends on.
         """
-        parameters = list(chain.parameters(layers))
+        parameters = list(parameters_of(layers))
         if not self._covers(x, target, parameters):
             return None
         own = set(parameters)

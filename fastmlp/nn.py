@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmlp import activations, chain, functional
+from fastmlp import activations, functional
+from fastmlp.layers import ROLES, Role, apply_sequential
 
 __all__ = ["MLP", "CrossEntropyLoss", "Linear", "LinearReLU"]
 
@@ -136,13 +137,13 @@ class MLP(torch.nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """The network's output: [..., in_features] to [..., out_features]."""
-        return chain.run_sequential(self, input)  # type: ignore[no-any-return]
+        return apply_sequential(self, input)  # type: ignore[no-any-return]
 
 
-chain.ROLES |= {
-    Linear: chain.Role.of(Linear, "layer"),
-    LinearReLU: chain.Role.of(LinearReLU, "layer"),
-    MLP: chain.Role.of(MLP, "sequential"),
+ROLES |= {
+    Linear: Role.of(Linear, "layer"),
+    LinearReLU: Role.of(LinearReLU, "layer"),
+    MLP: Role.of(MLP, "sequential"),
 }
 
 

@@ -36,8 +36,20 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastmlp import _C, chain, functional
-from fastmlp.chain import Bound, Layers, Method
+from fastmlp import _C, functional
+from fastmlp.activations import METHODS
+from fastmlp.layers import (
+    FUNCTIONS,
+    Bound,
+    Fused,
+    Layers,
+    Method,
+    Stopped,
+    apply,
+    drops,
+    is_unwatched,
+    walk,
+)
 
 __all__ = ["Pending", "Plan", "Refused", "Rewritten", "rewrite"]
 
@@ -134,8 +146,8 @@ def _found(path: Path, roots: tuple[Any, ...], variables: dict[str, Any]) -> Any
 
 def _items(container: Any) -> Sequence[Any]:
     """The modules of a list of them; none where it iterates in a way of its own."""
-    cls = type(container)
-    cls = cls.__dict__.get("_unfused", cls)
+    fused = Fused.of(type(container))
+    cls: Any = fused.original if fused else type(container)
     iterates = _ITERATES.get(cls)
     return [*container._modules.values()] if iterates is not None and cls.__iter__ is iterates else ()
 
@@ -195,32 +207,32 @@ def run(
     plan: Plan, first: int, value: Any, variables: dict[str, Any], roots: tuple[Any, ...]
 ) -> tuple[int, Any]:
     """Runs statements from the first on; the number of the next, and the value that the last has assigned."""
-    if not chain.is_unwatched(value):
+    if not is_unwatched(value):
         return first, value
     callables, ends = _known(plan, first, roots, variables)
     begun = first
     while ends:  # no code of the user's has run yet: what has been found is still what would be
         layers: Layers = ([], [], [])
         called = iter(callables)
-        output = chain.walk(called, value, layers, chain.stop)
+        output = walk(called, value, layers)
         count, at, dropout = len(ends), len(callables), None
-        if type(output) is chain.Stopped:
+        if type(output) is Stopped:
             output, at = output.input, at - length_hint(called) - 1
-            if at + 1 in ends and chain.drops(callables[at]):
+            if at + 1 in ends and drops(callables[at]):
                 at, dropout = at + 1, callables[at]
             count = bisect_right(ends, at)
             if count == 0:
                 if first > begun or not plan.statements[first].may_call:
                     break
-                return first + 1, chain.run(callables[: ends[0]], value)
+                return first + 1, apply(callables[: ends[0]], value)
             if at > ends[count - 1]:  # a statement has begun that will not be done
                 at, layers = ends[count - 1], ([], [], [])
-                output = chain.walk(callables[:at], value, layers, chain.stop)
+                output = walk(callables[:at], value, layers)
         try:
             if layers[0]:
                 output = functional.network(output, *layers)
             if dropout is not None:
-                output = chain.dropped(dropout, output)
+                output = dropout.forward(output)
         except Exception:  # the statement that it comes from will raise it again
             break
         first, value = first + count, output
@@ -250,8 +262,8 @@ def _known(
 def call(*items: Any) -> Any:
     """`f(g(h(x)))`, of f, g, h and x."""
     value = items[-1]
-    if chain.is_unwatched(value):
-        return chain.run(items[-2::-1], value)
+    if is_unwatched(value):
+        return apply(items[-2::-1], value)
     for function in items[-2::-1]:
         value = function(value)
     return value
@@ -278,8 +290,9 @@ def call_later(*items: Any) -> Pending:
 def inherited(method: Any) -> Any:
     """`super().forward`, rewritten, where it belongs to a module whose class holds that."""
     if type(method) is MethodType:
-        rewritten = type(method.__self__).__dict__.get("_inherited", {}).get(method.__func__)
-        if rewritten is not None and rewritten.is_current():
+        fused = Fused.of(type(method.__self__))
+        rewritten = fused and fused.functions.get(method.__func__)
+        if rewritten and rewritten.is_current():
             return MethodType(rewritten.as_original(), method.__self__)
     return method
 
@@ -288,7 +301,7 @@ def inherited(method: Any) -> Any:
 
 
 #: Functions of whose further arguments something is known.
-_KNOWN = {name.__name__ for name in chain.FUNCTIONS}
+_KNOWN = {name.__name__ for name in FUNCTIONS}
 #: What of torch's a chain may hold although it is no layer: methods that only look at a tensor otherwise.
 _VIEWS = {"view", "flatten", "reshape"}
 _SEES_FRAMES = {"locals", "vars", "dir", "eval", "exec", "_getframe", "currentframe", "stack"}
@@ -474,7 +487,7 @@ class _Rewriter(ast.NodeTransformer):
             return False
         if function.attr in _VIEWS:
             return bool(node.args) and all(map(_constant, node.args))
-        return function.attr.removesuffix("_") in chain.METHODS and not node.args
+        return function.attr.removesuffix("_") in METHODS and not node.args
 
     # ---- expressions: nested calls, within one line
 
@@ -748,15 +761,15 @@ class Rewritten(NamedTuple):
                 found = getattr(found, "__dict__", {}).get("_modules", {}).get(name)
         return None if found is _MISSING else found
 
-    def parts(self, module: nn.Module) -> list[Any] | None:
-        """What it calls, one after the other, where it does nothing but that."""
+    def parts(self, module: nn.Module) -> list[Any]:
+        """What it calls, one after the other; [None] where it does more, or that is not known."""
         if not self.is_whole or self.ending is None or not self.is_current():
-            return None
+            return [None]
         parts: list[Any] = []
         for statement in self.ending.statements:
             callables = _callables(statement, (module, _MISSING), self.original.__globals__)
             if callables is None:
-                return None
+                return [None]
             parts += callables
         return parts
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import _C, chain, functional
+from . import _C, functional
 from .activations import resolved
-from .chain import Layers, Role, is_called_plainly
 from .fuse import is_sequential, rewritten_forward
 from .graph import Graphs
+from .layers import ROLES, Layers, Method, Role, is_called_plainly, parameters_of, walk
 from .nn import CrossEntropyLoss
 from .optim import has_step_hooks, rule_of
 from .rewrite import Pending, Refused, Rewritten
@@ -113,7 +113,7 @@ class TrainStep:
             _check_over_outputs("pos_weight", loss.pos_weight, outputs)
         if process_group is not None:
             first = torch.distributed.get_global_rank(process_group, 0)
-            for parameter in chain.parameters(layers):
+            for parameter in parameters_of(layers):
                 torch.distributed.broadcast(parameter.detach(), first, group=process_group)
 
     def _forget(self) -> None:
@@ -201,7 +201,7 @@ class TrainStep:
         if loss.reduction not in ("mean", "sum"):
             raise ValueError(f"loss: expected reduction='mean' or 'sum', got {loss.reduction!r}")
         layers: Layers = ([], [], [])
-        x = chain.walk((self.model,), x, layers, self._other)
+        x = walk((self.model,), x, layers, self._other)
         if not layers[0]:
             raise TypeError("model: expected an nn.Linear or more, got none")
         return layers, x
@@ -209,12 +209,12 @@ class TrainStep:
     def _other(self, module: Any, x: Any, layers: Layers) -> Any:
         """What a chain does with x before its first layer, or the layers of a module with its own forward."""
         if module is not None and not isinstance(module, nn.Module):
-            if isinstance(module, chain.Method) and module.args and not layers[0]:
+            if isinstance(module, Method) and module.args and not layers[0]:
                 return x if x is None else module(x)
             raise TypeError(f"model: {_EXPECTED}, got {getattr(module, '__name__', module)}; {_OTHERS}")
         if module is not None and is_called_plainly(module):
             if is_sequential(module):
-                return chain.walk(module._modules.values(), x, layers, self._other)
+                return walk(module._modules.values(), x, layers, self._other)
             if type(module) is nn.Flatten and not layers[0] and (module.start_dim, module.end_dim) == (1, -1):
                 return x if x is None else module(x)
         name = next((name for name, each in self.model.named_modules() if each is module), "")
@@ -223,7 +223,7 @@ class TrainStep:
             raise TypeError(f"{where}: {_EXPECTED}, got None")
         if not is_called_plainly(module):
             raise ValueError(f"{where}: expected no hooks and no forward set on it, which no step would call")
-        kind, role = type(module).__name__, chain.ROLES.get(type(module))
+        kind, role = type(module).__name__, ROLES.get(type(module))
         if role is not None and not role.holds():
             raise TypeError(
                 f"{where}: expected torch's own {role.owner.__name__}, got one with other methods"
@@ -231,7 +231,7 @@ class TrainStep:
         if role is not None or not module._modules:
             raise TypeError(f"{where}: {_EXPECTED}, got {kind}; {_OTHERS}")
         x, callables = self._chain_of(module, x, layers, f"{where}: {_EXPECTED}, got {kind}, whose forward")
-        return chain.walk(callables, x, layers, self._other)
+        return walk(callables, x, layers, self._other)
 
     def _chain_of(self, module: nn.Module, x: Any, layers: Layers, words: str) -> tuple[Any, list[Any]]:
         """What a module's forward, which ends by returning a chain, does with x before, and the chain."""
@@ -301,7 +301,7 @@ class TrainStep:
         made = []
         requires_grad = is_known = False
         nothing, does_count = [_NOTHING] * rule.most, rule.counter is not None
-        for parameter in chain.parameters(layers):
+        for parameter in parameters_of(layers):
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise ValueError("model: expected parameters without hooks, which no step would call")
             params.append(parameter)
@@ -377,7 +377,7 @@ class TrainStep:
         scaled.backward()  # type: ignore[no-untyped-call]
         self._calls += 1
         if self._calls % self.accumulate == 0:
-            parameters = list(self.model.parameters() if layers is None else chain.parameters(layers))
+            parameters = list(self.model.parameters() if layers is None else parameters_of(layers))
             gradients = [p.grad for p in parameters if p.grad is not None]
             if self.process_group is not None:
                 size = torch.distributed.get_world_size(self.process_group)
@@ -407,7 +407,7 @@ def _check_over_outputs(name: str, values: Tensor | None, outputs: int) -> None:
 
 def _check_parameters(layers: Layers) -> None:
     """ValueError where parameters are not what a step can change one by one."""
-    parameters = list(chain.parameters(layers))
+    parameters = list(parameters_of(layers))
     for p in parameters:
         if p.dtype != torch.float32 or p.device != parameters[0].device or not p.is_contiguous():
             raise ValueError(
