@@ -29,9 +29,10 @@ from fastmlp import (
     flops,  # noqa: F401  importing it registers the formulas
     functional,
 )
-from fastmlp.fuse import fuse, unfuse, why_not_fused
+from fastmlp.fuse import fuse, unfuse
 from fastmlp.nn import MLP, CrossEntropyLoss, Linear, LinearReLU
 from fastmlp.optim import SGD, Adam, AdamW
+from fastmlp.reasons import why_not_fused
 from fastmlp.step import TrainStep
 
 __all__ = [

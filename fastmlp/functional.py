@@ -20,7 +20,6 @@ __all__ = [
     "linear_relu",
     "mlp",
     "network",
-    "why_not_fused",
 ]
 
 # Other tensor types carry semantics of their own, which torch's operations know and ours do not.
@@ -51,7 +50,8 @@ def linear(
     """Linear layer and activation in one kernel: y = g(x Wᵀ + b).
 
     The same as ``g(torch.nn.functional.linear(input, weight, bias))``, derivatives of any order, autocast and
-    tracing included. What the kernels do not cover is computed in just that way; :func:`why_not_fused` tells.
+    tracing included. What the kernels do not cover is computed in just that way, and
+    :func:`fastmlp.why_not_fused` tells why.
 
     Args:
         input: x, of shape [..., in_features].
@@ -214,14 +214,8 @@ def cross_entropy(
     )
 
 
-def why_not_fused(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    """Why :func:`linear` would compute these arguments with torch's own operations; None where a kernel does.
-
-    Example:
-        >>> fastmlp.functional.why_not_fused(torch.ones(2, 3), torch.ones(4, 3))
-        >>> fastmlp.functional.why_not_fused(torch.ones(2, 3).double(), torch.ones(4, 3).double())
-        'the CPU kernels cover float32 and bfloat16'
-    """
+def why_composite(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
+    """Why :func:`linear` would compute these with torch's own operations; None where a kernel does."""
     for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
         if type(tensor) not in (TENSORS if name != "bias" else _OPTIONAL):
             return f"{name} is of a tensor type of its own, {type(tensor).__name__}"

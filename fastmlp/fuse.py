@@ -19,7 +19,7 @@ from fastmlp.nn import Linear
 from fastmlp.optim import fuse_optimizer, unfuse_optimizer
 from fastmlp.rewrite import Refused, Rewritten, rewrite
 
-__all__ = ["fuse", "unfuse", "why_not_fused"]
+__all__ = ["fuse", "is_sequential", "plan", "rewritten_forward", "unfuse"]
 
 Model = TypeVar("Model", bound=nn.Module | torch.optim.Optimizer)
 
@@ -29,8 +29,8 @@ def fuse(model: Model, inplace: bool = True) -> Model:
 
     Chains of such layers become one op. They are found in every nn.Sequential, and in the source of every
     forward of a module's own, which runs as it is written in all else; where the source does not tell what
-    runs, it is left alone, and :func:`why_not_fused` tells why. Dropout counts as nothing in eval mode, as
-    Identity does.
+    runs, it is left alone, and :func:`fastmlp.why_not_fused` tells why. Dropout counts as nothing in eval
+    mode, as Identity does.
 
     Modules change their class, to one that is derived from it and prints with "Fused" before its name;
     ``module.__class__`` is what it was. An nn.Linear changes only where no other module runs it. Parameters,
@@ -70,7 +70,7 @@ def fuse(model: Model, inplace: bool = True) -> Model:
     _check(model)
     if not inplace:
         model = copy.deepcopy(model)
-    changes, _ = _plan(model)
+    changes, _ = plan(model)
     for module, fused in changes.items():
         _set_class(module, fused)
     return model
@@ -103,39 +103,6 @@ def unfuse(model: Model) -> Model:
     return model
 
 
-def why_not_fused(model: nn.Module, *inputs: Any) -> str | None:
-    """Why parts of a model are not fused, or None where all of it is that can be.
-
-    Args:
-        model: a model, fused or not yet, or a layer.
-        *inputs: where given, a copy of the model is called with them, and the reasons are added why its
-            linear layers would compute them with torch's own operations
-            (:func:`fastmlp.functional.why_not_fused`).
-
-    Returns:
-        A line for each such module: its name and the reason.
-
-    Raises:
-        TypeError: if ``model`` is no nn.Module.
-
-    Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(784, 10), torch.nn.Tanh())
-        >>> fastmlp.why_not_fused(model)
-        '(itself): fastmlp.fuse has not been applied'
-        >>> fastmlp.why_not_fused(fastmlp.fuse(model), torch.randn(64, 784))
-        >>> fastmlp.why_not_fused(model.double(), torch.randn(64, 784).double())
-        '0: the CPU kernels cover float32 and bfloat16'
-    """
-    _check(model)
-    changes, reasons = _plan(model)
-    names = {module: name for name, module in model.named_modules()}
-    reasons |= {names[module]: "fastmlp.fuse has not been applied" for module in changes}
-    if inputs:
-        reasons = _reasons_of_inputs(model, inputs) | reasons
-    lines = [f"{name or '(itself)'}: {reasons[name]}" for name in names.values() if name in reasons]
-    return "\n".join(lines) or None
-
-
 def _check(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -144,7 +111,7 @@ def _check(model: object) -> None:
 # ---- what there is to fuse
 
 
-def _plan(model: nn.Module) -> tuple[dict[nn.Module, Any], dict[str, str]]:
+def plan(model: nn.Module) -> tuple[dict[nn.Module, Any], dict[str, str]]:
     """The modules that are to change, and their new classes; why others are not, by name."""
     changes: dict[nn.Module, Any] = {}
     reasons: dict[str, str] = {}
@@ -221,27 +188,6 @@ def _has_layers(module: nn.Module) -> bool:
         or ((isinstance(child, nn.ModuleList | nn.ModuleDict) or is_sequential(child)) and _has_layers(child))
         for child in module.children()
     )
-
-
-def _reasons_of_inputs(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, str]:
-    """Why the linear layers of the model would not be computed by kernels, by name."""
-    model, reasons = copy.deepcopy(model), dict[str, str]()
-
-    def watch(layer: nn.Linear, name: str) -> None:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            (input,) = (*args, *kwargs.values())
-            reason = functional.why_not_fused(input, layer.weight, layer.bias)
-            if reason is not None:
-                reasons[name] = reason
-
-        layer.register_forward_pre_hook(before, with_kwargs=True)
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            watch(module, name)
-    with torch.random.fork_rng():
-        model(*inputs)
-    return reasons
 
 
 # ---- the classes

@@ -1,5 +1,6 @@
 """The whole training step, forward, loss, backward and the optimizer's update, in one call."""
 
+import copy
 from collections.abc import Hashable
 from typing import Any
 
@@ -33,6 +34,14 @@ _LOSSES = {
 _CAPTURED = {"cuda"}  # the devices whose steps become graphs, with SGD
 
 
+class _Unknown(Exception):
+    """Why a step is none that is known, and the error for that."""
+
+    def __init__(self, reason: str, error: type[Exception] = TypeError) -> None:
+        super().__init__(reason)
+        self.error = error(reason)
+
+
 class TrainStep:
     """Forward, loss, backward and the optimizer's update in one call, which trains as the standard loop does.
 
@@ -50,7 +59,8 @@ class TrainStep:
     each call: checkpoints and learning-rate schedulers work as ever.
 
     With `max_grad_norm`, `accumulate` or `process_group`, and on a GPU, gradients do exist, in `.grad`: the
-    step is then the standard loop itself, with fused layers.
+    step is then the standard loop itself, with fused layers. A step prints which it is, and
+    :func:`fastmlp.why_not_fused` tells why.
 
     On a GPU, without these, the loop with SGD becomes a CUDA graph once a batch of the same shape comes
     again, with parameters and momentum in the same place and the same options; the learning rate may change
@@ -83,6 +93,8 @@ class TrainStep:
         >>> value = step(torch.randn(64, 784), torch.randint(10, (64,)))
         >>> value.shape, value.requires_grad
         (torch.Size([]), False)
+        >>> step
+        TrainStep(MLP, CrossEntropyLoss, SGD), in one call
     """
 
     def __init__(
@@ -102,15 +114,13 @@ class TrainStep:
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
         if accumulate < 1:
             raise ValueError(f"accumulate: expected a number of calls from 1 on, got {accumulate}")
-        self._is_plain = max_grad_norm is None and accumulate == 1 and process_group is None
         self._calls = 0
         self._forget()
-        layers, _ = self._look(None)
-        _check_parameters(layers)
-        if isinstance(loss, nn.BCEWithLogitsLoss):
-            outputs = layers[0][-1].shape[0]
-            _check_over_outputs("weight", loss.weight, outputs)
-            _check_over_outputs("pos_weight", loss.pos_weight, outputs)
+        try:
+            layers, _ = self._look(None)
+            self._check(layers)
+        except _Unknown as unknown:
+            raise unknown.error from None
         if process_group is not None:
             first = torch.distributed.get_global_rank(process_group, 0)
             for parameter in parameters_of(layers):
@@ -131,6 +141,13 @@ class TrainStep:
         """The inverse of ``__getstate__``."""
         self.__dict__.update(state)
         self._forget()
+
+    def __repr__(self) -> str:
+        """What it is a step of, and how it is taken."""
+        names = ", ".join(type(each).__name__ for each in (self.model, self.loss, self.optimizer))
+        reason = self.reason()
+        how = "in one call" if reason is None else f"in the standard loop: {reason}"
+        return f"TrainStep({names}), {how}"
 
     def __call__(self, x: Tensor, target: Tensor) -> Tensor:
         """Takes one step.
@@ -157,16 +174,17 @@ class TrainStep:
             raise RuntimeError(
                 "TrainStep: expected gradients to be enabled, which the loss needs to be taken"
             )
-        is_watched = _has_any_global_hook() or not functional.is_plain(x)  # type: ignore[no-untyped-call]
-        if is_watched:  # by profilers, say: they are to see the modules themselves
+        if self._why_watched(x) is not None:  # the modules themselves are to be seen
             return self._standard_step(x, target, None)
-        layers, x = self._look(x)
-        device = layers[0][0].device
-        if self._is_plain and not torch.is_autocast_enabled(device.type):
-            if device.type not in _CAPTURED:
+        try:
+            layers, x = self._look(x)
+            device = layers[0][0].device
+            has_gradients = self._why_gradients(device) is not None
+            if not has_gradients and device.type not in _CAPTURED:
                 return self._fused_step(x, target, layers)
-            if not isinstance(self.optimizer, torch.optim.SGD):
-                return self._standard_step(x, target, layers)
+        except _Unknown as unknown:
+            raise unknown.error from None
+        if not has_gradients and isinstance(self.optimizer, torch.optim.SGD):
             if self._graphs is None or self._graphs.device != device:
                 self._graphs = Graphs(self.optimizer, device)
             if is_called_plainly(self.loss):
@@ -175,6 +193,54 @@ class TrainStep:
                     self.optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
                     return value
         return self._standard_step(x, target, layers)
+
+    def reason(self, *batch: Tensor) -> str | None:
+        """Why a call would not be one call of a kernel; None where it would. See fastmlp.why_not_fused.
+
+        Args:
+            *batch: x and target, which a copy of the step is called with, or nothing.
+        """
+        try:
+            layers, _ = self._look(None)
+            device = layers[0][0].device
+            reason = self._why_watched(*batch[:1]) or self._why_gradients(device)
+            if reason is not None:
+                return reason
+            if device.type in _CAPTURED:
+                return f"on {device.type} a step is the standard loop, with SGD as a CUDA graph"
+            self._check(layers)
+            self._arguments(layers)
+        except _Unknown as unknown:
+            return str(unknown)
+        if batch:
+            try:
+                with torch.random.fork_rng():
+                    copy.deepcopy(self)(*batch)
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                return str(error)
+        return None
+
+    def _why_watched(self, x: Tensor | None = None) -> str | None:
+        """Why the step is the standard loop, of the modules as they are."""
+        if _has_any_global_hook():  # type: ignore[no-untyped-call]  # of profilers, say
+            return "there are hooks for all modules"
+        if x is None or functional.is_plain(x):
+            return None
+        if type(x) in functional.TENSORS:
+            return "torch's functions are to be seen by torch.export, or by a TorchFunctionMode"
+        return f"x is of a tensor type of its own, {type(x).__name__}"
+
+    def _why_gradients(self, device: torch.device) -> str | None:
+        """Why the step is the standard loop, with fused layers."""
+        if self.max_grad_norm is not None:
+            return "max_grad_norm is given, which needs all gradients at once"
+        if self.accumulate > 1:
+            return "accumulate is given, so gradients outlive a call"
+        if self.process_group is not None:
+            return "process_group is given, whose processes share gradients"
+        if torch.is_autocast_enabled(device.type):
+            return f"autocast is enabled on {device.type}"
+        return None
 
     @_disable_dynamo
     def _untraced(self, x: Tensor, target: Tensor) -> Tensor:
@@ -185,11 +251,11 @@ class TrainStep:
         """The layers of the model as it is, and what comes to the first of them, where x is given.
 
         Raises:
-            TypeError or ValueError: where a step would not do what the standard loop does.
+            _Unknown: where a step would not do what the standard loop does.
         """
         optimizer, loss = self.optimizer, self.loss
         if rule_of(optimizer) is None:
-            raise TypeError(
+            raise _Unknown(
                 "optimizer: expected SGD, Adam or AdamW, of torch.optim or fastmlp, got "
                 f"{type(optimizer).__name__}; others train in the standard loop"
             )
@@ -197,13 +263,13 @@ class TrainStep:
         if known is None or not known.holds():
             names = ", ".join(f"nn.{kind.__name__}" for kind in _LOSSES if kind is not CrossEntropyLoss)
             other = "" if known is None else " with other methods"
-            raise TypeError(f"loss: expected {names}, got {type(loss).__name__}{other}")
+            raise _Unknown(f"loss: expected {names}, got {type(loss).__name__}{other}")
         if loss.reduction not in ("mean", "sum"):
-            raise ValueError(f"loss: expected reduction='mean' or 'sum', got {loss.reduction!r}")
+            raise _Unknown(f"loss: expected reduction='mean' or 'sum', got {loss.reduction!r}", ValueError)
         layers: Layers = ([], [], [])
         x = walk((self.model,), x, layers, self._other)
         if not layers[0]:
-            raise TypeError("model: expected an nn.Linear or more, got none")
+            raise _Unknown("model: expected an nn.Linear or more, got none")
         return layers, x
 
     def _other(self, module: Any, x: Any, layers: Layers) -> Any:
@@ -211,7 +277,7 @@ class TrainStep:
         if module is not None and not isinstance(module, nn.Module):
             if isinstance(module, Method) and module.args and not layers[0]:
                 return x if x is None else module(x)
-            raise TypeError(f"model: {_EXPECTED}, got {getattr(module, '__name__', module)}; {_OTHERS}")
+            raise _Unknown(f"model: {_EXPECTED}, got {getattr(module, '__name__', module)}; {_OTHERS}")
         if module is not None and is_called_plainly(module):
             if is_sequential(module):
                 return walk(module._modules.values(), x, layers, self._other)
@@ -220,16 +286,16 @@ class TrainStep:
         name = next((name for name, each in self.model.named_modules() if each is module), "")
         where = f"model, module {name or '(itself)'}"
         if module is None:
-            raise TypeError(f"{where}: {_EXPECTED}, got None")
+            raise _Unknown(f"{where}: {_EXPECTED}, got None")
         if not is_called_plainly(module):
-            raise ValueError(f"{where}: expected no hooks and no forward set on it, which no step would call")
+            raise _Unknown(
+                f"{where}: expected no hooks and no forward set on it, which no step would call", ValueError
+            )
         kind, role = type(module).__name__, ROLES.get(type(module))
         if role is not None and not role.holds():
-            raise TypeError(
-                f"{where}: expected torch's own {role.owner.__name__}, got one with other methods"
-            )
+            raise _Unknown(f"{where}: expected torch's own {role.owner.__name__}, got one with other methods")
         if role is not None or not module._modules:
-            raise TypeError(f"{where}: {_EXPECTED}, got {kind}; {_OTHERS}")
+            raise _Unknown(f"{where}: {_EXPECTED}, got {kind}; {_OTHERS}")
         x, callables = self._chain_of(module, x, layers, f"{where}: {_EXPECTED}, got {kind}, whose forward")
         return walk(callables, x, layers, self._other)
 
@@ -238,8 +304,8 @@ class TrainStep:
         try:
             rewritten = rewritten_forward(module, self._rewritten)
         except Refused as refusal:
-            raise TypeError(f"{words} {refusal}; {_OTHERS}") from None
-        more = TypeError(f"{words} does more than to end by a chain; {_OTHERS}")
+            raise _Unknown(f"{words} {refusal}; {_OTHERS}") from None
+        more = _Unknown(f"{words} does more than to end by a chain; {_OTHERS}")
         if rewritten.ending is None or rewritten.later is None or (layers[0] and not rewritten.is_whole):
             raise more
         if x is None:
@@ -256,6 +322,18 @@ class TrainStep:
         ):
             raise more
         return pending
+
+    def _check(self, layers: Layers) -> None:
+        """What only a new step looks at, and who asks for reasons: later, the kernel sees to it.
+
+        Raises:
+            _Unknown: where the loss has weights, or the layers parameters, that a step does not know.
+        """
+        _check_parameters(layers)
+        if isinstance(self.loss, nn.BCEWithLogitsLoss):
+            outputs = layers[0][-1].shape[0]
+            _check_over_outputs("weight", self.loss.weight, outputs)
+            _check_over_outputs("pos_weight", self.loss.pos_weight, outputs)
 
     def _constants(self, layers: Layers) -> Hashable:
         """What the loss of a batch depends on, besides parameters."""
@@ -274,25 +352,34 @@ class TrainStep:
         value: Tensor = self.loss(functional.network(x, *layers), target)
         return value
 
-    def _fused_step(self, x: Tensor, target: Tensor, layers: Layers) -> Tensor:
+    def _arguments(self, layers: Layers) -> tuple[tuple[Any, ...], list[tuple[Tensor, dict[str, Tensor]]]]:
+        """What the kernel takes besides x and target, and the states that are new, with their parameters.
+
+        Raises:
+            _Unknown: where a step would not do what the standard loop does.
+        """
         optimizer, loss = self.optimizer, self.loss
         if has_step_hooks(optimizer):
-            raise ValueError("optimizer: expected no step hooks, which no step would call")
+            raise _Unknown("optimizer: expected no step hooks, which no step would call", ValueError)
         if not is_called_plainly(loss):
-            raise ValueError("loss: expected no hooks and no forward set on it, which no step would call")
+            raise _Unknown(
+                "loss: expected no hooks and no forward set on it, which no step would call", ValueError
+            )
         rule = rule_of(optimizer)
         assert rule is not None  # _look has seen to that
         groups: dict[int, tuple[int, dict[str, Any], tuple[str, ...]]] = {}
         options: list[Any] = []  # of each group, and once more for a first step
         for number, group in enumerate(optimizer.param_groups):
             if group["differentiable"]:
-                raise ValueError("optimizer: expected differentiable=False")
+                raise _Unknown("optimizer: expected differentiable=False", ValueError)
             options += rule.options(group)
             known = number, group, rule.keys(group)
             for p in group["params"]:
                 groups[id(p)] = known
         if None in options:
-            raise ValueError("optimizer: expected options as numbers, or as tensors of one on the CPU")
+            raise _Unknown(
+                "optimizer: expected options as numbers, or as tensors of one on the CPU", ValueError
+            )
         params: list[Tensor] = []
         states: list[Tensor] = []
         counts: list[Tensor] = []
@@ -303,7 +390,9 @@ class TrainStep:
         nothing, does_count = [_NOTHING] * rule.most, rule.counter is not None
         for parameter in parameters_of(layers):
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                raise ValueError("model: expected parameters without hooks, which no step would call")
+                raise _Unknown(
+                    "model: expected parameters without hooks, which no step would call", ValueError
+                )
             params.append(parameter)
             requires_grad |= parameter.requires_grad
             number, group, keys = groups.get(id(parameter), _UNKNOWN)
@@ -331,9 +420,11 @@ class TrainStep:
                     counts.append(_NOTHING)
             numbers.append(number)
         if not requires_grad:
-            raise RuntimeError("model: expected a parameter or more that requires a gradient, got none")
+            raise _Unknown(
+                "model: expected a parameter or more that requires a gradient, got none", RuntimeError
+            )
         if not is_known:
-            raise ValueError("optimizer: expected parameters of the model among its own, got none")
+            raise _Unknown("optimizer: expected parameters of the model among its own, got none", ValueError)
         kind = _LOSSES[type(loss)].name
         of_loss: tuple[Any, ...] = (None, None, -100, 0.0)
         if kind == "cross_entropy":
@@ -341,8 +432,6 @@ class TrainStep:
         elif kind == "bce_with_logits":
             of_loss = (loss._buffers["weight"], loss._buffers["pos_weight"], -100, 0.0)
         arguments = (
-            x,
-            target,
             params,
             states,
             counts,
@@ -356,13 +445,18 @@ class TrainStep:
             options,
             numbers,
         )
-        value: Tensor = _C.train_step(*arguments)
+        return arguments, made
+
+    def _fused_step(self, x: Tensor, target: Tensor, layers: Layers) -> Tensor:
+        arguments, made = self._arguments(layers)
+        value: Tensor = _C.train_step(x, target, *arguments)
         if value is NotImplemented:
             names, parameters = zip(*map(resolved, layers[2]), strict=True)
-            value = _train_step(*arguments[:7], names, sum(parameters, ()), *arguments[8:])
+            activations = names, sum(parameters, ())
+            value = _train_step(x, target, *arguments[:5], *activations, *arguments[6:])
         for parameter, state in made:
-            optimizer.state[parameter].update(state)
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
+            self.optimizer.state[parameter].update(state)
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
         return value
 
     def _standard_step(self, x: Tensor, target: Tensor, layers: Layers | None) -> Tensor:
@@ -395,29 +489,33 @@ _UNKNOWN: tuple[int, dict[str, Any], tuple[str, ...]] = (-1, {}, ())
 
 
 def _check_over_outputs(name: str, values: Tensor | None, outputs: int) -> None:
-    """ValueError where a loss's weights are not one number for each output, or for all, whatever the row."""
+    """_Unknown where a loss's weights are not one number for each output, or for all, whatever the row."""
     if values is None or values.numel() == 1:
         return
     if values.numel() != outputs or list(values.shape[-1:]) != [outputs]:
-        raise ValueError(
+        raise _Unknown(
             f"loss: expected {name} of shape [{outputs}], one for each output, or of one element, "
-            f"got {list(values.shape)}"
+            f"got {list(values.shape)}",
+            ValueError,
         )
 
 
 def _check_parameters(layers: Layers) -> None:
-    """ValueError where parameters are not what a step can change one by one."""
+    """_Unknown where parameters are not what a step can change one by one."""
     parameters = list(parameters_of(layers))
     for p in parameters:
         if p.dtype != torch.float32 or p.device != parameters[0].device or not p.is_contiguous():
-            raise ValueError(
+            raise _Unknown(
                 "model: expected contiguous float32 parameters on one device, got "
-                f"{p.dtype} of shape {list(p.shape)} and strides {p.stride()} on {p.device}"
+                f"{p.dtype} of shape {list(p.shape)} and strides {p.stride()} on {p.device}",
+                ValueError,
             )
     ends = 0
     for p in sorted((p for p in parameters if p.numel()), key=Tensor.data_ptr):
         if p.data_ptr() < ends:
-            raise ValueError("model: expected layers that share no parameters, nor the memory of any")
+            raise _Unknown(
+                "model: expected layers that share no parameters, nor the memory of any", ValueError
+            )
         ends = p.data_ptr() + p.nbytes
 
 

@@ -18,7 +18,16 @@ README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
-    "name", ["fastmlp", "fastmlp.functional", "fastmlp.fuse", "fastmlp.nn", "fastmlp.optim", "fastmlp.step"]
+    "name",
+    [
+        "fastmlp",
+        "fastmlp.functional",
+        "fastmlp.fuse",
+        "fastmlp.nn",
+        "fastmlp.optim",
+        "fastmlp.reasons",
+        "fastmlp.step",
+    ],
 )
 def test_the_examples_in_docstrings_print_what_they_say(name):
     result = doctest.testmod(importlib.import_module(name), extraglobs={"torch": torch, "fastmlp": fastmlp})

@@ -9,7 +9,7 @@ from reference import ACTIVATIONS
 from reference import linear as stock
 
 import fastmlp
-from fastmlp.functional import linear, linear_relu, why_not_fused
+from fastmlp.functional import linear, linear_relu, why_composite
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -203,7 +203,7 @@ def test_each_gradient_is_computed_where_it_is_asked_for_and_nowhere_else(wanted
 
 
 def test_the_reference_layer_is_fused():
-    assert why_not_fused(*layer(64, 784, out_features=500)) is None
+    assert why_composite(*layer(64, 784, out_features=500)) is None
     assert is_fused(linear(*layer(64, 784, out_features=500), "relu"))
 
 
@@ -230,7 +230,7 @@ UNCOVERED = {
 @pytest.mark.parametrize("case", UNCOVERED)
 def test_what_the_kernels_do_not_cover_takes_the_composite_path(case):
     arguments = UNCOVERED[case]()
-    assert why_not_fused(*arguments)
+    assert why_composite(*arguments)
     expected = stock(*arguments, "relu")
     y = linear(*arguments, "relu")
     torch.testing.assert_close(y, expected)
@@ -285,15 +285,15 @@ def test_bfloat16_takes_the_librarys_path_where_the_processor_has_tiles_for_it()
     import sys
 
     code = (
-        "import torch, fastmlp; x = torch.ones(2, 3, dtype=torch.bfloat16); "
-        "print(fastmlp.functional.why_not_fused(x, x))"
+        "import torch, fastmlp; layer = fastmlp.Linear(3, 2, dtype=torch.bfloat16); "
+        "print(fastmlp.why_not_fused(layer, torch.ones(2, 3, dtype=torch.bfloat16)))"
     )
     reason = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.strip()
     with open("/proc/cpuinfo") as file:
         has_tiles = "amx_bf16" in file.read()
-    assert reason.startswith("this processor multiplies tiles of bfloat16" if has_tiles else "None")
+    assert reason.startswith("(itself): this processor multiplies tiles" if has_tiles else "None")
 
 
 # ---- errors

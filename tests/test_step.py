@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -222,6 +223,10 @@ def test_each_group_has_its_own_options_and_unknown_parameters_stay():
         step(*data)
         standard_step(other, loss, other_optimizer, *data)
     torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+class Subclass(torch.Tensor):
+    pass
 
 
 class Model(nn.Module):
@@ -670,6 +675,102 @@ def test_accumulating_over_calls_is_one_step_of_their_mean():
     for _ in range(2):
         standard_step(other, loss, optimizer, x, target)
     torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+# ---- why a step is not one call
+
+
+def test_a_step_that_is_one_call_has_no_reason_and_says_so():
+    model, loss = stock(5, 9, 3), nn.CrossEntropyLoss()
+    step = fastmlp.TrainStep(model, loss, torch.optim.Adam(model.parameters()))
+    assert fastmlp.why_not_fused(step) is None
+    assert fastmlp.why_not_fused(step, *batch_for(loss, 4, 5, 3)) is None
+    assert repr(step) == "TrainStep(Sequential, CrossEntropyLoss, Adam), in one call"
+
+
+REASONS = {
+    "clipping": ("max_grad_norm", lambda step: setattr(step, "max_grad_norm", 1.0)),
+    "accumulating": ("accumulate", lambda step: setattr(step, "accumulate", 2)),
+    "processes": ("process_group", lambda step: setattr(step, "process_group", object())),
+    "an optimizer": (
+        "optimizer: .* got RMSprop",
+        lambda step: setattr(step, "optimizer", torch.optim.RMSprop(step.model.parameters())),
+    ),
+    "an option of the optimizer": (
+        "optimizer: .* differentiable=False",
+        lambda step: step.optimizer.param_groups[0].update(differentiable=True),
+    ),
+    "a hook on the optimizer": (
+        "optimizer: .* step hooks",
+        lambda step: step.optimizer.register_step_pre_hook(lambda *_: None),
+    ),
+    "a loss": ("loss: .* got L1Loss", lambda step: setattr(step, "loss", nn.L1Loss())),
+    "a reduction": ("loss: .* got 'none'", lambda step: setattr(step.loss, "reduction", "none")),
+    "a hook on the loss": ("loss: .* no hooks", lambda step: step.loss.register_forward_hook(double)),
+    "weights of the loss": (
+        r"loss: expected weight of shape \[3\]",
+        lambda step: setattr(step, "loss", nn.BCEWithLogitsLoss(torch.ones(4, 3))),
+    ),
+    "a module": ("module 1: .* got Softsign", lambda step: setattr(step.model, "1", nn.Softsign())),
+    "a hook on a module": ("module 2: .* no hooks", lambda step: step.model[2].register_forward_hook(double)),
+    "a hook on a parameter": (
+        "parameters without hooks",
+        lambda step: step.model[0].weight.register_hook(lambda _: None),
+    ),
+    "float64": ("float32 parameters .* torch.float64", lambda step: step.model.double()),
+    "nothing to train": ("requires a gradient", lambda step: step.model.requires_grad_(False)),
+}
+
+
+@pytest.mark.parametrize(("words", "change"), REASONS.values(), ids=REASONS)
+def test_a_step_tells_why_it_is_not_one_call(words, change):
+    model, loss = stock(5, 9, 3), nn.MSELoss()
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    change(step)
+    reason = fastmlp.why_not_fused(step)
+    assert re.search(words, reason)
+    assert fastmlp.why_not_fused(step, *batch_for(loss, 4, 5, 3)) == reason
+    kinds = f"Sequential, {type(step.loss).__name__}, {type(step.optimizer).__name__}"
+    assert repr(step) == f"TrainStep({kinds}), in the standard loop: {reason}"
+
+
+def test_a_step_tells_of_autocast_and_of_global_hooks():
+    model, loss = stock(5, 3), nn.MSELoss()
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    with torch.autocast("cpu"):
+        assert fastmlp.why_not_fused(step) == "autocast is enabled on cpu"
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert fastmlp.why_not_fused(step) == "there are hooks for all modules"
+    finally:
+        handle.remove()
+    assert fastmlp.why_not_fused(step) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x, target: (x.double(), target), "input: expected a float32 tensor"),
+        (lambda x, target: (x[:, 1:], target), "input: expected shape"),
+        (lambda x, target: (x.requires_grad_(), target), "requires no gradient"),
+        (lambda x, target: (x, target[1:]), "target: expected shape"),
+        (lambda x, target: (x.as_subclass(Subclass), target), "tensor type of its own, Subclass"),
+    ],
+    ids=["dtype", "shape", "gradient", "target", "subclass"],
+)
+def test_a_step_tells_what_of_a_batch_it_does_not_take(change, words):
+    model, loss = stock(5, 3), nn.MSELoss()
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert words in fastmlp.why_not_fused(step, *change(*batch_for(loss, 4, 5, 3)))
+
+
+def test_asking_a_step_why_changes_nothing():
+    model, loss = stock(5, 9, 3), nn.MSELoss()
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    before = copy.deepcopy(model.state_dict())
+    fastmlp.why_not_fused(step, *batch_for(loss, 4, 5, 3))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert not step.optimizer.state
 
 
 # ---- several processes
