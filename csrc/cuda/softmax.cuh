@@ -10,32 +10,11 @@
 #include <cmath>
 
 #include "../activation.h"
-#include "launch.cuh"
+#include "across.cuh"
 
 namespace fastmlp::cuda::softmax {
 
-constexpr int few = 32, many = 256;  // threads of a block: for rows of few classes one warp each
-
-struct Larger {
-  static __device__ __forceinline__ float of(float a, float b) { return a > b ? a : b; }  // b where a is NaN
-};
-struct Sum {
-  static __device__ __forceinline__ float of(float a, float b) { return a + b; }
-};
-
-// For every thread, Op over all threads of the block. Each of them must call it.
-template <class Op>
-__device__ __forceinline__ float across(float value) {
-  __shared__ float values[many];
-  __syncthreads();
-  values[threadIdx.x] = value;
-  for (unsigned step = blockDim.x / 2; step > 0; step /= 2) {
-    __syncthreads();
-    if (threadIdx.x < step) values[threadIdx.x] = Op::of(values[threadIdx.x], values[threadIdx.x + step]);
-  }
-  __syncthreads();
-  return values[0];
-}
+constexpr int few = 32, many = most_threads;  // threads of a block: for rows of few classes one warp each
 
 __device__ __forceinline__ float sum_of(const float* values, int64_t count) {
   float sum = 0.0f;
