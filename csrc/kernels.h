@@ -108,6 +108,23 @@ struct Update {
   Rates rates;
 };
 
+// Gradients made no longer than max_norm together, as torch.nn.utils.clip_grad_norm_ does it:
+//
+//   norm = √Σ g²     over all elements of all gradients, in float64, where no square overflows
+//   g = g · min(1, max_norm / (norm + 1e-6))     which a norm that is NaN makes NaN
+struct Clip {
+  Dtype dtype;  // of the gradients and the norm
+  double max_norm;
+  bool only_finite;  // whether gradients whose norm is not finite stay as they are
+  void* norm;        // one, of the gradients as they were given
+};
+
+// A tensor of it. No two may overlap.
+struct Gradient {
+  void* data;  // g [size]
+  int64_t size;
+};
+
 enum class Reduction : int { none, mean, sum };
 
 // The loss of a classifier with logits z [N, C] and targets t [N], and its gradient:
@@ -180,6 +197,7 @@ void forward(const Forward* layers, int64_t count, void* workspace, int threads)
 int64_t backward_workspace(const Backward* layers, int64_t count, int threads);
 void backward(const Backward* layers, int64_t count, void* workspace, int threads);
 void optimize(const Optimizer&, const Update* updates, int64_t count, int threads);  // of `count` tensors
+void clip(const Clip&, const Gradient* gradients, int64_t count, int threads);
 
 // Returns -1, or the first row whose target is neither a class nor ignore_index: nothing is written then.
 int64_t cross_entropy_workspace(const CrossEntropy&);
@@ -204,6 +222,8 @@ int forward(const Forward* layers, int64_t count, void* workspace, void* stream)
 int64_t backward_workspace(const Backward* layers, int64_t count);
 int backward(const Backward* layers, int64_t count, void* workspace, void* stream);
 int optimize(const Optimizer&, const Update* updates, int64_t count, void* stream);
+int64_t clip_workspace(const Clip&, const Gradient* gradients, int64_t count);
+int clip(const Clip&, const Gradient* gradients, int64_t count, void* workspace, void* stream);
 
 // A target that is neither a class nor ignore_index fails an assertion on the device, as in torch.
 int64_t cross_entropy_workspace(const CrossEntropy&);

@@ -1,5 +1,5 @@
 // The optimizers, in one place for both backends and for every kernel that holds a gradient: what one step makes of an
-// element. The formulas are above Optimizer in kernels.h.
+// element. The formulas are above Optimizer and Clip in kernels.h.
 //
 // V is float, or a vector of floats, as in activation.h.
 #pragma once
@@ -88,6 +88,12 @@ struct Adam {
   float rate, inverse_root, weight_decay, momentum, undamped, momentum_square, undamped_square, eps, kept;
   bool maximize;
 };
+
+// What clipping multiplies the gradients by. Whether the norm is finite is asked of it as it is stored.
+FASTMLP_INLINE float factor_of(const Clip& c, double norm, bool is_finite) {
+  const double factor = c.only_finite && !is_finite ? 1 : c.max_norm / (norm + 1e-6);
+  return factor >= 1 ? 1.0f : float(factor);  // NaN is not
+}
 
 // Calls f(Named<row>{}), which makes the row of the Optimizer and of each tensor's Rates.
 template <class Row>

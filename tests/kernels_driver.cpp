@@ -41,6 +41,13 @@ int optimize(const Optimizer* o, const Update* updates, int64_t count, unsigned 
   emulator::order = variant;
   return cuda::optimize(*o, updates, count, nullptr);
 }
+int64_t clip_workspace(const Clip* c, const Gradient* gradients, int64_t count) {
+  return cuda::clip_workspace(*c, gradients, count);
+}
+int clip(const Clip* c, const Gradient* gradients, int64_t count, void* workspace, unsigned variant) {
+  emulator::order = variant;
+  return cuda::clip(*c, gradients, count, workspace, nullptr);
+}
 int64_t forward_workspace(const Forward* layers, int64_t count, unsigned) {
   return cuda::forward_workspace(layers, count);
 }
@@ -67,6 +74,12 @@ int backward(const Backward* layers, int64_t count, void* workspace, unsigned va
 int optimize(const Optimizer* o, const Update* updates, int64_t count, unsigned variant) {
   omp_set_num_threads(threads(variant));
   cpu::optimize(*o, updates, count, threads(variant));
+  return 0;
+}
+int64_t clip_workspace(const Clip*, const Gradient*, int64_t) { return 0; }
+int clip(const Clip* c, const Gradient* gradients, int64_t count, void*, unsigned variant) {
+  omp_set_num_threads(threads(variant));
+  cpu::clip(*c, gradients, count, threads(variant));
   return 0;
 }
 int64_t forward_workspace(const Forward* layers, int64_t count, unsigned variant) {
@@ -287,6 +300,30 @@ void check_optimizers(Dtype dtype) {
       }
 }
 
+// Of gradients that begin at any address, to a quarter of their norm and to more than it.
+template <class T>
+void check_clip(Dtype dtype) {
+  std::vector<std::vector<T>> grads;
+  double sum = 0;
+  for (int64_t size : {0, 1, 3, 17, 64, 1000, 9000}) grads.push_back(wave<T>(size + 1, 1));
+  for (const auto& grad : grads)
+    for (size_t i = 1; i < grad.size(); ++i) sum += double{decode(grad[i])} * decode(grad[i]);
+  for (const double factor : {0.25, 4.0}) {
+    auto clipped = grads;
+    std::vector<Gradient> gradients;
+    for (auto& grad : clipped) gradients.push_back({grad.data() + 1, int64_t(grad.size()) - 1});
+    T norm;
+    const Clip c{dtype, factor * std::sqrt(sum), false, &norm};
+    const int64_t count = int64_t(gradients.size());
+    std::vector<double> workspace(clip_workspace(&c, gradients.data(), count) / sizeof(double));
+    if (clip(&c, gradients.data(), count, workspace.data(), 1)) ++failures;
+    expect("norm", norm, std::sqrt(sum));
+    for (size_t t = 0; t < grads.size(); ++t)
+      for (size_t i = 1; i < grads[t].size(); ++i)
+        expect("clipped", clipped[t][i], std::min(factor, 1.0) * decode(grads[t][i]));
+  }
+}
+
 #ifndef FASTMLP_EMULATE
 // Of a network of L layers: one that has z read between others, and a last one.
 Activation activations_of(int64_t layer, int64_t L) {
@@ -437,8 +474,11 @@ int main(int, char** arguments) {
       }
   check_optimizers<float>(Dtype::float32);
   check_optimizers<__nv_bfloat16>(Dtype::bfloat16);
+  check_clip<float>(Dtype::float32);
+  check_clip<__nv_bfloat16>(Dtype::bfloat16);
 #ifdef FASTMLP_EMULATE
   check_optimizers<__half>(Dtype::float16);
+  check_clip<__half>(Dtype::float16);
 #endif
 #ifndef FASTMLP_EMULATE
   for (const Loss loss : {Loss::cross_entropy, Loss::mse, Loss::bce_with_logits})

@@ -207,7 +207,8 @@ def backend(request, builds: dict[str, Future]) -> ctypes.CDLL:
 
 def loaded(path: Path, name: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    for function in ("forward_workspace", "backward_workspace", "cross_entropy_workspace", "cross_entropy"):
+    workspaces = [f"{name}_workspace" for name in ("forward", "backward", "cross_entropy", "clip")]
+    for function in (*workspaces, "cross_entropy"):
         getattr(library, function).restype = ctypes.c_int64
     library.activations.restype = ctypes.c_char_p
     library.name = name
@@ -252,6 +253,15 @@ class Update(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("param", "grad")]
     _fields_ += [("states", 3 * ctypes.c_void_p), ("size", ctypes.c_int64)]
     _fields_ += [(name, ctypes.c_float) for name in ("rate", "inverse_root")]
+
+
+class Clip(ctypes.Structure):
+    _fields_ = [("dtype", ctypes.c_int), ("max_norm", ctypes.c_double), ("only_finite", ctypes.c_bool)]
+    _fields_ += [("norm", ctypes.c_void_p)]
+
+
+class Gradient(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("size", ctypes.c_int64)]
 
 
 class Buffer:
@@ -886,6 +896,89 @@ def test_without_weight_decay_an_infinite_parameter_stays_infinite(backend):
     step.params[0].elements[:] = np.inf
     step.run(backend)
     assert (step.params[0].float64() == np.inf).all()
+
+
+# ---- gradients made no longer than a norm
+
+
+class Clipped:
+    """Gradients of some sizes, drawn by a seed; guard bands of other lengths move their alignment."""
+
+    def __init__(self, dtype: str, sizes: list[int], seed: int = 0, guard: int = 64, scale: float = 1):
+        self.dtype, self.norm = dtype, Buffer(dtype, ())
+        random = np.random.default_rng(seed)
+        values = [scale * random.standard_normal(size) for size in sizes]
+        self.grads = [Buffer(dtype, value.shape, value, guard) for value in values]
+
+    def values(self) -> np.ndarray:
+        return np.concatenate([np.zeros(0), *(grad.float64() for grad in self.grads)])
+
+    def run(self, backend: ctypes.CDLL, max_norm: float, variant: int = 0, only_finite: bool = False) -> None:
+        clip = Clip(DTYPES.index(self.dtype), max_norm, only_finite, self.norm.pointer)
+        gradients = (Gradient * len(self.grads))(*((grad.pointer, grad.size) for grad in self.grads))
+        arguments = ctypes.byref(clip), gradients, ctypes.c_int64(len(gradients))
+        workspace = Buffer("float32", (backend.clip_workspace(*arguments) // 4,))
+        error = backend.clip(*arguments, ctypes.c_void_p(workspace.pointer), ctypes.c_uint(variant))
+        assert error == 0, f"error {error}: {complaint(backend)}"
+        workspace.float64()  # looks at its guard bands
+
+    def check(self, backend: ctypes.CDLL, max_norm: float, variant: int = 0) -> None:
+        before = self.values()
+        norm = np.linalg.norm(before)
+        self.run(backend, max_norm, variant)
+        expected = min(1, max_norm / (norm + 1e-6)) * before
+        for actual, right in ((self.norm.float64(), norm), (self.values(), expected)):
+            error = (ROUNDING[self.dtype] + 2 * ROUNDING["float32"]) * np.abs(right)
+            assert (np.abs(actual - right) <= 1.01 * error + UNDERFLOW[self.dtype]).all()
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+@every_kernel
+def test_gradients_are_clipped_by_the_norm_of_all(backend, dtype, max_norm):
+    Clipped(dtype, [500, 0, 1, 9000, 67]).check(backend, max_norm)
+
+
+@every_kernel
+@settings(max_examples=25, deadline=None, database=None)
+@given(
+    sizes=st.lists(st.one_of(st.integers(0, 40), st.sampled_from([1024, 4097])), max_size=6),
+    guard=st.integers(57, 64),
+    max_norm=st.floats(0, 100),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_gradients_of_any_sizes_and_alignment_are_clipped(backend, dtype, sizes, guard, max_norm, seed):
+    Clipped(dtype, sizes, seed, guard).check(backend, max_norm, variant=seed)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-44, 1e30])
+def test_no_square_of_a_gradient_overflows_or_vanishes(backend, scale):
+    Clipped("float32", [1000, 70], scale=scale).check(backend, scale)
+
+
+def test_more_gradients_than_a_launch_takes_are_clipped_together(backend):
+    Clipped("float32", [*range(160), *[0] * 170, *range(160)]).check(backend, 1)
+
+
+@pytest.mark.parametrize("variant", [1, 2, 3, 6])
+@every_kernel
+def test_neither_the_number_of_threads_nor_their_order_changes_a_bit_of_a_norm(backend, dtype, variant):
+    runs = [Clipped(dtype, [100, 7, 30000]) for _ in range(2)]
+    runs[0].run(backend, 1)
+    runs[1].run(backend, 1, variant)
+    for one, other in zip([*runs[0].grads, runs[0].norm], [*runs[1].grads, runs[1].norm], strict=True):
+        assert (one.elements == other.elements).all()
+
+
+@pytest.mark.parametrize("only_finite", [False, True])
+@pytest.mark.parametrize("value", [np.inf, np.nan, 3e38])
+def test_a_norm_that_is_not_finite_changes_gradients_only_where_it_may(backend, value, only_finite):
+    clipped = Clipped("float32", [20, 3000])
+    clipped.grads[0].elements[:2] = value  # 3e38 twice is more than float32 holds
+    before = clipped.values()
+    clipped.run(backend, 1, only_finite=only_finite)
+    assert not np.isfinite(clipped.norm.float64())
+    expected = before if only_finite else before * 1 / np.linalg.norm(before)
+    np.testing.assert_allclose(clipped.values(), expected, rtol=1e-6, atol=1e-45)
 
 
 # ---- the checks checked

@@ -4,8 +4,11 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <cmath>
 #include <cstring>
+#include <numeric>
 
+#include "../optimizer.h"
 #include "plan.h"
 
 namespace fastmlp::cpu {
@@ -78,22 +81,40 @@ bool covers(Dtype dtype) {
   return dtype != Dtype::float16;
 }
 
-// Threads share the cache lines of all tensors, as if these lay one after the other.
 void optimize(const Optimizer& o, const Update* updates, int64_t count, int threads) {
   constexpr double cost = 8;  // of an element, in multiply-adds: what reading it takes
   const Kernels& k = kernels();
-  const int64_t line = cache_line / size_of(o.dtype);  // in elements
-  int64_t lines = 0;
-  for (const Update* u = updates; u != updates + count; ++u) lines += ceil_div(u->size, line);
-  share(threads, cost * double(lines * line), [&](int rank, int size) {
-    Range mine = part(lines, 1, rank, size);
-    for (const Update* u = updates; u != updates + count && mine.end > 0; ++u) {
-      const auto bound = [&](int64_t at) { return std::clamp<int64_t>(at * line, 0, u->size); };
-      const Range range = {bound(mine.begin), bound(mine.end)};
-      if (range.size() > 0) k.update(o, *u, range);
-      mine.begin -= ceil_div(u->size, line);
-      mine.end -= ceil_div(u->size, line);
-    }
+  const Lines<Update> lines{updates, count, cache_line / size_of(o.dtype)};
+  const int64_t total = lines.total();
+  share(threads, cost * double(total * lines.length), [&](int rank, int size) {
+    lines.visit(part(total, 1, rank, size), [&](const Update& u, Range range) { k.update(o, u, range); });
+  });
+}
+
+// The sum is one of up to 128 parts, whose number and bounds the sizes alone decide.
+void clip(const Clip& c, const Gradient* gradients, int64_t count, int threads) {
+  constexpr double cost = 8;
+  constexpr int most_parts = 128, least_lines = 256;  // of a part
+  const Kernels& k = kernels();
+  const Lines<Gradient> lines{gradients, count, cache_line / size_of(c.dtype)};
+  const int64_t total = lines.total();
+  const int parts = int(std::clamp<int64_t>(total / least_lines, 1, most_parts));
+  // From this on a norm is rounded to infinity.
+  const double infinity = c.dtype == Dtype::float32 ? 0x1.ffffffp127 : 0x1.ffp127;
+  double sums[most_parts] = {};
+  share(threads, cost * double(total * lines.length), [&](int rank, int size) {
+    const Range own = part(parts, 1, rank, size);
+    for (int64_t p = own.begin; p < own.end; ++p)
+      lines.visit(part(total, 1, int(p), parts),
+                  [&](const Gradient& g, Range range) { sums[p] += k.sum_of_squares(c.dtype, g, range); });
+    wait(size);
+    const double norm = std::sqrt(std::accumulate(sums, sums + parts, 0.0));
+    const float stored = float(norm), factor = factor_of(c, norm, norm < infinity);
+    if (rank == 0) k.add_up(&stored, 1, 0, c.dtype, c.norm, {0, 1});
+    if (factor == 1) return;
+    const auto begin = [&](int64_t p) { return part(total, 1, int(p), parts).begin; };
+    lines.visit({begin(own.begin), begin(own.end)},
+                [&](const Gradient& g, Range range) { k.scale(c.dtype, g, factor, range); });
   });
 }
 

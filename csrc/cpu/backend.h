@@ -70,6 +70,9 @@ struct Kernels {
   void (*add_up)(const float* partials, int64_t count, int64_t stride, Dtype dtype, void* out, Range range);
   // One step for a range of the tensor's elements.
   void (*update)(const Optimizer&, const Update&, Range range);
+  // Σ g² of a range of the gradient's elements, and those elements times a factor.
+  double (*sum_of_squares)(Dtype, const Gradient&, Range range);
+  void (*scale)(Dtype, const Gradient&, float factor, Range range);
   // The losses and gradients of some rows, whose targets are classes or ignored, times `scale`; the losses are
   // stored where they are not reduced, and without the scale. Returns the sum of the losses.
   double (*cross_entropy)(const CrossEntropy&, float scale, Range rows);

@@ -43,6 +43,31 @@ inline Range part(int64_t size, int tile, int rank, int parts) {
   return {bound(rank), bound(rank + 1)};
 }
 
+// The elements of all tensors in cache lines, as if the tensors lay one after the other: how threads share them.
+template <class Tensor>
+struct Lines {
+  const Tensor* tensors;  // each with its size
+  int64_t count, length;  // of tensors; of a line, in elements
+
+  int64_t total() const {
+    int64_t lines = 0;
+    for (const Tensor* t = tensors; t != tensors + count; ++t) lines += ceil_div(t->size, length);
+    return lines;
+  }
+
+  // Calls f(tensor, range) with the elements of some of the lines.
+  template <class F>
+  void visit(Range lines, F f) const {
+    for (const Tensor* t = tensors; t != tensors + count && lines.end > 0; ++t) {
+      const auto bound = [&](int64_t at) { return std::clamp<int64_t>(at * length, 0, t->size); };
+      const Range range = {bound(lines.begin), bound(lines.end)};
+      if (range.size() > 0) f(*t, range);
+      lines.begin -= ceil_div(t->size, length);
+      lines.end -= ceil_div(t->size, length);
+    }
+  }
+};
+
 // Each thread's memory for packed blocks. Nothing in it outlives a call.
 inline void* scratch() {
   alignas(64) static thread_local char memory[scratch_bytes];

@@ -4,6 +4,7 @@
 #include "../activation.h"
 #include "../kernels.h"
 #include "chain.cuh"
+#include "clip.cuh"
 #include "launch.cuh"
 #include "product.cuh"
 #include "simt.cuh"
@@ -381,6 +382,19 @@ int cross_entropy(const CrossEntropy& p, void* workspace, void* stream) {
 int optimize(const Optimizer& o, const Update* updates, int64_t count, void* stream) {
   return with_dtype(o.dtype, [&](auto type) {
     return update::run<typename decltype(type)::type>(o, updates, count, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int64_t clip_workspace(const Clip& c, const Gradient* gradients, int64_t count) {
+  return with_dtype(c.dtype, [&](auto type) {
+    return clipping::workspace<typename decltype(type)::type>(gradients, count);
+  });
+}
+
+int clip(const Clip& c, const Gradient* gradients, int64_t count, void* workspace, void* stream) {
+  return with_dtype(c.dtype, [&](auto type) {
+    return clipping::run<typename decltype(type)::type>(c, gradients, count, static_cast<double*>(workspace),
+                                                        static_cast<cudaStream_t>(stream));
   });
 }
 
