@@ -4,6 +4,7 @@
 #include "torch/autograd.cpp"
 #include "torch/call.cpp"
 #include "torch/checks.cpp"
+#include "torch/clip.cpp"
 #include "torch/cross_entropy.cpp"
 #include "torch/lookup.cpp"
 #include "torch/module.cpp"

@@ -31,7 +31,7 @@ from fastmlp import (
 )
 from fastmlp.fuse import fuse, unfuse
 from fastmlp.nn import MLP, CrossEntropyLoss, Linear, LinearReLU
-from fastmlp.optim import SGD, Adam, AdamW
+from fastmlp.optim import SGD, Adam, AdamW, clip_grad_norm_
 from fastmlp.reasons import why_not_fused
 from fastmlp.step import TrainStep
 
@@ -45,6 +45,7 @@ __all__ = [
     "LinearReLU",
     "TrainStep",
     "build_info",
+    "clip_grad_norm_",
     "functional",
     "fuse",
     "unfuse",

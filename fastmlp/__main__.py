@@ -109,6 +109,17 @@ def step_error(device: str, dtype: torch.dtype) -> float:
     return max(relative_error(*pair) for pair in pairs) if covered else torch.inf
 
 
+def clip_error(device: str, dtype: torch.dtype) -> float:
+    """The largest relative error of the norm of gradients, and of these clipped to half of it."""
+    generator = torch.Generator().manual_seed(0)
+    grads = [torch.randn(size, generator=generator).to(device, dtype) for size in (1000, 3)]
+    exact = torch.cat(grads).double()
+    norm = _ops.clip_grad_norm_(grads, exact.norm().item() / 2)
+    if norm is None:
+        return torch.inf
+    return max(relative_error(norm, exact.norm()), relative_error(torch.cat(grads), exact / 2))
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """In the 2-norm."""
     error = (actual.double() - expected).norm() / expected.norm().clamp_min(1e-30)
@@ -138,7 +149,7 @@ def main() -> int:
     for name, device, dtype, instruction_set in cpu + cuda:
         if instruction_set is not None:
             _C.use_instruction_set(instruction_set)
-        error = max(check(device, dtype) for check in (largest_error, network_error, step_error))
+        error = max(check(device, dtype) for check in (largest_error, network_error, step_error, clip_error))
         right = error < TOLERANCE[dtype]
         wrong += not right
         kernel = f"{name} {str(dtype).removeprefix('torch.')}"

@@ -1,7 +1,7 @@
-"""The optimizers of torch.optim with one kernel for all parameters."""
+"""The optimizers of torch.optim, and gradient clipping, with one kernel for all parameters."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 from weakref import ref
@@ -15,14 +15,24 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from fastmlp import _C  # noqa: F401  importing it registers the ops
+from fastmlp import _C
 
-__all__ = ["SGD", "Adam", "AdamW", "fuse_optimizer", "has_step_hooks", "rule_of", "unfuse_optimizer"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "clip_grad_norm_",
+    "fuse_optimizer",
+    "has_step_hooks",
+    "rule_of",
+    "unfuse_optimizer",
+]
 
 # Other tensor types carry semantics of their own, which torch's operations know and ours do not.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 _optimize = torch.ops.fastmlp.optimize_.default
+_torchs_clip_grad_norm_ = torch.nn.utils.clip_grad_norm_  # as it is now: a user may put ours in its place
 
 # Raises where a CUDA graph is captured of what would not be safe there. Torch's releases differ in its name.
 _check_capture: Any = getattr(Optimizer, "_accelerator_graph_capture_health_check", None) or getattr(
@@ -291,6 +301,54 @@ class AdamW(_OneKernel, torch.optim.AdamW):
     """
 
     _rule, _torchs = _ADAM, torch.optim.AdamW
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """``torch.nn.utils.clip_grad_norm_`` with one kernel for all gradients, whose norm it bounds.
+
+        norm = √Σ g²                               over all elements of all gradients
+        g = g · min(1, max_norm / (norm + 1e-6))
+
+    The kernel takes gradients that are dense, overlap nowhere, and are on one device and of one dtype:
+    float32 or bfloat16, on CUDA also float16. It adds up in float64, where no square overflows. All else
+    takes torch's own path, with torch's results: other norms, what ``foreach`` asks for, and a call that
+    ``torch.compile`` traces.
+
+    Args:
+        parameters: a tensor, or an iterable of tensors, whose gradients are scaled in place.
+        max_norm: the norm that the gradients are not to exceed.
+        norm_type: order of the norm, a number or "inf".
+        error_if_nonfinite: whether a norm that is infinite or NaN raises an error, and changes nothing.
+            Otherwise it makes gradients 0 or NaN.
+        foreach: asks for torch's implementation over lists of tensors, or not over lists.
+
+    Returns:
+        The norm before, of shape [], on the device of the gradients and of their dtype; 0 without gradients.
+
+    Raises:
+        RuntimeError: for a norm that is not finite, where ``error_if_nonfinite``.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> fastmlp.clip_grad_norm_([weight], max_norm=0.5)
+        tensor(5.)
+        >>> weight.grad
+        tensor([0.3000, 0.4000])
+    """
+    if norm_type == 2 and foreach is None and not torch.compiler.is_compiling():
+        tensors = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        norm = _C.clip_grad_norm(tensors, float(max_norm), error_if_nonfinite)
+        if norm is not NotImplemented:
+            return norm
+        parameters = tensors or parameters  # of a generator nothing is left; it warns if there was nothing
+    return _torchs_clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
 
 
 _OURS: dict[type[Optimizer], type[_OneKernel]] = {cls._torchs: cls for cls in (SGD, Adam, AdamW)}

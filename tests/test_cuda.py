@@ -255,6 +255,70 @@ def test_a_cuda_graph_captures_a_step():
     assert params[0].eq(0.375).all()
 
 
+# ---- clipping
+
+
+def clipped(clip, max_norm, dtype=torch.float32, value=None, **options):
+    """The norm of some gradients, and these once they are clipped."""
+    torch.manual_seed(0)
+    shapes = [(500, 784), (), (0,), *[(7,)] * 200]
+    params = [torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    if value is not None:
+        params[0].grad[1, 3] = value
+    params.append(torch.empty(10, dtype=dtype, device="cuda"))
+    params[-1].grad = torch.randn(11, dtype=dtype, device="cuda")[1:]  # begins at no multiple of 16 bytes
+    return [clip(params, max_norm, **options), *(param.grad for param in params)]
+
+
+@pytest.mark.parametrize("value", [None, torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_clipped_gradients_are_those_of_torch(dtype, max_norm, value):
+    clips = (fastmlp.clip_grad_norm_, torch.nn.utils.clip_grad_norm_)
+    for ours, stock in zip(*(clipped(clip, max_norm, dtype, value) for clip in clips), strict=True):
+        torch.testing.assert_close(ours, stock, rtol=3 * TOLERANCE[dtype], atol=1e-6, equal_nan=True)
+
+
+def test_every_run_of_clipping_gives_the_same_bits():
+    assert all(map(torch.equal, *(clipped(fastmlp.clip_grad_norm_, 0.5) for _ in range(2))))
+
+
+def test_clipping_raises_for_a_norm_that_is_not_finite_where_that_is_an_error():
+    clipped(fastmlp.clip_grad_norm_, 0.5, error_if_nonfinite=True)
+    with pytest.raises(RuntimeError, match="is non-finite"):
+        clipped(fastmlp.clip_grad_norm_, 0.5, value=torch.inf, error_if_nonfinite=True)
+
+
+def test_clipping_does_not_wait_for_the_device():
+    clipped(fastmlp.clip_grad_norm_, 0.5)
+    param = torch.ones(1000, device="cuda")
+    param.grad = torch.ones_like(param)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fastmlp.clip_grad_norm_([param], 0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_cuda_graph_captures_clipping():
+    param = torch.ones(4, device="cuda")
+    param.grad = torch.ones_like(param)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        fastmlp.clip_grad_norm_([param], 4.0)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = fastmlp.clip_grad_norm_([param], 4.0)
+    param.grad.fill_(4.0)
+    graph.replay()
+    assert norm == 8
+    torch.testing.assert_close(param.grad, torch.full_like(param, 2.0))
+
+
 # ---- cross-entropy
 
 

@@ -373,13 +373,15 @@ CALLS = {
     "cross_entropy_forward": lambda grad: (x(4, 3), TARGET, None, "mean", -100, 0.0),
     "why_not_fused": lambda grad: (x(4, 3, grad=grad), x(5, 3, grad=grad)),
     "optimize_": lambda grad: ("sgd", [x(4, 3)], [x(4, 3)], [], [], [0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
+    "clip_grad_norm_": lambda grad: ([x(4, 3), x(5)], 0.5),
     "train_step_": lambda grad: (
         *(x(4, 3), TARGET, [x(5, 3), x(5), x(2, 5)], [torch.empty(0)] * 3, [], torch.empty(0).byte()),
         *([1, 0], ["tanh", "identity"], [], "cross_entropy", True, None, None, -100, 0.0),
         *("sgd", [0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0] * 3, [1] * 3),
     ),
 }
-CHECKS = {"optimize_": NOT_TRACED, "train_step_": NOT_TRACED, "why_not_fused": NO_TENSOR}
+CHECKS = {"why_not_fused": NO_TENSOR}
+CHECKS |= dict.fromkeys(("optimize_", "clip_grad_norm_", "train_step_"), NOT_TRACED)
 DIFFERENTIATED = {"network", "cross_entropy", "why_not_fused"}  # the others are called beneath autograd
 
 

@@ -41,6 +41,10 @@ struct Cpu {
   static void run(const Optimizer& optimizer, const Update* updates, int64_t count) {
     cpu::optimize(optimizer, updates, count, at::get_num_threads());
   }
+  static int64_t workspace(const Clip&, const Gradient*, int64_t) { return 0; }
+  static void run(const Clip& clip, const Gradient* gradients, int64_t count, void*) {
+    cpu::clip(clip, gradients, count, at::get_num_threads());
+  }
 };
 
 #ifdef FASTMLP_WITH_CUDA
@@ -63,6 +67,12 @@ struct Cuda {
   }
   static void run(const Optimizer& optimizer, const Update* updates, int64_t count) {
     check(cuda::optimize(optimizer, updates, count, c10::cuda::getCurrentCUDAStream().stream()));
+  }
+  static int64_t workspace(const Clip& clip, const Gradient* gradients, int64_t count) {
+    return cuda::clip_workspace(clip, gradients, count);
+  }
+  static void run(const Clip& clip, const Gradient* gradients, int64_t count, void* workspace) {
+    check(cuda::clip(clip, gradients, count, workspace, c10::cuda::getCurrentCUDAStream().stream()));
   }
 
  private:
@@ -93,6 +103,13 @@ void run(const Layer* layers, int64_t count, const at::Tensor& like) {
   Device::run(layers, count, bytes ? workspace.mutable_data_ptr() : nullptr);
 }
 
+// Whether there are kernels for the dtype that compute element by element.
+template <class Device>
+bool covers(at::ScalarType dtype) {
+  return dtype == at::kFloat || dtype == at::kBFloat16 ||
+         (dtype == at::kHalf && !std::is_same_v<Device, Cpu>);
+}
+
 inline Dtype dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
     case at::kBFloat16:
@@ -119,6 +136,12 @@ inline bool is_reduced(const at::Tensor& t) {
 inline at::Tensor as_matrix(const at::Tensor& t, int64_t rows, int64_t columns) {
   const at::Tensor matrix = t.dim() == 2 ? t : t.reshape({rows, columns});
   return columns <= 1 || matrix.stride(1) == 1 ? matrix : matrix.contiguous();
+}
+
+// Whether the elements lie side by side, in whatever order.
+inline bool is_dense(const at::Tensor& t) {
+  return t.layout() == c10::kStrided && !t.unsafeGetTensorImpl()->is_nested() &&
+         t.is_non_overlapping_and_dense();
 }
 
 // Where a tensor is, from its first element to its last, with all that lies between.

@@ -3,6 +3,7 @@
 // than the network.
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <string>
@@ -131,6 +132,31 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
                             label_smoothing, optimizer, options, options_of);
   }
   return THPVariable_Wrap(std::move(value));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* clip_grad_norm(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 3 && is_list(arguments[0]),
+                   "clip_grad_norm: expected a list of parameters, max_norm and error_if_nonfinite");
+  c10::SmallVector<Tensor, 8> grads;
+  for (PyObject* const parameter : items_of(arguments[0])) {
+    if (!is_plain(parameter)) Py_RETURN_NOTIMPLEMENTED;
+    const Tensor& grad = THPVariable_Unpack(parameter).grad();
+    if (!grad.defined()) continue;
+    if (!is_plain(THPObjectPtr(THPVariable_Wrap(grad)))) Py_RETURN_NOTIMPLEMENTED;
+    grads.push_back(grad);
+  }
+  const double max_norm = PyFloat_AsDouble(arguments[1]);
+  const int error_if_nonfinite = PyObject_IsTrue(arguments[2]);
+  if (PyErr_Occurred()) throw python_error();
+  OptionalTensor norm;
+  if (!grads.empty()) {
+    const pybind11::gil_scoped_release no_gil;
+    norm = call_clip_grad_norm(grads, max_norm, error_if_nonfinite);
+  }
+  if (!norm) Py_RETURN_NOTIMPLEMENTED;
+  return THPVariable_Wrap(*std::move(norm));
   END_HANDLE_TH_ERRORS
 }
 

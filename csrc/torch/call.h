@@ -12,4 +12,8 @@ PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 // The op train_step_, with its arguments in their order, but activations and parameters as above. NotImplemented too.
 PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
+// clip_grad_norm(parameters, max_norm, error_if_nonfinite): the op clip_grad_norm_ for the gradients of a list of tensors.
+// NotImplemented too, and where the op gives None.
+PyObject* clip_grad_norm(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
 }  // namespace fastmlp

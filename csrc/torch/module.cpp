@@ -31,6 +31,7 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 }
 
 PyMethodDef functions[] = {{"attribute", fast(fastmlp::attribute), METH_FASTCALL, nullptr},
+                           {"clip_grad_norm", fast(fastmlp::clip_grad_norm), METH_FASTCALL, nullptr},
                            {"find", fast(fastmlp::find), METH_FASTCALL, nullptr},
                            {"is_unchanged", fast(fastmlp::is_unchanged), METH_FASTCALL, nullptr},
                            {"network", fast(fastmlp::network), METH_FASTCALL, nullptr},

@@ -24,5 +24,6 @@ Tensor call_train_step(const Tensor& input, const Tensor& target, at::TensorList
                        bool mean, const OptionalTensor& weight, const OptionalTensor& pos_weight,
                        int64_t ignore_index, double label_smoothing, std::string_view optimizer,
                        Numbers options, at::IntArrayRef numbers);
+OptionalTensor call_clip_grad_norm(at::TensorList grads, double max_norm, bool error_if_nonfinite);
 
 }  // namespace fastmlp

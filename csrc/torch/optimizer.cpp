@@ -78,21 +78,10 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
-bool is_dense(const Tensor& t) {
-  return t.layout() == c10::kStrided && !t.unsafeGetTensorImpl()->is_nested() &&
-         t.is_non_overlapping_and_dense();
-}
-
 // Whether equal places in memory hold equal places of the tensors.
 bool is_laid_out_as(const Tensor& t, const Tensor& param) {
   return is_dense(t) && t.sizes() == param.sizes() &&
          (t.strides() == param.strides() || (t.is_contiguous() && param.is_contiguous()));
-}
-
-template <class Device>
-bool covers(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kBFloat16 ||
-         (dtype == at::kHalf && !std::is_same_v<Device, Cpu>);
 }
 
 // Whether all are laid out as the parameters, one list after the other.
