@@ -44,6 +44,8 @@ struct Forward {
   void* z = nullptr;  // [M, N], or null where it is not wanted; only where the activation reads z
 };
 
+struct Trained;
+
 // One layer's backward pass.
 //
 // A network is an array of layers, from the last to the first. Between two of them dy is the backend's own: every
@@ -66,6 +68,9 @@ struct Backward {
   void* grad_weight;             // [N, K]
   void* grad_bias;               // [N]
   Activation x_activation = {};  // x is this of what is given for it
+  // On the CPU, of float32: parameters that are changed by their gradients, which then need no memory; or null.
+  const Trained* trained_weight = nullptr;
+  const Trained* trained_bias = nullptr;
 };
 
 // One step of an optimizer, as torch.optim defines it. For each element of a parameter w, whose gradient is dW:
@@ -147,15 +152,23 @@ struct CrossEntropy {
   float* grad;            // dz [N, C], or null where it is not wanted
 };
 
-// The losses that a step knows: cross_entropy as above; the mean or the sum over all elements of (y - t)², or of the
-// binary cross-entropy of logits, w (p t log(1 + e^-y) + (1 - t) log(1 + e^y)).
-enum class Loss : int { cross_entropy, mse, bce_with_logits };
+// The losses that a step knows: cross_entropy as above, and the mean or the sum over all elements of, with d = y - t,
+//
+//   mse               d²
+//   l1                |d|
+//   smooth_l1         d² / 2β  where |d| < β, else |d| - β / 2
+//   huber             d² / 2   where |d| <= δ, else δ (|d| - δ / 2)
+//   bce_with_logits   w (p t log(1 + e^-y) + (1 - t) log(1 + e^y))
+//
+// Or the gradient of a loss is given that the caller has found.
+enum class Loss : int { cross_entropy, mse, l1, smooth_l1, huber, bce_with_logits, given };
 
 // A loss of one element at a time, for an output of shape [M, N].
 struct Pointwise {
   int64_t N;
   const float* target;               // t [M, N]
   const float *weight, *pos_weight;  // w, p [N], or null for ones; of the binary cross-entropy
+  float bound;                       // β, δ, which is positive
   bool mean;                         // or the sum
 };
 
@@ -169,12 +182,15 @@ struct Trained {
 // A whole training step: forward, loss, backward, and the update of the parameters. float32.
 struct Step {
   int64_t count;
-  const Forward* layers;            // every x but the first's and every y are null
+  const Forward* layers;  // every x but the first's and every y are null, but where the gradient is given
   const Trained *weights, *biases;  // of each layer; a weight is [N, K] without gaps
   Loss loss;
   CrossEntropy cross_entropy;  // where that is the loss; input, loss and grad are not read
-  Pointwise pointwise;         // where it is another
-  float* value;                // where the loss goes, of the parameters before the update
+  Pointwise pointwise;         // where it is of elements
+  const float* gradient;       // dy [M, N], where it is given: layers have been computed, and kept y or z
+  float* value;     // where the loss goes, of the parameters before the update; null where dy is given
+  double max_norm;  // all gradients are clipped to this norm together; 0 for no bound
+  float* norm;      // where the norm goes that they had, where there is a bound
 };
 
 namespace cpu {

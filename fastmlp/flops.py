@@ -64,7 +64,7 @@ def _train_step(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    numbers, start = args[-1], 0
+    is_given, numbers, start = args[2] == "given", args[10], 0  # whether there is no forward pass
     weights, trained = [], []  # of each layer: the weight's shape, and whether weight and bias are trained
     for bias in has_bias:
         end = start + 1 + bias
@@ -73,4 +73,4 @@ def _train_step(
         start = end
     products = _products(input, weights)
     lowest = next((i for i, layer in enumerate(trained) if any(layer)), len(trained))
-    return sum(product * (1 + trained[i][0] + (i > lowest)) for i, product in enumerate(products))
+    return sum(product * (1 - is_given + trained[i][0] + (i > lowest)) for i, product in enumerate(products))

@@ -1,45 +1,81 @@
 """The whole training step, forward, loss, backward and the optimizer's update, in one call."""
 
 import copy
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.nn.modules.module import _has_any_global_hook
 
 from . import _C, functional
 from .activations import resolved
 from .fuse import is_sequential, rewritten_forward
 from .graph import Graphs
-from .layers import ROLES, Layers, Method, Role, is_called_plainly, parameters_of, walk
+from .layers import ROLES, Layers, Role, is_called_plainly, is_unwatched, parameters_of, walk
 from .nn import CrossEntropyLoss
-from .optim import has_step_hooks, rule_of
+from .optim import clip_grad_norm_, has_step_hooks, rule_of
 from .rewrite import Pending, Refused, Rewritten
 
 __all__ = ["TrainStep"]
 
 _train_step = torch.ops.fastmlp.train_step_
+_network_backward = torch.ops.fastmlp.network_backward.default
 
+
+class _Loss(NamedTuple):
+    """A loss that the kernels know: its name there, and what they are to know of its options."""
+
+    name: str
+    #: weight, pos_weight, ignore_index, and the label smoothing or the bound
+    options: Callable[[Any], tuple[Tensor | None, Tensor | None, int, float]] = lambda _: (None, None, 0, 0.0)
+
+
+_CROSS_ENTROPY = _Loss(
+    "cross_entropy", lambda loss: (loss._buffers["weight"], None, loss.ignore_index, loss.label_smoothing)
+)
+#: By class, with the methods that it must have.
 _LOSSES = {
-    owner: Role.of(owner, name)
-    for owner, name in {
-        nn.CrossEntropyLoss: "cross_entropy",
-        CrossEntropyLoss: "cross_entropy",
-        nn.MSELoss: "mse",
-        nn.BCEWithLogitsLoss: "bce_with_logits",
+    owner: (Role.of(owner, loss.name), loss)
+    for owner, loss in {
+        nn.CrossEntropyLoss: _CROSS_ENTROPY,
+        CrossEntropyLoss: _CROSS_ENTROPY,
+        nn.MSELoss: _Loss("mse"),
+        nn.L1Loss: _Loss("l1"),
+        nn.SmoothL1Loss: _Loss("smooth_l1", lambda loss: (None, None, 0, loss.beta)),
+        nn.HuberLoss: _Loss("huber", lambda loss: (None, None, 0, loss.delta)),
+        nn.BCEWithLogitsLoss: _Loss(
+            "bce_with_logits", lambda loss: (loss._buffers["weight"], loss._buffers["pos_weight"], 0, 0.0)
+        ),
     }.items()
+}
+#: Functions that are such a loss by themselves: their mean.
+_FUNCTIONS: dict[Any, tuple[Any, ...]] = {
+    F.cross_entropy: ("cross_entropy", True, None, None, -100, 0.0),
+    F.mse_loss: ("mse", True, None, None, 0, 0.0),
+    F.l1_loss: ("l1", True, None, None, 0, 0.0),
+    F.smooth_l1_loss: ("smooth_l1", True, None, None, 0, 1.0),
+    F.huber_loss: ("huber", True, None, None, 0, 1.0),
+    F.binary_cross_entropy_with_logits: ("bce_with_logits", True, None, None, 0, 0.0),
 }
 _CAPTURED = {"cuda"}  # the devices whose steps become graphs, with SGD
 
 
-class _Unknown(Exception):
-    """Why a step is none that is known, and the error for that."""
+class _Slower(Exception):
+    """Why a step is the standard loop."""
 
-    def __init__(self, reason: str, error: type[Exception] = TypeError) -> None:
-        super().__init__(reason)
-        self.error = error(reason)
+
+class _Training(NamedTuple):
+    """What the kernel is to know of the layers' parameters, and the states that are new."""
+
+    params: list[Tensor]
+    states: list[Tensor]
+    counts: list[Tensor]
+    options: list[Any]  # of each group, and once more for a first step
+    numbers: list[int]  # of each parameter's options; -1 where it is not trained
+    made: list[tuple[Tensor, dict[str, Tensor]]]
 
 
 class TrainStep:
@@ -52,40 +88,46 @@ class TrainStep:
         value.backward()
         optimizer.step()
 
-    to within rounding, and the same to the bit from run to run and for every number of threads. On the CPU
-    it is one kernel that changes each weight while its gradient is in cache: no gradient outlives its layer
-    (or, where many rows meet few weights, the call), and `.grad` stays as it is. The memory that a step works
-    in is kept for the next. Its state is in `optimizer.state` under torch's own keys, options are read at
-    each call: checkpoints and learning-rate schedulers work as ever.
+    to within rounding, and the same to the bit from run to run and for every number of threads. All that the
+    loop trains is taken, the fastest way that there is for it:
 
-    With `max_grad_norm`, `accumulate` or `process_group`, and on a GPU, gradients do exist, in `.grad`: the
-    step is then the standard loop itself, with fused layers. A step prints which it is, and
-    :func:`fastmlp.why_not_fused` tells why.
+    - In one call of a kernel: a model that ends by a chain of linear layers and activations, and trains
+      nothing before it; a loss of torch's that the kernels know (cross-entropy with classes as targets, MSE,
+      L1, smooth L1, Huber, binary cross-entropy of logits; mean or sum); SGD, Adam or AdamW, of torch.optim
+      or of fastmlp; on the CPU, in float32.
+    - In two calls around the loss, where that is another: it may be any callable, and autograd
+      differentiates it down to the model's output.
+    - In the standard loop, with fused layers, for all else: other optimizers, models that are trained before
+      or between their layers too, an x that requires a gradient, `accumulate`, `process_group`, autocast.
+      On a GPU the loop with SGD becomes a CUDA graph.
 
-    On a GPU, without these, the loop with SGD becomes a CUDA graph once a batch of the same shape comes
-    again, with parameters and momentum in the same place and the same options; the learning rate may change
-    at every call. The graph keeps the memory of a step, and its next replay overwrites the gradients. The
-    step stays the loop under autocast, while the caller captures a graph, and where optimizer, loss or a
-    parameter has hooks.
+    A step prints which it is, and :func:`fastmlp.why_not_fused` tells why. The first two change each weight
+    while its gradient is in cache: no gradient outlives its layer (or, where many rows meet few weights, or
+    gradients are clipped, the call), and `.grad` stays as it is. In the loop it is the gradient. The memory
+    that a step works in is kept for the next. Its state is in `optimizer.state` under torch's own keys,
+    options are read at each call: checkpoints and learning-rate schedulers work as ever.
+
+    A CUDA graph is captured once a batch of the same shape comes again, with parameters and momentum in the
+    same place and the same options; the learning rate may change at every call. The graph keeps the memory of
+    a step, and its next replay overwrites the gradients. The step stays the loop while the caller captures a
+    graph, and where optimizer, loss or a parameter has hooks.
 
     Args:
-        model: an nn.Sequential of Linear layers and activations (fastmlp.MLP is one), float32;
-            nested ones, nn.Identity, and nn.Flatten() at the beginning are understood. So is a module whose
-            forward ends by returning such a chain; what it does before, without parameters, it does itself at
-            every call.
-        loss: nn.CrossEntropyLoss, with classes as targets, nn.MSELoss, or nn.BCEWithLogitsLoss, whose weight
-            and pos_weight are the same for the whole batch; mean or sum.
-        optimizer: SGD, Adam or AdamW, of torch.optim or of fastmlp. Parameters that it does not know stay as
-            they are.
-        max_grad_norm: where given, gradients are clipped as by torch.nn.utils.clip_grad_norm_.
+        model: any module of one input.
+        loss: any callable of the model's output and the targets. It returns the loss, or a tuple whose first
+            element is the loss.
+        optimizer: any optimizer. Parameters that it does not know stay as they are.
+        max_grad_norm: where given, gradients are clipped as by torch.nn.utils.clip_grad_norm_. `grad_norm`
+            is then the norm that they had in the last step, a tensor.
         accumulate: parameters change once in so many calls, by the mean of their gradients.
         process_group: where given (torch.distributed.group.WORLD for all processes), parameters are made
             those of the group's first process, and each step takes the mean of all processes' gradients, as
             under DistributedDataParallel.
+        strict: whether a step raises ValueError, with nothing changed, instead of being the standard loop.
 
     Raises:
-        TypeError: for a model, loss or optimizer that a step does not know, naming what does not fit.
-        ValueError: for options that it does not know.
+        TypeError: for a model that is no module, a loss that cannot be called, or no optimizer.
+        ValueError: for other options than these.
 
     Example:
         >>> model, loss = fastmlp.MLP(784, 500, 10), torch.nn.CrossEntropyLoss()
@@ -100,30 +142,36 @@ class TrainStep:
     def __init__(
         self,
         model: nn.Module,
-        loss: nn.Module,
+        loss: Callable[..., Any],
         optimizer: torch.optim.Optimizer,
         *,
         max_grad_norm: float | None = None,
         accumulate: int = 1,
         process_group: Any = None,
+        strict: bool = False,
     ) -> None:
         """See the class."""
-        self.model, self.loss, self.optimizer = model, loss, optimizer
-        self.max_grad_norm, self.accumulate, self.process_group = max_grad_norm, accumulate, process_group
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if not callable(loss):
+            raise TypeError(f"loss: expected a callable, got {type(loss).__name__}")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
         if accumulate < 1:
             raise ValueError(f"accumulate: expected a number of calls from 1 on, got {accumulate}")
+        if accumulate > 1 and isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("accumulate: expected 1 for LBFGS, which asks for the loss several times a step")
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.max_grad_norm, self.accumulate, self.process_group = max_grad_norm, accumulate, process_group
+        self.strict = strict
+        self.grad_norm: Tensor | None = None
         self._calls = 0
         self._forget()
-        try:
-            layers, _ = self._look(None)
-            self._check(layers)
-        except _Unknown as unknown:
-            raise unknown.error from None
         if process_group is not None:
             first = torch.distributed.get_global_rank(process_group, 0)
-            for parameter in parameters_of(layers):
+            for parameter in model.parameters():
                 torch.distributed.broadcast(parameter.detach(), first, group=process_group)
 
     def _forget(self) -> None:
@@ -131,10 +179,11 @@ class TrainStep:
         self._rewritten: dict[Any, Rewritten] = {}
         self._graphs: Graphs | None = None
         self._workspace = torch.empty(0, dtype=torch.uint8)  # as large as the largest batch has needed
+        self._way: tuple[str, str | None] | None = None  # the last call's, and why it was no better
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles take: not what is kept for the next call alone."""
-        names = ("_rewritten", "_graphs", "_workspace")
+        names = ("_rewritten", "_graphs", "_workspace", "_way")
         return {name: value for name, value in self.__dict__.items() if name not in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -143,262 +192,198 @@ class TrainStep:
         self._forget()
 
     def __repr__(self) -> str:
-        """What it is a step of, and how it is taken."""
-        names = ", ".join(type(each).__name__ for each in (self.model, self.loss, self.optimizer))
-        reason = self.reason()
-        how = "in one call" if reason is None else f"in the standard loop: {reason}"
-        return f"TrainStep({names}), {how}"
+        """What it is a step of, and how the last was taken, or would be."""
+        loss = self.loss if hasattr(self.loss, "__name__") else type(self.loss)
+        names = type(self.model).__name__, loss.__name__, type(self.optimizer).__name__
+        way, why = self._way or self._expected_way()
+        return f"TrainStep({', '.join(names)}), {way}" + (f": {why}" if way == _LOOP else "")
 
-    def __call__(self, x: Tensor, target: Tensor) -> Tensor:
+    def reason(self, *batch: Any) -> str | None:
+        """Why the last call was not one call of a kernel, or the first would not be; None where it is.
+
+        Args:
+            *batch: x and targets, where given: a copy of the step is called with them.
+        """
+        expected = self._expected_way()
+        if not batch:
+            return (self._way or expected)[1]
+        if expected[0] == _LOOP:  # of hooks, say, which copies do not have
+            return expected[1]
+        other = copy.deepcopy(self)
+        other.strict = False
+        with torch.random.fork_rng():
+            other(*batch)
+        return other.reason()
+
+    def __call__(self, x: Any, *targets: Any) -> Any:
         """Takes one step.
 
         Args:
-            x: input of shape [batch, in_features] (for MSE and BCE [..., in_features]), float32. The batch
-                may change from call to call. No gradient is computed for it.
-            target: classes, int64 of shape [batch], for cross-entropy; else float32, of the output's shape.
+            x: what the model takes, of shape [..., in_features]. The batch may change from call to call.
+            *targets: what the loss takes besides the model's output.
 
         Returns:
-            The loss of the parameters before the update, a float32 scalar without a gradient.
+            The loss of the parameters before the update, without a gradient. Where the loss returned a tuple,
+            that, with this in its first place.
 
         Raises:
-            RuntimeError: for a shape, dtype or device that does not fit; where gradients are off, or no
-                parameter requires one, as the standard loop; where one may not be written.
-            IndexError: for a target that is no class.
-            TypeError or ValueError: where model, loss or optimizer have become what a step does not know.
+            ValueError: if `strict`, for a step that would be the standard loop.
+            RuntimeError: where gradients are off.
 
-        Nothing has been changed where an error is raised.
+        And all that the standard loop raises. Parameters have not been changed where an error is raised.
         """
         if torch.compiler.is_dynamo_compiling():
-            return self._untraced(x, target)
+            return self._untraced(x, *targets)
         if not torch.is_grad_enabled():
             raise RuntimeError(
                 "TrainStep: expected gradients to be enabled, which the loss needs to be taken"
             )
-        if self._why_watched(x) is not None:  # the modules themselves are to be seen
-            return self._standard_step(x, target, None)
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            return self._closure_step(x, targets)
+        layers: Layers = ([], [], [])
         try:
-            layers, x = self._look(x)
-            device = layers[0][0].device
-            has_gradients = self._why_gradients(device) is not None
-            if not has_gradients and device.type not in _CAPTURED:
-                return self._fused_step(x, target, layers)
-        except _Unknown as unknown:
-            raise unknown.error from None
-        if not has_gradients and isinstance(self.optimizer, torch.optim.SGD):
-            if self._graphs is None or self._graphs.device != device:
-                self._graphs = Graphs(self.optimizer, device)
-            if is_called_plainly(self.loss):
-                value = self._graphs.step(x, target, layers, self._loss_of, self._constants(layers))
-                if value is not None:
-                    self.optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
-                    return value
-        return self._standard_step(x, target, layers)
-
-    def reason(self, *batch: Tensor) -> str | None:
-        """Why a call would not be one call of a kernel; None where it would. See fastmlp.why_not_fused.
-
-        Args:
-            *batch: x and target, which a copy of the step is called with, or nothing.
-        """
-        try:
-            layers, _ = self._look(None)
-            device = layers[0][0].device
-            reason = self._why_watched(*batch[:1]) or self._why_gradients(device)
-            if reason is not None:
-                return reason
-            if device.type in _CAPTURED:
-                return f"on {device.type} a step is the standard loop, with SGD as a CUDA graph"
-            self._check(layers)
-            self._arguments(layers)
-        except _Unknown as unknown:
-            return str(unknown)
-        if batch:
-            try:
-                with torch.random.fork_rng():
-                    copy.deepcopy(self)(*batch)
-            except (IndexError, RuntimeError, TypeError, ValueError) as error:
-                return str(error)
-        return None
-
-    def _why_watched(self, x: Tensor | None = None) -> str | None:
-        """Why the step is the standard loop, of the modules as they are."""
-        if _has_any_global_hook():  # type: ignore[no-untyped-call]  # of profilers, say
-            return "there are hooks for all modules"
-        if x is None or functional.is_plain(x):
-            return None
-        if type(x) in functional.TENSORS:
-            return "torch's functions are to be seen by torch.export, or by a TorchFunctionMode"
-        return f"x is of a tensor type of its own, {type(x).__name__}"
-
-    def _why_gradients(self, device: torch.device) -> str | None:
-        """Why the step is the standard loop, with fused layers."""
-        if self.max_grad_norm is not None:
-            return "max_grad_norm is given, which needs all gradients at once"
-        if self.accumulate > 1:
-            return "accumulate is given, so gradients outlive a call"
-        if self.process_group is not None:
-            return "process_group is given, whose processes share gradients"
-        if torch.is_autocast_enabled(device.type):
-            return f"autocast is enabled on {device.type}"
-        return None
+            if not is_unwatched(x):
+                x = self.model(x)
+                raise _Slower(
+                    "hooks for all modules, a mode, torch.export or x itself are to see the modules"
+                )
+            x = walk((self.model,), x, layers, self._other)
+            self._check_options()
+            return self._fast_step(x, targets, layers)
+        except _Slower as slower:
+            why = str(slower)
+        return self._standard_step(x, targets, layers, why)
 
     @_disable_dynamo
-    def _untraced(self, x: Tensor, target: Tensor) -> Tensor:
+    def _untraced(self, x: Any, *targets: Any) -> Any:
         # torch.compile has nothing to gain here, and cannot follow all that a step does to an optimizer.
-        return self(x, target)
+        return self(x, *targets)
 
-    def _look(self, x: Tensor | None) -> tuple[Layers, Any]:
-        """The layers of the model as it is, and what comes to the first of them, where x is given.
+    # ---- which way
 
-        Raises:
-            _Unknown: where a step would not do what the standard loop does.
-        """
-        optimizer, loss = self.optimizer, self.loss
-        if rule_of(optimizer) is None:
-            raise _Unknown(
-                "optimizer: expected SGD, Adam or AdamW, of torch.optim or fastmlp, got "
-                f"{type(optimizer).__name__}; others train in the standard loop"
-            )
-        known = _LOSSES.get(type(loss))
-        if known is None or not known.holds():
-            names = ", ".join(f"nn.{kind.__name__}" for kind in _LOSSES if kind is not CrossEntropyLoss)
-            other = "" if known is None else " with other methods"
-            raise _Unknown(f"loss: expected {names}, got {type(loss).__name__}{other}")
+    def _check_options(self) -> None:
+        """Raises _Slower where a step is the loop whatever the batch."""
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise _Slower(_LBFGS)
+        if rule_of(self.optimizer) is None:
+            name = type(self.optimizer).__name__
+            raise _Slower(f"optimizer: the kernels know SGD, Adam and AdamW, and not {name}")
+        if has_step_hooks(self.optimizer):
+            raise _Slower("optimizer: it has step hooks")
+        if self.accumulate > 1:
+            raise _Slower("accumulate: gradients outlive a call")
+        if self.process_group is not None:
+            raise _Slower("process_group: processes share gradients")
+
+    def _expected_way(self) -> tuple[str, str | None]:
+        """What the first call will be, if the model lets it."""
+        try:
+            self._check_options()
+        except _Slower as slower:
+            return _LOOP, str(slower)
+        return (_ONE_CALL, None) if self._known_loss() else (_TWO_CALLS, _NOT_KNOWN)
+
+    def _known_loss(self) -> tuple[Any, ...] | None:
+        """The loss as the kernels know it: its name, whether it is a mean, and its options."""
+        loss: Any = self.loss
+        if not isinstance(loss, nn.Module):
+            return _FUNCTIONS.get(loss) if type(loss) is FunctionType else None
+        role, known = _LOSSES.get(type(loss), (None, None))
+        if role is None or known is None or not role.holds() or not is_called_plainly(loss):
+            return None
         if loss.reduction not in ("mean", "sum"):
-            raise _Unknown(f"loss: expected reduction='mean' or 'sum', got {loss.reduction!r}", ValueError)
-        layers: Layers = ([], [], [])
-        x = walk((self.model,), x, layers, self._other)
-        if not layers[0]:
-            raise _Unknown("model: expected an nn.Linear or more, got none")
-        return layers, x
+            return None
+        return known.name, loss.reduction == "mean", *known.options(loss)
 
     def _other(self, module: Any, x: Any, layers: Layers) -> Any:
-        """What a chain does with x before its first layer, or the layers of a module with its own forward."""
-        if module is not None and not isinstance(module, nn.Module):
-            if isinstance(module, Method) and module.args and not layers[0]:
-                return x if x is None else module(x)
-            raise _Unknown(f"model: {_EXPECTED}, got {getattr(module, '__name__', module)}; {_OTHERS}")
-        if module is not None and is_called_plainly(module):
-            if is_sequential(module):
-                return walk(module._modules.values(), x, layers, self._other)
-            if type(module) is nn.Flatten and not layers[0] and (module.start_dim, module.end_dim) == (1, -1):
-                return x if x is None else module(x)
-        name = next((name for name, each in self.model.named_modules() if each is module), "")
-        where = f"model, module {name or '(itself)'}"
-        if module is None:
-            raise _Unknown(f"{where}: {_EXPECTED}, got None")
-        if not is_called_plainly(module):
-            raise _Unknown(
-                f"{where}: expected no hooks and no forward set on it, which no step would call", ValueError
-            )
-        kind, role = type(module).__name__, ROLES.get(type(module))
-        if role is not None and not role.holds():
-            raise _Unknown(f"{where}: expected torch's own {role.owner.__name__}, got one with other methods")
-        if role is not None or not module._modules:
-            raise _Unknown(f"{where}: {_EXPECTED}, got {kind}; {_OTHERS}")
-        x, callables = self._chain_of(module, x, layers, f"{where}: {_EXPECTED}, got {kind}, whose forward")
-        return walk(callables, x, layers, self._other)
-
-    def _chain_of(self, module: nn.Module, x: Any, layers: Layers, words: str) -> tuple[Any, list[Any]]:
-        """What a module's forward, which ends by returning a chain, does with x before, and the chain."""
+        """What a module that is no layer makes of the layers before it; or the layers that it ends by."""
+        if is_sequential(module) and is_called_plainly(module):
+            return walk(module._modules.values(), x, layers, self._other)
+        if layers[0]:
+            x = functional.network(x, *layers)
+            for each in layers:
+                each.clear()
+        if not isinstance(module, nn.Module) or not module._modules or type(module) in ROLES:
+            return module(x)
+        if not is_called_plainly(module) or type(module).__call__ is not nn.Module.__call__:
+            return module(x)
         try:
             rewritten = rewritten_forward(module, self._rewritten)
-        except Refused as refusal:
-            raise _Unknown(f"{words} {refusal}; {_OTHERS}") from None
-        more = _Unknown(f"{words} does more than to end by a chain; {_OTHERS}")
-        if rewritten.ending is None or rewritten.later is None or (layers[0] and not rewritten.is_whole):
-            raise more
-        if x is None:
-            callables = _flat(rewritten.callables(rewritten.ending, module))
-            others = [_flat(rewritten.callables(plan, module)) for plan in rewritten.plans]
-            if None in callables or any(
-                isinstance(each, nn.Linear) and each not in callables for other in others for each in other
-            ):
-                raise more
-            return x, callables
-        pending = rewritten.as_original(later=True)(module, x)
-        if type(pending) is not Pending or (
-            isinstance(pending.input, Tensor) and pending.input.requires_grad and not x.requires_grad
-        ):
-            raise more
-        return pending
+        except Refused:
+            return module(x)
+        if rewritten.ending is None or rewritten.later is None:
+            return module(x)
+        output = rewritten.as_original(later=True)(module, x)
+        if type(output) is not Pending:
+            return output
+        return walk(output.callables, output.input, layers, self._other)
 
-    def _check(self, layers: Layers) -> None:
-        """What only a new step looks at, and who asks for reasons: later, the kernel sees to it.
+    # ---- in calls of kernels
+
+    def _fast_step(self, x: Any, targets: tuple[Any, ...], layers: Layers) -> Any:
+        """One step, from what comes to the last layers.
 
         Raises:
-            _Unknown: where the loss has weights, or the layers parameters, that a step does not know.
+            _Slower: with nothing changed, where it is to be the loop.
         """
-        _check_parameters(layers)
-        if isinstance(self.loss, nn.BCEWithLogitsLoss):
-            outputs = layers[0][-1].shape[0]
-            _check_over_outputs("weight", self.loss.weight, outputs)
-            _check_over_outputs("pos_weight", self.loss.pos_weight, outputs)
+        if not layers[0]:
+            raise _Slower("model: it does not end by a chain of layers")
+        if type(x) not in functional.TENSORS or x.requires_grad:
+            raise _Slower("model: what comes to its last layers requires a gradient")
+        device = layers[0][0].device
+        if torch.is_autocast_enabled(device.type):
+            raise _Slower(f"autocast is enabled on {device.type}")
+        known = self._known_loss() if len(targets) == 1 and type(targets[0]) in functional.TENSORS else None
+        if device.type in _CAPTURED and known and self.max_grad_norm is None:
+            return self._graph_step(x, targets[0], layers)
+        if device.type in _CAPTURED or device.type != "cpu":
+            raise _Slower(f"on {device.type} a step is the loop, or with SGD a CUDA graph")
+        training = self._training(layers)
+        why = _NOT_KNOWN
+        if known is not None:
+            try:
+                value = self._call(x, targets[0], layers, training, *known)
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                why = str(error)  # torch will do it, or raise
+            else:
+                self._way = _ONE_CALL, None
+                return value
+        self._way = _TWO_CALLS, why
+        return self._step_around(x, targets, layers, training)
 
-    def _constants(self, layers: Layers) -> Hashable:
-        """What the loss of a batch depends on, besides parameters."""
-        loss = self.loss
-        weights = (weight.data_ptr() for weight in loss.buffers())
-        options = (getattr(loss, name, None) for name in ("reduction", "ignore_index", "label_smoothing"))
-        return (
-            type(loss),
-            *layers[2],
-            *(bias is None for bias in layers[1]),
-            *options,
-            *weights,
-        )
-
-    def _loss_of(self, x: Tensor, target: Tensor, layers: Layers) -> Tensor:
-        value: Tensor = self.loss(functional.network(x, *layers), target)
-        return value
-
-    def _arguments(self, layers: Layers) -> tuple[tuple[Any, ...], list[tuple[Tensor, dict[str, Tensor]]]]:
-        """What the kernel takes besides x and target, and the states that are new, with their parameters.
-
-        Raises:
-            _Unknown: where a step would not do what the standard loop does.
-        """
-        optimizer, loss = self.optimizer, self.loss
-        if has_step_hooks(optimizer):
-            raise _Unknown("optimizer: expected no step hooks, which no step would call", ValueError)
-        if not is_called_plainly(loss):
-            raise _Unknown(
-                "loss: expected no hooks and no forward set on it, which no step would call", ValueError
-            )
-        rule = rule_of(optimizer)
-        assert rule is not None  # _look has seen to that
+    def _training(self, layers: Layers) -> _Training:
+        """The parameters of the layers, as the optimizer has them; _Slower where no kernel has them so."""
+        optimizer, rule = self.optimizer, rule_of(self.optimizer)
+        assert rule is not None  # _check_options has seen to that
         groups: dict[int, tuple[int, dict[str, Any], tuple[str, ...]]] = {}
-        options: list[Any] = []  # of each group, and once more for a first step
+        options: list[Any] = []
         for number, group in enumerate(optimizer.param_groups):
             if group["differentiable"]:
-                raise _Unknown("optimizer: expected differentiable=False", ValueError)
+                raise _Slower("optimizer: it is differentiable")
             options += rule.options(group)
             known = number, group, rule.keys(group)
             for p in group["params"]:
                 groups[id(p)] = known
         if None in options:
-            raise _Unknown(
-                "optimizer: expected options as numbers, or as tensors of one on the CPU", ValueError
-            )
+            raise _Slower("optimizer: an option is neither a number nor a tensor of one on the CPU")
         params: list[Tensor] = []
         states: list[Tensor] = []
         counts: list[Tensor] = []
-        numbers: list[int] = []  # of each parameter's options; -1 where it is not trained
+        numbers: list[int] = []
         first: dict[int, int] = {}
         made = []
-        requires_grad = is_known = False
+        is_trained = False
         nothing, does_count = [_NOTHING] * rule.most, rule.counter is not None
         for parameter in parameters_of(layers):
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                raise _Unknown(
-                    "model: expected parameters without hooks, which no step would call", ValueError
-                )
+                raise _Slower("model: a parameter has hooks")
             params.append(parameter)
-            requires_grad |= parameter.requires_grad
             number, group, keys = groups.get(id(parameter), _UNKNOWN)
-            is_known |= number >= 0
             if not parameter.requires_grad:
                 number, keys = -1, ()
+            elif number < 0 and self.max_grad_norm is not None:
+                raise _Slower("optimizer: it does not know all gradients that are clipped together")
+            is_trained |= number >= 0
             if keys:
                 state: Any = optimizer.state.get(parameter)
                 if not state or state.get(keys[0]) is None:
@@ -419,109 +404,201 @@ class TrainStep:
                 if does_count:
                     counts.append(_NOTHING)
             numbers.append(number)
-        if not requires_grad:
-            raise _Unknown(
-                "model: expected a parameter or more that requires a gradient, got none", RuntimeError
-            )
-        if not is_known:
-            raise _Unknown("optimizer: expected parameters of the model among its own, got none", ValueError)
-        kind = _LOSSES[type(loss)].name
-        of_loss: tuple[Any, ...] = (None, None, -100, 0.0)
-        if kind == "cross_entropy":
-            of_loss = (loss._buffers["weight"], None, loss.ignore_index, loss.label_smoothing)
-        elif kind == "bce_with_logits":
-            of_loss = (loss._buffers["weight"], loss._buffers["pos_weight"], -100, 0.0)
+        if not is_trained:
+            raise _Slower("optimizer: it trains none of the last layers' parameters")
+        return _Training(params, states, counts, options, numbers, made)
+
+    def _call(
+        self,
+        x: Tensor,
+        target: Tensor,
+        layers: Layers,
+        training: _Training,
+        *loss: Any,
+        left: Sequence[Tensor | None] = (),
+    ) -> Any:
+        """The op train_step_, and what a step leaves in the optimizer."""
+        optimizer, bound = self.optimizer, self.max_grad_norm
+        norm = None if bound is None else torch.empty(())
         arguments = (
-            params,
-            states,
-            counts,
+            x,
+            target,
+            training.params,
+            training.states,
+            training.counts,
             self._workspace,
             [bias is not None for bias in layers[1]],
             layers[2],
-            kind,
-            loss.reduction == "mean",
-            *of_loss,
-            rule.name,
-            options,
-            numbers,
+            *loss,
+            rule_of(optimizer).name,  # type: ignore[union-attr]  # _check_options has seen to that
+            training.options,
+            training.numbers,
+            left,
+            norm,
+            bound or 0.0,
         )
-        return arguments, made
-
-    def _fused_step(self, x: Tensor, target: Tensor, layers: Layers) -> Tensor:
-        arguments, made = self._arguments(layers)
-        value: Tensor = _C.train_step(x, target, *arguments)
+        value = _C.train_step(*arguments)
         if value is NotImplemented:
             names, parameters = zip(*map(resolved, layers[2]), strict=True)
-            activations = names, sum(parameters, ())
-            value = _train_step(x, target, *arguments[:5], *activations, *arguments[6:])
-        for parameter, state in made:
-            self.optimizer.state[parameter].update(state)
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
+            value = _train_step(*arguments[:7], names, sum(parameters, ()), *arguments[8:])
+        for parameter, state in training.made:
+            optimizer.state[parameter].update(state)
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
+        self.grad_norm = norm
         return value
 
-    def _standard_step(self, x: Tensor, target: Tensor, layers: Layers | None) -> Tensor:
-        """The loop, by the layers, or by the model itself."""
-        begins = self._calls % self.accumulate == 0
-        value: Tensor = (
-            self.loss(self.model(x), target) if layers is None else self._loss_of(x, target, layers)
-        )
-        if begins:
+    def _step_around(self, x: Tensor, targets: tuple[Any, ...], layers: Layers, training: _Training) -> Any:
+        """Forward, the loss as autograd differentiates it, then backward and update in one call.
+
+        What the loss sees is the layers' own autograd node, so it may do all that it may do in the loop. At
+        the end only, when all of the output's gradient has come to the node, it keeps that for the kernel.
+        """
+        y = functional.network(x, *layers)
+        node = y.grad_fn
+        result = self.loss(y, *targets)
+        value = _loss_in(result)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        arrival = _C.differentiate_down_to(node, value, trained) if isinstance(value, Tensor) else None
+        if arrival is None:  # the layers are torch's own operations
+            self._backward(value, "the kernels do not cover the layers, or what comes to them")
+            return _detached(result)
+        grad_y, left, others = arrival
+        if others.count(None) == len(others):
+            if grad_y is None:  # and nothing has a gradient
+                return _detached(result)
+            try:
+                self._call(x, grad_y, layers, training, *_GIVEN, left=left)
+            except (RuntimeError, TypeError, ValueError) as error:
+                why = str(error)
+            else:
+                return _detached(result)
+        else:
+            why = "loss: gradients come to parameters by other ways than the model's output"
+        self._take_slower(why)
+        gradients = dict(zip(trained, others, strict=True))
+        if grad_y is not None:
+            for parameter, own in zip(training.params, _gradients(x, layers, grad_y, left), strict=True):
+                other = gradients.get(parameter)
+                gradients[parameter] = own if other is None else other if own is None else own + other
+        self.optimizer.zero_grad()
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        self._update()
+        return _detached(result)
+
+    def _graph_step(self, x: Tensor, target: Tensor, layers: Layers) -> Tensor:
+        """One step on a GPU as a CUDA graph, where it is one by now."""
+        if not isinstance(self.optimizer, torch.optim.SGD) or not isinstance(self.loss, nn.Module):
+            raise _Slower("on a GPU a step is the loop, or with SGD and a loss of torch's a CUDA graph")
+        if self._graphs is None or self._graphs.device != layers[0][0].device:
+            self._graphs = Graphs(self.optimizer, layers[0][0].device)
+        value = self._graphs.step(x, target, layers, self._loss_of, self._constants(layers))
+        if value is None:
+            raise _Slower("on a GPU a step is the loop, until it can be captured")
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
+        self._way = "as a CUDA graph", None
+        return value
+
+    def _constants(self, layers: Layers) -> Hashable:
+        """What the loss of a batch depends on, besides parameters."""
+        loss: Any = self.loss
+        weights = (weight.data_ptr() for weight in loss.buffers())
+        names = ("reduction", "ignore_index", "label_smoothing", "beta", "delta")
+        options = (getattr(loss, name, None) for name in names)
+        return type(loss), *layers[2], *(bias is None for bias in layers[1]), *options, *weights
+
+    def _loss_of(self, x: Tensor, target: Tensor, layers: Layers) -> Tensor:
+        value: Tensor = self.loss(functional.network(x, *layers), target)
+        return value
+
+    # ---- the loop
+
+    def _take_slower(self, why: str) -> None:
+        """Notes that the step is the loop, or raises where it must not be."""
+        if self.strict:
+            raise ValueError(f"strict: expected no step that is the standard loop, but {why}")
+        self._way = _LOOP, why
+
+    def _standard_step(self, x: Any, targets: tuple[Any, ...], layers: Layers, why: str) -> Any:
+        """The loop, from what comes to the last layers; without any, from what the model has returned."""
+        self._take_slower(why)
+        result = self.loss(functional.network(x, *layers) if layers[0] else x, *targets)
+        self._backward(_loss_in(result), why)
+        return _detached(result)
+
+    def _backward(self, value: Any, why: str) -> None:
+        """The rest of the loop."""
+        self._take_slower(why)
+        if self._calls % self.accumulate == 0:
             self.optimizer.zero_grad()
-        scaled = value / self.accumulate if self.accumulate > 1 else value
-        scaled.backward()  # type: ignore[no-untyped-call]
+        (value / self.accumulate if self.accumulate > 1 else value).backward()
         self._calls += 1
         if self._calls % self.accumulate == 0:
-            parameters = list(self.model.parameters() if layers is None else parameters_of(layers))
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            if self.process_group is not None:
-                size = torch.distributed.get_world_size(self.process_group)
-                for gradient in gradients:
-                    torch.distributed.all_reduce(gradient, group=self.process_group)
-                    gradient /= size
+            self._update()
+
+    def _update(self) -> None:
+        """Parameters along their gradients, which all processes share and a bound may clip."""
+        if self.process_group is not None:
+            size = torch.distributed.get_world_size(self.process_group)
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    torch.distributed.all_reduce(parameter.grad, group=self.process_group)
+                    parameter.grad /= size
+        if self.max_grad_norm is not None:
+            self.grad_norm = clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+
+    def _closure_step(self, x: Any, targets: tuple[Any, ...]) -> Any:
+        """One step of an optimizer that asks for the loss itself, as often as it likes."""
+        self._take_slower(_LBFGS)
+        first: Any = None
+
+        def closure() -> Any:
+            nonlocal first
+            self.optimizer.zero_grad()
+            result = self.loss(self.model(x), *targets)
+            value = _loss_in(result)
+            value.backward()
             if self.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-            self.optimizer.step()
-        return value.detach()
+                self.grad_norm = clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            first = result if first is None else first
+            return value
+
+        self.optimizer.step(closure)
+        return _detached(first)
 
 
+_ONE_CALL, _TWO_CALLS, _LOOP = "in one call", "in two calls around the loss", "in the standard loop"
+_NOT_KNOWN = "loss: the kernels know torch's own, of one target, as a mean or a sum"
+_LBFGS = "optimizer: LBFGS asks for the loss itself"
+_GIVEN = ("given", False, None, None, 0, 0.0)  # a loss whose gradient is known
 _NOTHING = torch.empty(0)
 _UNKNOWN: tuple[int, dict[str, Any], tuple[str, ...]] = (-1, {}, ())
 
 
-def _check_over_outputs(name: str, values: Tensor | None, outputs: int) -> None:
-    """_Unknown where a loss's weights are not one number for each output, or for all, whatever the row."""
-    if values is None or values.numel() == 1:
-        return
-    if values.numel() != outputs or list(values.shape[-1:]) != [outputs]:
-        raise _Unknown(
-            f"loss: expected {name} of shape [{outputs}], one for each output, or of one element, "
-            f"got {list(values.shape)}",
-            ValueError,
-        )
+def _loss_in(result: Any) -> Any:
+    """The loss, of what a callable returned for it."""
+    return result[0] if isinstance(result, tuple) else result
 
 
-def _check_parameters(layers: Layers) -> None:
-    """_Unknown where parameters are not what a step can change one by one."""
-    parameters = list(parameters_of(layers))
-    for p in parameters:
-        if p.dtype != torch.float32 or p.device != parameters[0].device or not p.is_contiguous():
-            raise _Unknown(
-                "model: expected contiguous float32 parameters on one device, got "
-                f"{p.dtype} of shape {list(p.shape)} and strides {p.stride()} on {p.device}",
-                ValueError,
-            )
-    ends = 0
-    for p in sorted((p for p in parameters if p.numel()), key=Tensor.data_ptr):
-        if p.data_ptr() < ends:
-            raise _Unknown(
-                "model: expected layers that share no parameters, nor the memory of any", ValueError
-            )
-        ends = p.data_ptr() + p.nbytes
+def _detached(result: Any) -> Any:
+    """What a step returns of that."""
+    return (result[0].detach(), *result[1:]) if isinstance(result, tuple) else result.detach()
 
 
-def _flat(lists: list[list[Any]]) -> list[Any]:
-    return [each for inner in lists for each in inner]
-
-
-_EXPECTED = "expected nn.Linear, or an activation of torch's after it"
-_OTHERS = "other models train in the standard loop, with fastmlp's layers"
+def _gradients(
+    x: Tensor, layers: Layers, grad_y: Tensor, left: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Of the layers' parameters, as `parameters_of` has them; None where they require none."""
+    weights, biases, activations = layers
+    count = len(weights)
+    numbered = [
+        (p, 1 + i + count * (k > 0)) for i in range(count) for k, p in enumerate((weights[i], biases[i]))
+    ]
+    own = [(p, number) for p, number in numbered if p is not None]
+    wanted = [number for p, number in own if p.requires_grad]
+    names, parameters = zip(*map(resolved, activations), strict=True)
+    with torch.no_grad():
+        found = _network_backward(grad_y, x, weights, left, names, sum(parameters, ()), wanted)
+    gradients = iter(found)
+    return [next(gradients) if p.requires_grad else None for p, _ in own]

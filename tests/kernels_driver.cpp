@@ -333,7 +333,7 @@ Activation activations_of(int64_t layer, int64_t L) {
 
 // A step against its parts: the same forward, loss, backward and update one after the other.
 void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, int states, int threads,
-                bool weighted = false) {
+                bool weighted = false, double max_norm = 0) {
   const int64_t L = int64_t(sizes.size()) - 1, C = sizes.back();
   const Optimizer optimizer = optimizer_with(states);
   const auto update_of = [&](std::vector<float>* p, const float* grad) {
@@ -382,32 +382,53 @@ void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, int states, in
                         .y = y[i].data(),
                         .z = reads(g) == Reads::z ? z[i].data() : nullptr});
     open.push_back(forwards.back());
-    open.back().x = i ? nullptr : x.data(), open.back().y = open.back().z = nullptr;
+    if (loss != Loss::given) open.back().x = i ? nullptr : x.data(), open.back().y = open.back().z = nullptr;
     open.back().weight = parameters[i].weight->data(), open.back().bias = parameters[i].bias->data();
     Parameters& p = parameters[i];
     weights.push_back({&optimizer, update_of(p.weight, nullptr)});
     biases.push_back({&optimizer, update_of(p.bias, nullptr)});
   }
-  float value = 0;
+  cpu::forward(forwards.data(), L, nullptr, 1);
+  float value = 0, norm = 0;
   const auto weight = wave<float>(C, 7), pos_weight = wave<float>(C, 8);
-  const Pointwise pointwise{C, target.data(), weighted ? weight.data() : nullptr,
-                            weighted ? pos_weight.data() : nullptr, true};
-  const Step step{L, open.data(), weights.data(), biases.data(), loss, entropy, pointwise, &value};
+  const Pointwise pointwise{
+      C,     target.data(), weighted ? weight.data() : nullptr, weighted ? pos_weight.data() : nullptr,
+      0.75f, true};
+  const Step step{.count = L,
+                  .layers = open.data(),
+                  .weights = weights.data(),
+                  .biases = biases.data(),
+                  .loss = loss,
+                  .cross_entropy = entropy,
+                  .pointwise = pointwise,
+                  .gradient = target.data(),
+                  .value = &value,
+                  .max_norm = max_norm,
+                  .norm = &norm};
   omp_set_num_threads(threads);
   std::vector<char> workspace(cpu::train_workspace(step, threads));
   if (cpu::train(step, workspace.data(), threads) != -1) ++failures;
 
-  cpu::forward(forwards.data(), L, nullptr, 1);
   std::vector<float> grad(M * C), expected(1);
   const auto& output = y.back();
   double sum = 0;
   for (int64_t i = 0; i < M * C; ++i) {
     const double t = target[i], d = output[i] - t, n = double(M * C), e = std::exp(-double{output[i]});
     const double w = weighted ? weight[i % C] : 1, p = weighted ? pos_weight[i % C] : 1;
-    const bool squared = loss == Loss::mse;
-    sum += (squared ? d * d : w * (p * t * std::log1p(e) + (1 - t) * std::log1p(1 / e))) / n;
-    grad[i] = float((squared ? 2 * d : w * ((1 - t) - p * t * e) / (1 + e)) / n);
+    const double size = std::abs(d), sign = d > 0 ? 1 : d < 0 ? -1 : 0, bound = pointwise.bound;
+    const bool inside = size < bound;
+    double of_element = w * (p * t * std::log1p(e) + (1 - t) * std::log1p(1 / e));
+    double slope = w * ((1 - t) - p * t * e) / (1 + e);
+    if (loss == Loss::mse) of_element = d * d, slope = 2 * d;
+    if (loss == Loss::l1) of_element = size, slope = sign;
+    if (loss == Loss::smooth_l1)
+      of_element = inside ? d * d / (2 * bound) : size - bound / 2, slope = inside ? d / bound : sign;
+    if (loss == Loss::huber)
+      of_element = inside ? d * d / 2 : bound * (size - bound / 2), slope = inside ? d : bound * sign;
+    sum += of_element / n;
+    grad[i] = float(slope / n);
   }
+  if (loss == Loss::given) sum = 0, grad = target;
   expected[0] = float(sum);
   if (loss == Loss::cross_entropy) {
     CrossEntropy p = entropy;
@@ -416,9 +437,12 @@ void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, int states, in
     cpu::cross_entropy(p, own.data(), 1);
   }
   expect("value", value, expected[0]);
+  std::vector<std::vector<float>> grad_weights(L), grad_biases(L);
+  std::vector<Gradient> gradients;
   for (int64_t i = L - 1; i >= 0; --i) {
     const int64_t N = sizes[i + 1], K = sizes[i];
-    std::vector<float> grad_x(M * K), grad_weight(N * K), grad_bias(N);
+    std::vector<float> grad_x(M * K);
+    grad_weights[i].resize(N * K), grad_biases[i].resize(N);
     const Backward b{.dtype = Dtype::float32,
                      .reduced = false,
                      .activation = forwards[i].activation,
@@ -432,17 +456,28 @@ void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, int states, in
                      .weight = want[i].weight->data(),
                      .ldw = K,
                      .grad_x = grad_x.data(),
-                     .grad_weight = grad_weight.data(),
-                     .grad_bias = grad_bias.data()};
+                     .grad_weight = grad_weights[i].data(),
+                     .grad_bias = grad_biases[i].data()};
     std::vector<char> own(cpu::backward_workspace(&b, 1, 1));
     cpu::backward(&b, 1, own.data(), 1);
-    Parameters& p = want[i];
-    const Update updates[] = {update_of(p.weight, grad_weight.data()), update_of(p.bias, grad_bias.data())};
-    cpu::optimize(optimizer, updates, 2, 1);
+    gradients.push_back({grad_weights[i].data(), N * K});
+    gradients.push_back({grad_biases[i].data(), N});
     grad = grad_x;
+  }
+  if (max_norm > 0) {
+    float right = 0;
+    cpu::clip({Dtype::float32, max_norm, false, &right}, gradients.data(), int64_t(gradients.size()), 1);
+    expect("norm", norm, right);
+  }
+  for (int64_t i = 0; i < L; ++i) {
+    Parameters& p = want[i];
+    const Update updates[] = {update_of(p.weight, grad_weights[i].data()),
+                              update_of(p.bias, grad_biases[i].data())};
+    cpu::optimize(optimizer, updates, 2, 1);
     for (int k = 0; k <= states; ++k) {
-      for (int64_t e = 0; e < N * K; ++e) expect("weight", parameters[i].weight[k][e], p.weight[k][e]);
-      for (int64_t e = 0; e < N; ++e) expect("bias", parameters[i].bias[k][e], p.bias[k][e]);
+      for (size_t e = 0; e < p.weight[k].size(); ++e)
+        expect("weight", parameters[i].weight[k][e], p.weight[k][e]);
+      for (size_t e = 0; e < p.bias[k].size(); ++e) expect("bias", parameters[i].bias[k][e], p.bias[k][e]);
     }
   }
 }
@@ -481,6 +516,10 @@ int main(int, char** arguments) {
   check_clip<__half>(Dtype::float16);
 #endif
 #ifndef FASTMLP_EMULATE
+  for (const Loss loss : {Loss::l1, Loss::smooth_l1, Loss::huber, Loss::given})
+    for (const int64_t M : {1, 20, 1030}) check_step(M, {9, 33, 5}, loss, 1, 3);
+  for (const double max_norm : {0.01, 1e9})
+    for (const int64_t M : {20, 1030}) check_step(M, {9, 33, 5}, Loss::mse, 2, 3, false, max_norm);
   for (const Loss loss : {Loss::cross_entropy, Loss::mse, Loss::bce_with_logits})
     for (const int states : {0, 1, 2, 3})
       for (const int64_t M : {1, 20, 300, 1030})

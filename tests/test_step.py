@@ -38,6 +38,9 @@ LOSSES = {
     "summed": nn.CrossEntropyLoss(reduction="sum"),
     "mse": nn.MSELoss(),
     "mse summed": nn.MSELoss(reduction="sum"),
+    "l1": nn.L1Loss(),
+    "smooth_l1": nn.SmoothL1Loss(beta=0.25),
+    "huber summed": nn.HuberLoss(reduction="sum", delta=0.25),
     "bce": nn.BCEWithLogitsLoss(),
     "bce weighted": nn.BCEWithLogitsLoss(
         torch.tensor([1.0, 0.5, 2.0]), pos_weight=torch.tensor([3.0, 0.0, 1.0])
@@ -52,10 +55,12 @@ def batch_for(loss, batch, features, outputs):
     return x, torch.rand(batch, outputs)
 
 
-def standard_step(model, loss, optimizer, x, target):
+def standard_step(model, loss, optimizer, x, target, max_grad_norm=None):
     value = loss(model(x), target)
     optimizer.zero_grad()
     value.backward()
+    if max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
     return value.detach()
 
@@ -65,18 +70,28 @@ def stock(*sizes, activation=nn.ReLU):
     return nn.Sequential(*layers[:-1])
 
 
-def assert_same_training(model, loss, batches, steps=3, lr=0.1, kind=torch.optim.SGD, **options):
-    """The step against the loop, both in float32 from the same start."""
+def assert_same_training(
+    model, loss, batches, steps=3, lr=0.1, kind=torch.optim.SGD, max_grad_norm=None, loss_of=None, **options
+):
+    """The step against the loop, both in float32 from the same start; the step.
+
+    `loss_of`: makes the loss of a model, which it then sees; else `loss` is it.
+    """
     other = copy.deepcopy(model)
     optimizer, other_optimizer = (kind(m.parameters(), lr=lr, **options) for m in (model, other))
-    step = fastmlp.TrainStep(model, loss, optimizer)
+    loss, other_loss = (loss_of(m) if loss_of else loss for m in (model, other))
+    step = fastmlp.TrainStep(model, loss, optimizer, max_grad_norm=max_grad_norm)
     for index in range(steps):
         x, target = batches(index)
-        value, expected = step(x, target), standard_step(other, loss, other_optimizer, x, target)
+        torch.manual_seed(index)  # for dropout
+        value = step(x, target)
+        torch.manual_seed(index)
+        expected = standard_step(other, other_loss, other_optimizer, x, target, max_grad_norm)
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
     for own, right in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(own, right, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(optimizer.state_dict(), other_optimizer.state_dict(), rtol=1e-4, atol=1e-5)
+    return step
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -84,7 +99,10 @@ def assert_same_training(model, loss, batches, steps=3, lr=0.1, kind=torch.optim
 def test_every_loss_and_option_trains_as_in_the_standard_loop(instruction_set, loss, options):
     torch.manual_seed(0)
     scale = 0.01 if loss.reduction == "sum" else 0.1
-    assert_same_training(stock(9, 20, 3), loss, lambda _: batch_for(loss, 12, 9, 3), lr=scale, **options)
+    step = assert_same_training(
+        stock(9, 20, 3), loss, lambda _: batch_for(loss, 12, 9, 3), lr=scale, **options
+    )
+    assert fastmlp.why_not_fused(step) is None
 
 
 @pytest.mark.parametrize("batch", [1, 2, 70, 300, 1100, 2100])
@@ -229,78 +247,280 @@ class Subclass(torch.Tensor):
     pass
 
 
-class Model(nn.Module):
+class Embedded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(15, 3)
+
     def forward(self, x):
-        return x
+        return self.head(torch.relu(self.embedding(x.abs().long() % 5).flatten(1)))
 
 
-hooked = nn.Sequential(nn.Linear(3, 2))
-hooked.register_forward_hook(lambda *_: None)
-shared = nn.Linear(3, 3)
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.fc2(x + torch.relu(self.fc1(x)))
+
+
+def hooked():
+    model = stock(5, 9, 3)
+    model[0].register_forward_hook(lambda module, args, y: 2 * y)
+    return model
+
+
+def tied():
+    layer = nn.Linear(5, 5)
+    return nn.Sequential(layer, nn.ReLU(), layer, nn.Linear(5, 3))
+
+
+TRAINED = "what comes to its last layers requires a gradient"
+NO_CHAINS = {
+    "another activation": (lambda: nn.Sequential(nn.Linear(5, 3), nn.Softsign()), "does not end by a chain"),
+    "dropout": (lambda: nn.Sequential(nn.Linear(5, 9), nn.Dropout(), nn.Linear(9, 3)), TRAINED),
+    "a norm": (lambda: nn.Sequential(nn.Linear(5, 9), nn.BatchNorm1d(9), nn.Linear(9, 3)), TRAINED),
+    "a hook": (hooked, TRAINED),
+    "an embedding": (Embedded, TRAINED),
+    "a residual": (Residual, TRAINED),
+    "a layer twice": (tied, "share no memory"),
+    "a convolution": (
+        lambda: nn.Sequential(nn.Unflatten(1, (1, 5)), nn.Conv1d(1, 1, 3), nn.Flatten()),
+        "end by",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "words"), NO_CHAINS.values(), ids=NO_CHAINS)
+@pytest.mark.parametrize("loss", [nn.MSELoss(), lambda y, t: (y - t).square().mean()], ids=["mse", "own"])
+def test_a_model_that_is_no_chain_trains_as_in_the_standard_loop_and_tells_why(make, words, loss):
+    torch.manual_seed(0)
+    step = assert_same_training(make(), loss, lambda _: (torch.randn(8, 5), torch.randn(8, 3)))
+    assert words in fastmlp.why_not_fused(step)
+    assert repr(step).endswith(f"in the standard loop: {fastmlp.why_not_fused(step)}")
+
+
+CHAINS = {
+    "what trains nothing": lambda: nn.Sequential(nn.BatchNorm1d(5, affine=False), nn.ReLU(), *stock(5, 9, 3)),
+    "dropout of the input": lambda: nn.Sequential(nn.Dropout(0.2), *stock(5, 9, 3)),
+    "a frozen trunk": lambda: nn.Sequential(Residual().requires_grad_(False), *stock(3, 9, 3)),
+}
+
+
+@pytest.mark.parametrize("make", CHAINS.values(), ids=CHAINS)
+def test_what_comes_before_the_layers_runs_as_it_is(make):
+    torch.manual_seed(0)
+    step = assert_same_training(make(), nn.MSELoss(), lambda _: (torch.randn(8, 5), torch.randn(8, 3)))
+    assert fastmlp.why_not_fused(step) is None
 
 
 @pytest.mark.parametrize(
-    ("model", "error", "words"),
-    [
-        (nn.Sequential(nn.Linear(3, 2), nn.Softsign()), TypeError, "module 1: .* Softsign"),
-        (nn.Sequential(nn.Linear(3, 2), nn.Dropout()), TypeError, "module 1: .* Dropout"),
-        (nn.Sequential(nn.ReLU(), nn.Linear(3, 2)), TypeError, "module 0: .* ReLU"),
-        (Model(), TypeError, "itself.* Model"),
-        (nn.Sequential(), TypeError, "nn.Linear or more, got none"),
-        (hooked, ValueError, "no hooks"),
-        (nn.Sequential(shared, nn.ReLU(), shared), ValueError, "share no parameters"),
-        (nn.Sequential(nn.Linear(3, 2).double()), ValueError, "float32 .*float64"),
-        (nn.Sequential(nn.Linear(3, 2), None), TypeError, "got None"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    "argument",
+    [{"model": 3}, {"loss": 3}, {"optimizer": 3}, {"max_grad_norm": 0.0}, {"accumulate": 0}],
+    ids=str,
 )
-def test_a_model_that_is_no_chain_is_refused_by_name(model, error, words):
-    parameters = [nn.Parameter(torch.ones(1))]
-    with pytest.raises(error, match=words):
-        fastmlp.TrainStep(model, nn.CrossEntropyLoss(), torch.optim.SGD(parameters, lr=0.1))
-
-
-def test_losses_and_optimizers_that_do_not_fit_are_refused():
+def test_an_argument_that_is_none_is_refused_by_name(argument):
     model = stock(3, 2)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=r"loss: .*L1Loss"):
-        fastmlp.TrainStep(model, nn.L1Loss(), sgd)
-    with pytest.raises(ValueError, match="reduction"):
-        fastmlp.TrainStep(model, nn.MSELoss(reduction="none"), sgd)
-    with pytest.raises(TypeError, match=r"optimizer: expected SGD, Adam or AdamW, .* got RMSprop"):
-        fastmlp.TrainStep(model, nn.MSELoss(), torch.optim.RMSprop(model.parameters()))
+    given = {
+        "model": model,
+        "loss": nn.MSELoss(),
+        "optimizer": torch.optim.SGD(model.parameters()),
+    } | argument
+    with pytest.raises((TypeError, ValueError), match=f"^{next(iter(argument))}: expected"):
+        fastmlp.TrainStep(**given)
 
 
-@pytest.mark.parametrize(
-    ("hook", "words"),
-    [
-        (lambda model, loss, sgd: sgd.register_step_pre_hook(lambda *_: None), "optimizer: .* step hooks"),
-        (lambda model, loss, sgd: loss.register_forward_hook(lambda *_: None), "loss: .* no hooks"),
-        (lambda model, loss, sgd: model[0].bias.register_hook(lambda _: None), "parameters without hooks"),
-        (
-            lambda model, loss, sgd: model[0].weight.register_post_accumulate_grad_hook(lambda _: None),
-            "parameters without hooks",
-        ),
-    ],
-    ids=["optimizer", "loss", "gradient", "accumulated"],
-)
-def test_hooks_that_no_step_would_call_are_refused_with_nothing_changed(hook, words):
-    model, loss = stock(5, 3), nn.CrossEntropyLoss()
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    step = fastmlp.TrainStep(model, loss, sgd)
-    hook(model, loss, sgd)
+def test_a_strict_step_raises_instead_of_being_the_loop_with_nothing_changed():
+    model, loss = Residual(), nn.MSELoss()
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1), strict=True)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=words):
-        step(torch.randn(4, 5), torch.randint(3, (4,)))
+    with pytest.raises(ValueError, match=f"strict: .* {TRAINED}"):
+        step(torch.randn(8, 5), torch.randn(8, 3))
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(2,), (4, 3), (3, 1), (0,)], ids=str)
-@pytest.mark.parametrize("name", ["weight", "pos_weight"])
-def test_weights_of_bce_that_differ_within_a_batch_are_refused(name, shape):
-    model, loss = stock(5, 3), nn.BCEWithLogitsLoss(**{name: torch.ones(shape)})
-    with pytest.raises(ValueError, match=rf"loss: expected {name} of shape \[3\]"):
-        fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+# ---- around a loss of one's own
+
+
+def penalised(model):
+    return lambda y, t: (y - t).square().mean() + 0.1 * sum(p.square().sum() for p in model.parameters())
+
+
+def calls_again(model):
+    return lambda y, t: (y - t).square().mean() + model(t.new_ones(2, 5)).square().mean()
+
+
+def differentiates(model):
+    def loss(y, t):
+        slopes = torch.autograd.grad(y.sum(), list(model.parameters()), create_graph=True)
+        return (y - t).square().mean() + sum(slope.square().sum() for slope in slopes)
+
+    return loss
+
+
+OTHER_WAYS = "by other ways than the model's output"
+OWN_LOSSES = {
+    "a power": (lambda model: lambda y, t: (y - t).square().mean(), "loss: the kernels know"),
+    "written in place": (lambda model: lambda y, t: y.sub_(t).abs().mean(), "loss: the kernels know"),
+    "of a part": (lambda model: lambda y, t: y[:3, 1].exp().sum(), "loss: the kernels know"),
+    "with a hook": (
+        lambda model: lambda y, t: (y.register_hook(lambda g: 2 * g), (y - t).abs().mean())[1],
+        "loss: the kernels know",
+    ),
+    "of classes with weights of their own": (
+        lambda model: lambda y, t: nn.functional.cross_entropy(y, t.softmax(1)),
+        "loss: the kernels know",
+    ),
+    "a penalty of weights": (penalised, OTHER_WAYS),
+    "a second call of the model": (calls_again, OTHER_WAYS),
+    "a gradient in the loss": (differentiates, OTHER_WAYS),
+}
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+@pytest.mark.parametrize(("loss_of", "words"), OWN_LOSSES.values(), ids=OWN_LOSSES)
+def test_any_loss_trains_as_in_the_standard_loop(loss_of, words, max_grad_norm):
+    torch.manual_seed(0)
+    step = assert_same_training(
+        stock(5, 9, 3, activation=nn.SiLU),
+        None,
+        lambda _: (torch.randn(8, 5), torch.randn(8, 3)),
+        kind=torch.optim.Adam,
+        eps=1e-3,
+        max_grad_norm=max_grad_norm,
+        loss_of=loss_of,
+    )
+    assert words in fastmlp.why_not_fused(step)
+    assert ("in two calls" in repr(step)) == (words != OTHER_WAYS)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("batch", [8, 300, 1100])
+def test_every_option_and_batch_trains_around_a_loss(instruction_set, batch, options):
+    torch.manual_seed(0)
+    assert_same_training(
+        nn.Sequential(*stock(9, 20, 3, activation=nn.GELU), nn.Sigmoid()),
+        lambda y, t: (y - t).square().mean(),
+        lambda _: (torch.randn(batch, 9), torch.rand(batch, 3)),
+        **options,
+    )
+
+
+def test_a_loss_takes_several_targets_and_may_return_more_than_the_loss():
+    model, other = (stock(5, 9, 3) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+
+    def loss(y, target, weight):
+        return (weight * (y - target).square()).mean(), y.detach(), "more"
+
+    x, target, weight = torch.randn(8, 5), torch.randn(8, 3), torch.rand(3)
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    value, y, more = step(x, target, weight)
+    expected = standard_step(
+        other, lambda y, t: loss(y, t, weight)[0], torch.optim.SGD(other.parameters(), lr=0.1), x, target
+    )
+    torch.testing.assert_close(value, expected)
+    assert not value.requires_grad
+    assert (y.shape, more) == ((8, 3), "more")
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+def writes_weight(model):
+    def loss(y, t):
+        with torch.no_grad():
+            model[2].weight.mul_(2)
+        return (y - t).square().mean()
+
+    return loss
+
+
+FAILING = {
+    "no gradient": (lambda model: lambda y, t: (y.detach() - t).mean(), "does not require grad"),
+    "no scalar": (lambda model: lambda y, t: y - t, "only for scalar outputs"),
+    "a weight written meanwhile": (writes_weight, "modified by an inplace operation"),
+    "an error": (lambda model: lambda y, t: y + t.new_ones(7, 7), "must match the size"),
+}
+
+
+@pytest.mark.parametrize(("loss_of", "words"), FAILING.values(), ids=FAILING)
+def test_what_the_loop_refuses_of_a_loss_raises_as_there_with_no_step_taken(loss_of, words):
+    model = stock(5, 9, 3)
+    step = fastmlp.TrainStep(model, loss_of(model), torch.optim.SGD(model.parameters(), lr=0.1))
+    before = copy.deepcopy(model[0].state_dict())
+    with pytest.raises(RuntimeError, match=words):
+        step(torch.randn(8, 5), torch.randn(8, 3))
+    torch.testing.assert_close(model[0].state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_loss_that_does_not_see_the_output_changes_nothing():
+    model, free = stock(5, 3), torch.ones(1, requires_grad=True)
+    step = fastmlp.TrainStep(model, lambda y, t: free.sum(), torch.optim.SGD(model.parameters(), lr=0.1))
+    before = copy.deepcopy(model.state_dict())
+    assert step(torch.randn(8, 5), None) == 1
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_parameters_of_a_loss_are_trained_with_the_models():
+    torch.manual_seed(0)
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, y, t):
+            return (self.scale * y - t).square().mean()
+
+    model, loss = stock(5, 9, 3), Scaled()
+    other, other_loss = copy.deepcopy((model, loss))
+    optimizer, other_optimizer = (
+        torch.optim.SGD([*m.parameters(), *own.parameters()], lr=0.1)
+        for m, own in ((model, loss), (other, other_loss))
+    )
+    step = fastmlp.TrainStep(model, loss, optimizer)
+    for _ in range(3):
+        x, target = torch.randn(8, 5), torch.randn(8, 3)
+        torch.testing.assert_close(
+            step(x, target), standard_step(other, other_loss, other_optimizer, x, target)
+        )
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(loss.scale, other_loss.scale)
+
+
+OPTIMIZERS = {
+    "RMSprop": torch.optim.RMSprop,
+    "Adagrad": torch.optim.Adagrad,
+    "foreach": lambda params, lr: torch.optim.Adam(params, lr=lr, eps=1e-3, foreach=True),
+    "differentiable": lambda params, lr: torch.optim.SGD(params, lr=lr, differentiable=False, fused=True),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_any_optimizer_trains_as_in_the_standard_loop(kind):
+    torch.manual_seed(0)
+    assert_same_training(
+        stock(5, 9, 3), nn.MSELoss(), lambda _: (torch.randn(8, 5), torch.randn(8, 3)), lr=0.01, kind=kind
+    )
+
+
+def test_lbfgs_asks_for_the_loss_as_often_as_it_likes():
+    torch.manual_seed(0)
+    model, loss = stock(5, 9, 3), nn.MSELoss()
+    other = copy.deepcopy(model)
+    optimizer, other_optimizer = (torch.optim.LBFGS(m.parameters(), lr=0.1) for m in (model, other))
+    step = fastmlp.TrainStep(model, loss, optimizer)
+
+    def closure():
+        other_optimizer.zero_grad()
+        value = loss(other(x), target)
+        value.backward()
+        return value
+
+    for _ in range(2):
+        x, target = torch.randn(8, 5), torch.randn(8, 3)
+        torch.testing.assert_close(step(x, target), other_optimizer.step(closure).detach())
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-5)
 
 
 # ---- every call sees model, loss and optimizer as they are
@@ -352,50 +572,12 @@ def test_a_model_changed_between_calls_is_trained_as_it_is(make, change):
     torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-def double(*arguments):
-    return 2 * arguments[-1]
+def twice(module, args, y):
+    return 2 * y
 
 
-REFUSED = {
-    "dropout": (TypeError, "module 1: .* Dropout", lambda m, _: m.insert(1, nn.Dropout())),
-    "an unknown activation": (
-        TypeError,
-        "module 1: .* Softsign",
-        lambda m, _: setattr(m, "1", nn.Softsign()),
-    ),
-    "a forward on a child": (
-        ValueError,
-        "module 0: .* forward set",
-        lambda m, _: setattr(m[0], "forward", double),
-    ),
-    "a forward hook": (ValueError, "module 0: .* hooks", lambda m, _: m[0].register_forward_hook(double)),
-    "a pre-hook": (ValueError, "module 1: .* hooks", lambda m, _: m[1].register_forward_pre_hook(double)),
-    "a backward hook": (
-        ValueError,
-        "module 2: .* hooks",
-        lambda m, _: m[2].register_full_backward_hook(double),
-    ),
-    "a hook on the model": (ValueError, "itself.* hooks", lambda m, _: m.register_forward_hook(double)),
-    "no reduction": (
-        ValueError,
-        "reduction='mean' or 'sum', got 'none'",
-        lambda _, loss: setattr(loss, "reduction", "none"),
-    ),
-    "a patched layer": (TypeError, "torch's own Linear", lambda m, _: patch(nn.Linear)),
-    "a patched loss": (TypeError, "loss: .* other methods", lambda m, _: patch(nn.MSELoss)),
-    "shared memory": (
-        ValueError,
-        "share no memory",
-        lambda m, _: setattr(m[4].weight, "data", m[2].weight.data),
-    ),
-    "half precision": (RuntimeError, "contiguous float32", lambda m, _: m.bfloat16()),
-    "none of the parameters": (ValueError, "among its own, got none", lambda m, _: renew(m)),
-    "nothing to train": (RuntimeError, "requires a gradient, got none", lambda m, _: m.requires_grad_(False)),
-}
-
-
-def patch(cls):
-    cls.forward = double  # pytest's monkeypatch sets it back
+def patch(cls, forward):
+    cls.forward = forward  # pytest's monkeypatch sets it back
 
 
 def renew(model):
@@ -403,19 +585,54 @@ def renew(model):
         model[index] = nn.Linear(9, 9)
 
 
-@pytest.mark.parametrize(("error", "words", "change"), REFUSED.values(), ids=REFUSED)
-def test_what_no_step_would_follow_is_refused_with_the_reason(monkeypatch, error, words, change):
+LOOPED = {
+    "dropout": (TRAINED, lambda m, _: m.insert(1, nn.Dropout())),
+    "an unknown activation": (TRAINED, lambda m, _: setattr(m, "1", nn.Softsign())),
+    "a forward on a child": (TRAINED, lambda m, _: setattr(m[2], "forward", lambda x: 2 * x)),
+    "a forward hook": (TRAINED, lambda m, _: m[0].register_forward_hook(twice)),
+    "a pre-hook": (TRAINED, lambda m, _: m[1].register_forward_pre_hook(lambda _, args: (2 * args[0],))),
+    "a backward hook": (TRAINED, lambda m, _: m[2].register_full_backward_hook(lambda m, x, y: (2 * x[0],))),
+    "a hook on the model": ("end by a chain", lambda m, _: m.register_forward_hook(twice)),
+    "a hook on a parameter": ("has hooks", lambda m, _: m[0].weight.register_hook(lambda grad: 2 * grad)),
+    "a patched layer": (
+        "end by a chain",
+        lambda m, _: patch(nn.Linear, lambda self, x: 2 * nn.functional.linear(x, self.weight, self.bias)),
+    ),
+    "a patched loss": ("loss: the", lambda m, _: patch(nn.MSELoss, lambda self, y, t: (y - t).abs().mean())),
+    "a hook on the loss": ("loss: the", lambda m, loss: loss.register_forward_hook(twice)),
+    "shared memory": ("share no memory", lambda m, _: setattr(m[4].weight, "data", m[2].weight.data)),
+    "none of the parameters": ("trains none", lambda m, _: renew(m)),
+    "double precision": ("do not cover", lambda m, _: m.double()),
+    "a forward on the loss": (
+        "loss: the",
+        lambda m, loss: setattr(loss, "forward", lambda y, t: ((y - t) * t).abs().mean()),
+    ),
+}
+
+
+@pytest.mark.parametrize(("words", "change"), LOOPED.values(), ids=LOOPED)
+def test_what_the_kernels_do_not_know_is_done_as_the_loop_does_it_from_the_next_call_on(
+    monkeypatch, words, change
+):
     for cls in (nn.Linear, nn.MSELoss):
         monkeypatch.setattr(cls, "forward", cls.forward)
+    torch.manual_seed(0)
     model, loss = stock(9, 9, 9, 9, activation=nn.Tanh), nn.MSELoss()
-    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
-    data = batch_for(loss, 4, 9, 9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    step, data = fastmlp.TrainStep(model, loss, optimizer), batch_for(loss, 4, 9, 9)
     step(*data)
+    assert fastmlp.why_not_fused(step) is None
     change(model, loss)
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(error, match=words):
-        step(*data)
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    data = [t.to(model[0].weight.dtype) for t in data]
+    other, other_loss, other_optimizer = copy.deepcopy((model, loss, optimizer))
+    for index in range(2):
+        torch.manual_seed(index)
+        value = step(*data)
+        torch.manual_seed(index)
+        expected = standard_step(other, other_loss, other_optimizer, *data)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-5)
+    assert words in fastmlp.why_not_fused(step)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -494,7 +711,7 @@ def test_what_may_not_be_written_raises_before_anything_is_changed(of_momentum):
             optimizer.state[model[2].bias]["momentum_buffer"] = torch.zeros(3)
     before = [p.detach().clone() for p in model.parameters()]
     versions = [p._version for p in model.parameters()] if of_momentum else []
-    with pytest.raises(RuntimeError, match=r"made outside of torch\.inference_mode"):
+    with pytest.raises(RuntimeError, match=r"(?i)inference tensor"):
         fastmlp.TrainStep(model, loss, optimizer)(*batch_for(loss, 4, 5, 3))
     assert all(map(torch.equal, model.parameters(), before))
     assert versions == [p._version for p in model.parameters() if of_momentum]
@@ -511,11 +728,19 @@ def test_the_versions_of_parameters_and_momenta_tell_of_a_step():
     assert all(t._version > version for t, version in zip(changed, versions, strict=True))
 
 
-def test_an_input_in_the_memory_of_a_weight_is_refused():
+def test_an_input_in_the_memory_of_a_weight_is_read_before_that_changes():
     model, loss = stock(3, 3), nn.MSELoss()
+    other = copy.deepcopy(model)
     step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="share no memory with one another, nor with input"):
-        step(model[0].weight.detach()[1:], torch.ones(2, 3))
+    step(model[0].weight.detach()[1:], torch.ones(2, 3))
+    standard_step(
+        other,
+        loss,
+        torch.optim.SGD(other.parameters(), lr=0.1),
+        other[0].weight.detach()[1:].clone(),
+        torch.ones(2, 3),
+    )
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda step: pickle.loads(pickle.dumps(step))])
@@ -535,39 +760,51 @@ def test_a_copy_of_a_step_trains_its_own_model(make, copied):
 # ---- bad input changes nothing
 
 
-@pytest.mark.parametrize("pos_weight", [torch.ones(4), torch.ones(3, dtype=torch.double)], ids=str)
-def test_weights_of_bce_that_no_longer_fit_raise_before_anything_is_changed(pos_weight):
-    model, loss = stock(5, 3), nn.BCEWithLogitsLoss(pos_weight=torch.ones(3))
-    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
-    before = copy.deepcopy(model.state_dict())
-    loss.pos_weight = pos_weight
-    with pytest.raises(RuntimeError, match=r"pos_weight: expected float32 on the CPU of shape \[3\]"):
-        step(*batch_for(loss, 4, 5, 3))
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+LONG = torch.long
+MISFITS = {
+    "features": (torch.ones(4, 6), torch.zeros(4, dtype=LONG), RuntimeError),
+    "dtype": (torch.ones(4, 5).double(), torch.zeros(4, dtype=LONG), RuntimeError),
+    "batch": (torch.ones(4, 5), torch.zeros(3, dtype=LONG), ValueError),
+    "no classes": (torch.ones(4, 5), torch.zeros(4), RuntimeError),
+    "too large a class": (torch.ones(4, 5), torch.tensor([0, 1, 3, 0]), IndexError),
+    "a negative class": (torch.ones(4, 5), torch.tensor([0, 1, -1, 0]), IndexError),
+    "no tensor": ([1.0] * 5, torch.zeros(4, dtype=LONG), TypeError),
+}
 
 
-@pytest.mark.parametrize(
-    ("x", "target", "error", "words"),
-    [
-        (torch.ones(4, 6), torch.zeros(4, dtype=torch.long), RuntimeError, "input: expected shape"),
-        (torch.ones(4, 5).double(), torch.zeros(4, dtype=torch.long), RuntimeError, "input: .*float32"),
-        (torch.ones(4, 5), torch.zeros(3, dtype=torch.long), RuntimeError, "target: expected shape"),
-        (torch.ones(4, 5), torch.zeros(4), RuntimeError, "target: expected Long"),
-        (torch.ones(4, 5), torch.tensor([0, 1, 3, 0]), IndexError, "target: .*got 3 in row 2"),
-        (torch.ones(4, 5), torch.tensor([0, 1, -1, 0]), IndexError, "target: .*got -1 in row 2"),
-        (torch.ones(4, 5, requires_grad=True), torch.zeros(4, dtype=torch.long), RuntimeError, "no gradient"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_what_does_not_fit_raises_before_anything_is_changed(x, target, error, words):
+@pytest.mark.parametrize(("x", "target", "error"), MISFITS.values(), ids=MISFITS)
+def test_what_does_not_fit_raises_as_in_the_loop_before_anything_is_changed(x, target, error):
     model = stock(5, 9, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     step = fastmlp.TrainStep(model, nn.CrossEntropyLoss(), optimizer)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(error, match=words):
+    with pytest.raises(error):
         step(x, target)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("change", ["half precision", "nothing to train", "no reduction"])
+def test_what_the_loop_refuses_raises_with_nothing_changed(change):
+    model, loss = stock(5, 9, 3), nn.MSELoss(reduction="none" if change == "no reduction" else "mean")
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    model.to(torch.bfloat16 if change == "half precision" else torch.float32)
+    model.requires_grad_(change != "nothing to train")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError):
+        step(*batch_for(loss, 4, 5, 3))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_an_input_with_a_gradient_gets_it():
+    model, loss = stock(5, 9, 3), nn.MSELoss()
+    other = copy.deepcopy(model)
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    x, target = batch_for(loss, 4, 5, 3)
+    own = x.clone().requires_grad_()
+    step(own, target)
+    standard_step(other, loss, torch.optim.SGD(other.parameters(), lr=0.1), x.requires_grad_(), target)
+    torch.testing.assert_close(own.grad, x.grad)
 
 
 def test_nan_and_infinity_spread_as_in_the_standard_loop():
@@ -646,6 +883,17 @@ def test_gradients_are_left_as_they_are():
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("batch", [8, 300, 1100])
+def test_clipping_is_part_of_the_call(instruction_set, batch, options):
+    torch.manual_seed(0)
+    loss = nn.CrossEntropyLoss()
+    step = assert_same_training(
+        stock(9, 20, 3), loss, lambda _: batch_for(loss, batch, 9, 3), max_grad_norm=0.1, **options
+    )
+    assert fastmlp.why_not_fused(step) is None
+
+
 def test_clipping_gives_what_clip_grad_norm_gives():
     torch.manual_seed(0)
     loss, model = nn.CrossEntropyLoss(), stock(5, 9, 3)
@@ -657,7 +905,8 @@ def test_clipping_gives_what_clip_grad_norm_gives():
         step(x, target)
         other_optimizer.zero_grad()
         loss(other(x), target).backward()
-        nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+        norm = nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+        torch.testing.assert_close(step.grad_norm, norm)
         other_optimizer.step()
     torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-5, atol=1e-6)
 
@@ -689,79 +938,51 @@ def test_a_step_that_is_one_call_has_no_reason_and_says_so():
 
 
 REASONS = {
-    "clipping": ("max_grad_norm", lambda step: setattr(step, "max_grad_norm", 1.0)),
-    "accumulating": ("accumulate", lambda step: setattr(step, "accumulate", 2)),
-    "processes": ("process_group", lambda step: setattr(step, "process_group", object())),
+    "accumulating": ("accumulate: ", lambda step: setattr(step, "accumulate", 2)),
     "an optimizer": (
-        "optimizer: .* got RMSprop",
+        "optimizer: .* not RMSprop",
         lambda step: setattr(step, "optimizer", torch.optim.RMSprop(step.model.parameters())),
     ),
     "an option of the optimizer": (
-        "optimizer: .* differentiable=False",
+        "optimizer: it is differentiable",
         lambda step: step.optimizer.param_groups[0].update(differentiable=True),
     ),
     "a hook on the optimizer": (
-        "optimizer: .* step hooks",
+        "optimizer: it has step hooks",
         lambda step: step.optimizer.register_step_pre_hook(lambda *_: None),
     ),
-    "a loss": ("loss: .* got L1Loss", lambda step: setattr(step, "loss", nn.L1Loss())),
-    "a reduction": ("loss: .* got 'none'", lambda step: setattr(step.loss, "reduction", "none")),
-    "a hook on the loss": ("loss: .* no hooks", lambda step: step.loss.register_forward_hook(double)),
-    "weights of the loss": (
-        r"loss: expected weight of shape \[3\]",
-        lambda step: setattr(step, "loss", nn.BCEWithLogitsLoss(torch.ones(4, 3))),
-    ),
-    "a module": ("module 1: .* got Softsign", lambda step: setattr(step.model, "1", nn.Softsign())),
-    "a hook on a module": ("module 2: .* no hooks", lambda step: step.model[2].register_forward_hook(double)),
-    "a hook on a parameter": (
-        "parameters without hooks",
-        lambda step: step.model[0].weight.register_hook(lambda _: None),
-    ),
-    "float64": ("float32 parameters .* torch.float64", lambda step: step.model.double()),
-    "nothing to train": ("requires a gradient", lambda step: step.model.requires_grad_(False)),
 }
 
 
 @pytest.mark.parametrize(("words", "change"), REASONS.values(), ids=REASONS)
-def test_a_step_tells_why_it_is_not_one_call(words, change):
+def test_a_step_tells_why_it_is_the_loop(words, change):
     model, loss = stock(5, 9, 3), nn.MSELoss()
     step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
     change(step)
-    reason = fastmlp.why_not_fused(step)
+    data = batch_for(loss, 4, 5, 3)
+    reason = fastmlp.why_not_fused(step, *data)
     assert re.search(words, reason)
-    assert fastmlp.why_not_fused(step, *batch_for(loss, 4, 5, 3)) == reason
-    kinds = f"Sequential, {type(step.loss).__name__}, {type(step.optimizer).__name__}"
+    try:
+        step(*data)
+    except RuntimeError:  # torch's differentiable SGD takes no leaf
+        return
+    assert fastmlp.why_not_fused(step) == reason
+    kinds = f"Sequential, MSELoss, {type(step.optimizer).__name__}"
     assert repr(step) == f"TrainStep({kinds}), in the standard loop: {reason}"
 
 
-def test_a_step_tells_of_autocast_and_of_global_hooks():
+def test_a_step_tells_of_autocast_and_of_who_is_to_see_the_modules():
     model, loss = stock(5, 3), nn.MSELoss()
-    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    step, data = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters())), batch_for(loss, 4, 5, 3)
     with torch.autocast("cpu"):
-        assert fastmlp.why_not_fused(step) == "autocast is enabled on cpu"
+        assert fastmlp.why_not_fused(step, *data) == "autocast is enabled on cpu"
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        assert fastmlp.why_not_fused(step) == "there are hooks for all modules"
+        assert "hooks for all modules" in fastmlp.why_not_fused(step, *data)
     finally:
         handle.remove()
-    assert fastmlp.why_not_fused(step) is None
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda x, target: (x.double(), target), "input: expected a float32 tensor"),
-        (lambda x, target: (x[:, 1:], target), "input: expected shape"),
-        (lambda x, target: (x.requires_grad_(), target), "requires no gradient"),
-        (lambda x, target: (x, target[1:]), "target: expected shape"),
-        (lambda x, target: (x.as_subclass(Subclass), target), "tensor type of its own, Subclass"),
-    ],
-    ids=["dtype", "shape", "gradient", "target", "subclass"],
-)
-def test_a_step_tells_what_of_a_batch_it_does_not_take(change, words):
-    model, loss = stock(5, 3), nn.MSELoss()
-    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
-    assert words in fastmlp.why_not_fused(step, *change(*batch_for(loss, 4, 5, 3)))
+    assert "x itself" in fastmlp.why_not_fused(step, data[0].as_subclass(Subclass), data[1])
+    assert fastmlp.why_not_fused(step, *data) is None
 
 
 def test_asking_a_step_why_changes_nothing():

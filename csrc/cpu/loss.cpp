@@ -68,6 +68,7 @@ int64_t cross_entropy(const CrossEntropy& p, void* workspace, int threads) {
 
 double divisor(const Step& s, int64_t& wrong) {
   const int64_t M = s.layers->M;
+  if (s.loss == Loss::given) return 1;
   if (s.loss != Loss::cross_entropy) return s.pointwise.mean ? double(M * s.pointwise.N) : 1;
   const Losses targets = weigh(s.cross_entropy, {0, M});
   wrong = targets.wrong;

@@ -75,13 +75,13 @@ void by_layers(const Kernels& k, const Plan& plan, double scale, int rank, int s
     const Block y = block(p.M, k.forward_rows, p.N, k.forward_columns, rank, size);
     k.forward(p, k.runs_along_sum(p), y.rows, y.columns, scratch());
   }
-  if (plan.pass.step) {
+  if (plan.pass.loss) {
     wait(size);
     const void* const y = plan.forward(plan.pass.forwards - 1, batch, rank).y;
     const Range blocks = part(plan.losses, 1, rank, size);
     for (int64_t b = blocks.begin; b < blocks.end; ++b) {
       const Range rows = plan.rows_of_loss(b);
-      plan.loss(b) = loss_of(k, *plan.pass.step, scale, 0, rows, y, plan.loss_gradient(rank));
+      plan.loss(b) = loss_of(k, *plan.pass.loss, scale, 0, rows, y, plan.loss_gradient(rank));
     }
     wait(size);
   }
@@ -91,9 +91,9 @@ void by_layers(const Kernels& k, const Plan& plan, double scale, int rank, int s
     const Sums sums = plan.sums(i, 0);
     if (p.grad_x) grad_input(k, p, rank, size);
     if (!is_last || sums.weight) wait(size);  // W is read no more, nor are the sums of the layer above
-    if (!p.grad_weight && !p.grad_bias && !plan.weight(i) && !plan.bias(i)) continue;
-    const Range biases = grad_weight(k, p, sums, false, plan.weight(i), rank, size);
-    if (sums.bias) finish(k, plan, sums.bias, plan.bias(i), p.grad_bias, biases);
+    if (!p.grad_weight && !p.grad_bias && !p.trained_weight && !p.trained_bias) continue;
+    const Range biases = grad_weight(k, p, sums, false, p.trained_weight, rank, size);
+    if (sums.bias) finish(k, plan, sums.bias, p.trained_bias, p.grad_bias, biases);
   }
 }
 
@@ -110,7 +110,7 @@ void by_rows(const Kernels& k, const Plan& plan, double scale, int rank, int siz
         last = plan.forward(i, some, rank);
         k.forward(last, k.runs_along_sum(pass.forward[i]), {0, last.M}, {0, last.N}, scratch());
       }
-      if (pass.step) loss += loss_of(k, *pass.step, scale, first, some, last.y, plan.loss_gradient(rank));
+      if (pass.loss) loss += loss_of(k, *pass.loss, scale, first, some, last.y, plan.loss_gradient(rank));
       for (int64_t i = 0; i < pass.backwards; ++i) {
         const Backward p = plan.backward(i, some, rank);
         const Sums sums = plan.sums(i, s);
@@ -118,7 +118,7 @@ void by_rows(const Kernels& k, const Plan& plan, double scale, int rank, int siz
         if (sums.weight || sums.bias) grad_weight(k, p, sums, first > rows.begin, nullptr, 0, 1);
       }
     }
-    if (pass.step) plan.loss(s) = loss;
+    if (pass.loss) plan.loss(s) = loss;
   }
   if (plan.stride == 0) return;
   wait(size);
@@ -127,8 +127,8 @@ void by_rows(const Kernels& k, const Plan& plan, double scale, int rank, int siz
     const Backward& p = pass.backward[i];
     const Sums sums = plan.sums(i, 0);
     if (sums.weight)
-      finish(k, plan, sums.weight, plan.weight(i), p.grad_weight, part(p.N * p.K, line, rank, size));
-    if (sums.bias) finish(k, plan, sums.bias, plan.bias(i), p.grad_bias, part(p.N, line, rank, size));
+      finish(k, plan, sums.weight, p.trained_weight, p.grad_weight, part(p.N * p.K, line, rank, size));
+    if (sums.bias) finish(k, plan, sums.bias, p.trained_bias, p.grad_bias, part(p.N, line, rank, size));
   }
 }
 
@@ -138,36 +138,78 @@ void run(const Plan& plan, int threads, double scale = 1) {
         [&](int rank, int size) { (plan.by_rows ? by_rows : by_layers)(k, plan, scale, rank, size); });
 }
 
-// The layers of a step that go backward: down to the lowest that is trained.
-std::vector<Backward> backward_layers(const Step& s) {
-  std::vector<Backward> layers;
-  int64_t lowest = 0;
-  while (lowest < s.count && !s.weights[lowest].optimizer && !s.biases[lowest].optimizer) ++lowest;
-  for (int64_t i = s.count - 1; i >= lowest; --i) {
-    const Forward& p = s.layers[i];
-    const bool from_z = i > 0 && reads(s.layers[i - 1].activation) == Reads::z;
-    layers.push_back({.dtype = p.dtype,
-                      .reduced = p.reduced,
-                      .activation = p.activation,
-                      .M = p.M,
-                      .N = p.N,
-                      .K = p.K,
-                      .grad_y = nullptr,
-                      .saved = nullptr,
-                      .x = p.x,
-                      .ldx = p.ldx,
-                      .weight = p.weight,
-                      .ldw = p.ldw,
-                      .grad_x = nullptr,
-                      .grad_weight = nullptr,
-                      .grad_bias = nullptr,
-                      .x_activation = from_z ? s.layers[i - 1].activation : Activation{}});
+// The backward layers of a step, down to the lowest that is trained. Gradients that are to be clipped together are whole
+// first: they have memory of their own, from `gradients` on.
+struct Training {
+  Training(const Step& s, float* gradients) : step(s), gradients(gradients) {
+    int64_t lowest = 0;
+    while (lowest < s.count && !s.weights[lowest].optimizer && !s.biases[lowest].optimizer) ++lowest;
+    const bool given = s.loss == Loss::given;
+    for (int64_t i = s.count - 1; i >= lowest; --i) {
+      const Forward &p = s.layers[i], *const below = i > 0 ? &p - 1 : nullptr;
+      const bool from_z = below && reads(below->activation) == Reads::z;
+      const void* const x = !below ? p.x : from_z ? below->z : below->y;
+      Backward b = {.dtype = p.dtype,
+                    .reduced = p.reduced,
+                    .activation = p.activation,
+                    .M = p.M,
+                    .N = p.N,
+                    .K = p.K,
+                    .grad_y = given && layers.empty() ? s.gradient : nullptr,
+                    .saved = p.z ? p.z : p.y,
+                    .x = x,
+                    .ldx = p.ldx,
+                    .weight = p.weight,
+                    .ldw = p.ldw,
+                    .grad_x = nullptr,
+                    .grad_weight = nullptr,
+                    .grad_bias = nullptr,
+                    .x_activation = from_z ? below->activation : Activation{}};
+      place(s.weights[i], p.N * p.K, b.grad_weight, b.trained_weight);
+      place(s.biases[i], p.N, b.grad_bias, b.trained_bias);
+      layers.push_back(b);
+    }
   }
-  return layers;
-}
+  Pass pass() const {
+    Pass pass = {.backward = layers.data(), .backwards = int64_t(layers.size())};
+    if (step.loss != Loss::given) pass.forward = step.layers, pass.forwards = step.count, pass.loss = &step;
+    return pass;
+  }
+  int64_t bytes() const { return floats * int64_t(sizeof(float)); }  // of the gradients
 
-Plan plan_of(const Step& s, const std::vector<Backward>& backward, void* workspace, int threads) {
-  return {{s.layers, s.count, backward.data(), int64_t(backward.size()), &s}, workspace, threads};
+  const Step& step;
+  std::vector<Backward> layers;
+  std::vector<Gradient> clipped;
+  std::vector<Trained> changed;  // by them
+
+ private:
+  void place(const Trained& p, int64_t size, void*& gradient, const Trained*& trained) {
+    if (!p.optimizer) return;
+    if (step.max_norm == 0) trained = &p;
+    else {
+      gradient = gradients + floats;
+      floats += ceil_div(size, cache_line) * cache_line;
+      clipped.push_back({gradient, size});
+      changed.push_back(p);
+      changed.back().update.grad = gradient;
+    }
+  }
+
+  float* gradients;
+  int64_t floats = 0;
+};
+
+void clip_and_change(const Training& training, int threads) {
+  constexpr double cost = 8;  // of an element, in multiply-adds: what reading it takes
+  const Kernels& k = kernels();
+  const Clip bound = {Dtype::float32, training.step.max_norm, false, training.step.norm};
+  clip(bound, training.clipped.data(), int64_t(training.clipped.size()), threads);
+  double elements = 0;
+  for (const Trained& p : training.changed) elements += double(p.update.size);
+  share(threads, cost * elements, [&](int rank, int size) {
+    for (const Trained& p : training.changed)
+      k.update(*p.optimizer, p.update, part(p.update.size, cache_line, rank, size));
+  });
 }
 
 }  // namespace
@@ -189,19 +231,22 @@ void backward(const Backward* layers, int64_t count, void* workspace, int thread
 }
 
 int64_t train_workspace(const Step& s, int threads) {
-  return plan_of(s, backward_layers(s), nullptr, threads).bytes;
+  const Training training(
+      s, reinterpret_cast<float*>(cache_line));  // of what is nowhere the plan would keep nothing
+  return training.bytes() + Plan(training.pass(), nullptr, threads).bytes;
 }
 
 int64_t train(const Step& s, void* workspace, int threads) {
   int64_t wrong = -1;
   const double divided_by = divisor(s, wrong);
   if (wrong >= 0) return wrong;
-  const std::vector<Backward> layers = backward_layers(s);
-  const Plan plan = plan_of(s, layers, workspace, threads);
+  const Training training(s, static_cast<float*>(workspace));
+  const Plan plan(training.pass(), static_cast<char*>(workspace) + training.bytes(), threads);
   run(plan, threads, 1 / divided_by);
+  if (s.max_norm > 0) clip_and_change(training, threads);
   double sum = 0;
   for (int64_t b = 0; b < plan.losses; ++b) sum += plan.loss(b);
-  *s.value = float(sum / divided_by);
+  if (s.value) *s.value = float(sum / divided_by);
   return -1;
 }
 

@@ -50,38 +50,40 @@ T* offset(T* pointer, int64_t bytes) {
 Plan::Plan(const Pass& pass, void* workspace, int threads)
     : pass(pass), workspace(static_cast<char*>(workspace)) {
   constexpr int64_t most_weights = 1 << 17, least_rows = 1024;
-  const Step* const step = pass.step;
   const Work forward(pass.forward, pass.forwards, 1), backward(pass.backward, pass.backwards, 2);
   dtype = pass.forward ? pass.forward->dtype : pass.backward->dtype;
   M = pass.forward ? pass.forward->M : pass.backward->M;
   multiply_adds = forward.multiply_adds + backward.multiply_adds;
   by_rows = M >= least_rows && std::max(forward.weights, backward.weights) <= most_weights;
-  segments = !by_rows ? 1 : step || pass.backwards ? std::min<int64_t>(16, M / block_rows) : threads;
-  losses = !step ? 0 : by_rows ? segments : ceil_div(M, rows_of_losses());
+  segments = !by_rows ? 1 : pass.backwards || pass.loss ? std::min<int64_t>(16, M / block_rows) : threads;
+  losses = !pass.loss ? 0 : by_rows ? segments : ceil_div(M, rows_of_losses());
   layers.resize(size_t(std::max(pass.forwards, pass.backwards)));
 
   Arena thread, segment, all;
   const int64_t row = (by_rows ? block_rows : M) * size_of(dtype);
   // Whether the next layer alone reads y.
-  const auto is_passed_on = [&](const Forward& p) { return step ? reads(p.activation) == Reads::z : !p.y; };
+  const auto is_passed_on = [&](const Forward& p) {
+    return pass.loss ? reads(p.activation) == Reads::z : !p.y;
+  };
   int64_t widest = 0, count = 0, largest = 0;
   for (int64_t i = 0; i < pass.forwards; ++i) {
     const Forward& p = pass.forward[i];
     if (is_passed_on(p)) widest = std::max(widest, p.N), ++count;
-    if (step) (is_passed_on(p) ? layers[i].z : layers[i].y) = thread.piece(row * p.N);
+    if (pass.loss) (is_passed_on(p) ? layers[i].z : layers[i].y) = thread.piece(row * p.N);
   }
   outputs = thread.pieces(std::min<int64_t>(count, 2), row * widest);
   for (int64_t i = 0; i < pass.forwards; ++i)
     if (is_passed_on(pass.forward[i])) layers[i].y = outputs[size_t(i) % outputs.size()];
 
-  widest = step ? pass.forward[pass.forwards - 1].N : 0, count = step ? 1 : 0;
+  widest = pass.loss ? pass.forward[pass.forwards - 1].N : 0, count = pass.loss ? 1 : 0;
   for (int64_t i = 0; i < pass.backwards; ++i) {
     const Backward& p = pass.backward[i];
     Places& places = layers[layer_of(i)];
     if (i > 0) widest = std::max(widest, p.N), ++count;
-    if (by_rows && (p.grad_weight || weight(i))) places.weight = segment.piece(p.N * p.K * size_of_float);
-    else if (weight(i) && M > whole_sum) largest = std::max(largest, p.N * p.K);
-    if (bias(i) || (p.grad_bias && (by_rows || dtype != Dtype::float32)))
+    if (by_rows && (p.grad_weight || p.trained_weight))
+      places.weight = segment.piece(p.N * p.K * size_of_float);
+    else if (p.trained_weight && M > whole_sum) largest = std::max(largest, p.N * p.K);
+    if (p.trained_bias || (p.grad_bias && (by_rows || dtype != Dtype::float32)))
       places.bias = segment.piece(p.N * size_of_float);
   }
   gradients = thread.pieces(std::min<int64_t>(count, 3), row * widest);
@@ -108,7 +110,7 @@ Backward Plan::backward(int64_t i, Range rows, int rank) const {
   Backward p = pass.backward[i];
   const int64_t size = size_of(dtype), layer = int64_t(layer_of(i));
   p.M = rows.size();
-  p.grad_y = i > 0 || pass.step ? gradient(i, rank) : offset(p.grad_y, rows.begin * p.N * size);
+  p.grad_y = i > 0 || pass.loss ? gradient(i, rank) : offset(p.grad_y, rows.begin * p.N * size);
   p.saved = p.saved ? offset(p.saved, rows.begin * p.N * size) : saved(layer, rank);
   p.x = p.x ? offset(p.x, rows.begin * p.ldx * size) : saved(layer - 1, rank);
   p.grad_x = i + 1 < pass.backwards ? gradient(i + 1, rank) : offset(p.grad_x, rows.begin * p.K * size);
@@ -124,7 +126,8 @@ char* Plan::saved(int64_t layer, int rank) const {
 Sums Plan::sums(int64_t i, int64_t segment) const {
   const Places& places = layers[layer_of(i)];
   char* const part = workspace + segments_begin + segment * stride * size_of_float;
-  char* const weight_sums = !by_rows && weight(i) ? at(workspace, weight_begin) : at(part, places.weight);
+  char* const weight_sums =
+      !by_rows && pass.backward[i].trained_weight ? at(workspace, weight_begin) : at(part, places.weight);
   return {reinterpret_cast<float*>(weight_sums), reinterpret_cast<float*>(at(part, places.bias))};
 }
 

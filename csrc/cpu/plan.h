@@ -20,13 +20,13 @@ constexpr int64_t cache_line = 64;  // bytes
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 // Layers forward, layers backward, or both with the loss of a step between them. What the caller gives no memory for is
-// the pass's own. In a step that is every result: backward reads what forward has kept.
+// the pass's own. Around a loss that is every result: backward reads what forward has kept.
 struct Pass {
   const Forward* forward = nullptr;  // from the first layer to the last
   int64_t forwards = 0;
   const Backward* backward = nullptr;  // from the last to the first
   int64_t backwards = 0;
-  const Step* step = nullptr;  // whose parameters are changed by their gradients
+  const Step* loss = nullptr;  // the step whose loss it is
 };
 
 // Where float32 sums over the batch are kept until they are whole, for a layer's gradients to be made of them; null
@@ -61,10 +61,6 @@ class Plan {
   Range rows_of_loss(int64_t block) const;
   double& loss(int64_t block) const { return reinterpret_cast<double*>(workspace + losses_begin)[block]; }
 
-  // How a step changes the layer's parameters; null where it does not.
-  const Trained* weight(int64_t i) const { return pass.step ? trained(pass.step->weights, i) : nullptr; }
-  const Trained* bias(int64_t i) const { return pass.step ? trained(pass.step->biases, i) : nullptr; }
-
  private:
   // Places in the workspace are told in bytes from where a part of it begins.
   static constexpr int64_t nowhere = -1;
@@ -80,10 +76,6 @@ class Plan {
   }
   char* saved(int64_t layer, int rank) const;
   size_t layer_of(int64_t i) const { return layers.size() - 1 - size_t(i); }
-  const Trained* trained(const Trained* parameters, int64_t i) const {
-    const Trained& parameter = parameters[layer_of(i)];
-    return parameter.optimizer ? &parameter : nullptr;
-  }
   int64_t rows_of_losses() const;
 
   char* workspace;
@@ -93,7 +85,7 @@ class Plan {
   std::vector<int64_t> outputs, gradients;
   int64_t thread_bytes;
   int64_t threads_begin, segments_begin, losses_begin;
-  int64_t weight_begin = nowhere;  // the sums of one weight at a time that a step changes by layers
+  int64_t weight_begin = nowhere;  // the sums of one weight at a time that is changed, by layers
 };
 
 }  // namespace fastmlp::cpu

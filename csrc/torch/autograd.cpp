@@ -3,6 +3,7 @@
 // Gradients of gradients need no code of their own. Where a gradient is itself to be differentiated, network_backward is
 // torch's own operations.
 #include <ATen/SavedTensorHooks.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -28,6 +29,10 @@ Tensor transposed(const Tensor& weight) {
   const at::AutoGradMode guard(true);
   return weight.t();
 }
+
+// Whether and where a node keeps what arrives at it, and passes nothing on.
+thread_local const AutogradContext* keeping = nullptr;
+thread_local Arrival* kept = nullptr;
 
 struct NetworkFunction : torch::autograd::Function<NetworkFunction> {
   static constexpr bool is_traceable = true;
@@ -65,15 +70,22 @@ struct NetworkFunction : torch::autograd::Function<NetworkFunction> {
     return outputs;
   }
 
+  // The input, the weights and what the layers have left.
+  static variable_list saved_of(AutogradContext* ctx) {
+    const auto layers = ctx->saved_data["layers"].toIntVector();
+    variable_list saved = ctx->get_saved_variables();
+    if (layers.size() == 2 && !layers[1]) std::swap(saved[0], saved[1]);
+    if (ctx->saved_data.count("transposes") && saved[1].defined()) saved[1] = saved[1].t();
+    return saved;
+  }
+
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
     const auto layers = ctx->saved_data["layers"].toIntVector();
     const auto parameters = ctx->saved_data.count("parameters")
                                 ? ctx->saved_data["parameters"].toDoubleVector()
                                 : std::vector<double>();
     const size_t L = layers.size() / 2;
-    variable_list saved = ctx->get_saved_variables();
-    if (L == 1 && !layers[1]) std::swap(saved[0], saved[1]);
-    if (ctx->saved_data.count("transposes") && saved[1].defined()) saved[1] = saved[1].t();
+    const variable_list saved = saved_of(ctx);
     const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
     OptionalTensors weights, left;
     c10::SmallVector<std::string, 4> names;
@@ -92,7 +104,9 @@ struct NetworkFunction : torch::autograd::Function<NetworkFunction> {
     const auto is_defined = [](const Tensor& t) { return t.defined(); };
     const bool of_y_alone = std::none_of(grad_outputs.begin() + 1, grad_outputs.end(), is_defined);
     variable_list found, grads(numbers.size() + 1);  // the last is that of the argument n
-    if (!of_y_alone)
+    if (ctx == keeping && of_y_alone)
+      kept->grad_y = grad_outputs[0], kept->left.assign(saved.end() - int64_t(L), saved.end());
+    else if (!of_y_alone)
       found = run_composite({grad_outputs[0], input, weights, left, names, parameters, wanted}, grad_outputs);
     else if (grad_outputs[0].defined())
       found = call_network_backward(grad_outputs[0], input, weights, left, names, parameters, wanted);
@@ -101,6 +115,23 @@ struct NetworkFunction : torch::autograd::Function<NetworkFunction> {
     return grads;
   }
 };
+
+}  // namespace
+
+std::optional<Arrival> differentiate_down_to(torch::autograd::Node& node, const Tensor& value,
+                                             const variable_list& params) {
+  auto* const own = dynamic_cast<torch::autograd::CppNode<NetworkFunction>*>(&node);
+  if (!own) return std::nullopt;
+  Arrival arrival;
+  struct Keeping {  // on this thread, which runs all that is on the CPU
+    Keeping(const AutogradContext* ctx, Arrival* arrival) { keeping = ctx, kept = arrival; }
+    ~Keeping() { keeping = nullptr, kept = nullptr; }
+  } const guard(&own->ctx_, &arrival);
+  arrival.others = torch::autograd::grad({value}, params, {}, std::nullopt, false, true);
+  return arrival;
+}
+
+namespace {
 
 bool needs_grad(const OptionalTensor& t) { return t && t->requires_grad(); }
 

@@ -2,6 +2,7 @@
 // nothing converted. Through torch.ops, which graphs hold, the conversion of a small network's arguments takes longer
 // than the network.
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
@@ -103,8 +104,8 @@ PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 
 PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 17, "train_step: expected the 17 arguments of the op train_step_, got ", count);
-  for (const int list : {2, 3, 4, 6, 7, 15, 16})
+  TORCH_CHECK_TYPE(count == 20, "train_step: expected the 20 arguments of the op train_step_, got ", count);
+  for (const int list : {2, 3, 4, 6, 7, 15, 16, 17})
     TORCH_CHECK_TYPE(is_list(arguments[list]), "train_step: expected a list for argument ", list);
   if (!is_plain(arguments[0]) || !is_plain(arguments[1])) Py_RETURN_NOTIMPLEMENTED;
   for (const int list : {2, 3, 4})
@@ -112,6 +113,8 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       if (!is_plain(t)) Py_RETURN_NOTIMPLEMENTED;
   const std::vector<Tensor> params = tensors(arguments[2]), states = tensors(arguments[3]),
                             counts = tensors(arguments[4]);
+  OptionalTensors left;
+  for (PyObject* const t : items_of(arguments[17])) left.push_back(tensor_or_none(t));
   const std::vector<int64_t> has_bias = numbers(arguments[6], integer),
                              options_of = numbers(arguments[16], integer);
   const std::vector<double> options = numbers(arguments[15], PyFloat_AsDouble);
@@ -120,18 +123,45 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
                &workspace = THPVariable_Unpack(arguments[5]);
   const std::string loss = string_of(arguments[8]), optimizer = string_of(arguments[14]);
   const bool mean = PyObject_IsTrue(arguments[9]);
-  const OptionalTensor weight = tensor_or_none(arguments[10]), pos_weight = tensor_or_none(arguments[11]);
+  const OptionalTensor weight = tensor_or_none(arguments[10]), pos_weight = tensor_or_none(arguments[11]),
+                       norm = tensor_or_none(arguments[18]);
   const int64_t ignore_index = integer(arguments[12]);
-  const double label_smoothing = PyFloat_AsDouble(arguments[13]);
+  const double number = PyFloat_AsDouble(arguments[13]), max_norm = PyFloat_AsDouble(arguments[19]);
   if (PyErr_Occurred()) throw python_error();
   Tensor value;
   {
     const pybind11::gil_scoped_release no_gil;
     value = call_train_step(input, target, params, states, counts, workspace, has_bias, activations.names,
-                            activations.parameters, loss, mean, weight, pos_weight, ignore_index,
-                            label_smoothing, optimizer, options, options_of);
+                            activations.parameters, loss, mean, weight, pos_weight, ignore_index, number,
+                            optimizer, options, options_of, left, norm, max_norm);
   }
   return THPVariable_Wrap(std::move(value));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* differentiate_down_to(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 3 && THPVariable_Check(arguments[1]) && is_list(arguments[2]),
+                   "differentiate_down_to: expected a node, a tensor and a list of parameters");
+  if (!torch::autograd::THPCppFunction_Check(arguments[0])) Py_RETURN_NONE;
+  const auto node = reinterpret_cast<torch::autograd::THPCppFunction*>(arguments[0])->cdata;
+  const Tensor& value = THPVariable_Unpack(arguments[1]);
+  const std::vector<Tensor> params = tensors(arguments[2]);
+  std::optional<Arrival> arrival;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    arrival = differentiate_down_to(*node, value, params);
+  }
+  if (!arrival) Py_RETURN_NONE;
+  const auto list = [](const std::vector<Tensor>& tensors) {  // None where one is undefined
+    THPObjectPtr list(PyList_New(Py_ssize_t(tensors.size())));
+    for (size_t i = 0; list && i < tensors.size(); ++i)
+      PyList_SET_ITEM(list.get(), Py_ssize_t(i), THPVariable_Wrap(tensors[i]));
+    return list;
+  };
+  const THPObjectPtr grad_y(THPVariable_Wrap(arrival->grad_y)), left = list(arrival->left),
+                                                                others = list(arrival->others);
+  return PyTuple_Pack(3, grad_y.get(), left.get(), others.get());
   END_HANDLE_TH_ERRORS
 }
 
@@ -145,6 +175,7 @@ PyObject* clip_grad_norm(PyObject*, PyObject* const* arguments, Py_ssize_t count
     const Tensor& grad = THPVariable_Unpack(parameter).grad();
     if (!grad.defined()) continue;
     if (!is_plain(THPObjectPtr(THPVariable_Wrap(grad)))) Py_RETURN_NOTIMPLEMENTED;
+    if (why_not_plain(grad)) Py_RETURN_NOTIMPLEMENTED;  // beneath a transform of torch.func the op sees none
     grads.push_back(grad);
   }
   const double max_norm = PyFloat_AsDouble(arguments[1]);

@@ -12,6 +12,10 @@ PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 // The op train_step_, with its arguments in their order, but activations and parameters as above. NotImplemented too.
 PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
+// differentiate_down_to(node, value, parameters): see ops.h. None where the node is another; else the gradient of the
+// output or None, a list of what the layers have left, and one of the gradients that parameters have by other ways.
+PyObject* differentiate_down_to(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
 // clip_grad_norm(parameters, max_norm, error_if_nonfinite): the op clip_grad_norm_ for the gradients of a list of tensors.
 // NotImplemented too, and where the op gives None.
 PyObject* clip_grad_norm(PyObject*, PyObject* const* arguments, Py_ssize_t count);

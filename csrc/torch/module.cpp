@@ -30,13 +30,15 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
-PyMethodDef functions[] = {{"attribute", fast(fastmlp::attribute), METH_FASTCALL, nullptr},
-                           {"clip_grad_norm", fast(fastmlp::clip_grad_norm), METH_FASTCALL, nullptr},
-                           {"find", fast(fastmlp::find), METH_FASTCALL, nullptr},
-                           {"is_unchanged", fast(fastmlp::is_unchanged), METH_FASTCALL, nullptr},
-                           {"network", fast(fastmlp::network), METH_FASTCALL, nullptr},
-                           {"train_step", fast(fastmlp::train_step), METH_FASTCALL, nullptr},
-                           {nullptr, nullptr, 0, nullptr}};
+PyMethodDef functions[] = {
+    {"attribute", fast(fastmlp::attribute), METH_FASTCALL, nullptr},
+    {"clip_grad_norm", fast(fastmlp::clip_grad_norm), METH_FASTCALL, nullptr},
+    {"find", fast(fastmlp::find), METH_FASTCALL, nullptr},
+    {"is_unchanged", fast(fastmlp::is_unchanged), METH_FASTCALL, nullptr},
+    {"network", fast(fastmlp::network), METH_FASTCALL, nullptr},
+    {"train_step", fast(fastmlp::train_step), METH_FASTCALL, nullptr},
+    {"differentiate_down_to", fast(fastmlp::differentiate_down_to), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/List.h>
+#include <torch/csrc/autograd/function.h>
 
 #include "activations.h"
 #include "checks.h"
@@ -18,12 +19,25 @@ std::vector<Tensor> call_network_forward(const Tensor& input, at::TensorList wei
 std::vector<Tensor> call_network_backward(const Tensor& grad_y, const OptionalTensor& input,
                                           const OptionalTensors& weights, const OptionalTensors& saved,
                                           Names activations, Numbers parameters, at::IntArrayRef wanted);
+// What of a scalar's gradient arrives at the output of a network, if anything does, and what the layers have left for
+// backward; and what reaches the parameters by other ways, undefined where nothing does.
+struct Arrival {
+  Tensor grad_y;
+  std::vector<Tensor> left, others;
+};
+
+// Differentiates down to the autograd node of a network, without running it; none where the node is another. Raises as
+// torch.autograd.grad does.
+std::optional<Arrival> differentiate_down_to(torch::autograd::Node& node, const Tensor& value,
+                                             const std::vector<Tensor>& params);
+
 Tensor call_train_step(const Tensor& input, const Tensor& target, at::TensorList params,
                        at::TensorList states, at::TensorList counts, const Tensor& workspace,
                        at::IntArrayRef has_bias, Names activations, Numbers parameters, std::string_view loss,
                        bool mean, const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                       int64_t ignore_index, double label_smoothing, std::string_view optimizer,
-                       Numbers options, at::IntArrayRef numbers);
+                       int64_t ignore_index, double number, std::string_view optimizer, Numbers options,
+                       at::IntArrayRef numbers, const OptionalTensors& left, const OptionalTensor& norm,
+                       double max_norm);
 OptionalTensor call_clip_grad_norm(at::TensorList grads, double max_norm, bool error_if_nonfinite);
 
 }  // namespace fastmlp

@@ -19,10 +19,16 @@ namespace {
 using at::TensorList;
 
 Loss parse_loss(std::string_view name) {
-  if (name == "cross_entropy") return Loss::cross_entropy;
-  if (name == "mse") return Loss::mse;
-  if (name == "bce_with_logits") return Loss::bce_with_logits;
-  TORCH_CHECK_VALUE(false, "loss: expected 'cross_entropy', 'mse' or 'bce_with_logits', got '", name, "'");
+  static constexpr std::pair<std::string_view, Loss> losses[] = {{"cross_entropy", Loss::cross_entropy},
+                                                                 {"mse", Loss::mse},
+                                                                 {"l1", Loss::l1},
+                                                                 {"smooth_l1", Loss::smooth_l1},
+                                                                 {"huber", Loss::huber},
+                                                                 {"bce_with_logits", Loss::bce_with_logits},
+                                                                 {"given", Loss::given}};
+  for (const auto& [known, loss] : losses)
+    if (name == known) return loss;
+  TORCH_CHECK_VALUE(false, "loss: expected one that the kernels know, or 'given', got '", name, "'");
 }
 
 // A state of no element is none.
@@ -54,13 +60,25 @@ Tensor over_outputs(const char* name, const OptionalTensor& values, int64_t outp
 
 const float* floats_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
+// What a layer has left for a loss whose gradient is given.
+const float* left_of(const OptionalTensors& left, size_t i, int64_t M, int64_t N) {
+  const OptionalTensor t = left.get(i);
+  if (!t) return nullptr;
+  TORCH_CHECK(t->is_cpu() && t->scalar_type() == at::kFloat && t->is_contiguous() && t->numel() == M * N,
+              "left[", i, "]: expected contiguous float32 on the CPU of ", M, " x ", N,
+              " elements, got shape ", t->sizes());
+  return t->const_data_ptr<float>();
+}
+
 // Of each parameter: its states, a count where the optimizer has one, and the number of its options, which may be those
-// of others too; -1 for one that stays as it is.
+// of others too; -1 for one that stays as it is. `number` is the label smoothing, or the loss's bound. For a
+// loss that is given, the target is the gradient of the output, and `left` what layers have left for backward.
 Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params, TensorList states,
                    TensorList counts, const Tensor& workspace, at::IntArrayRef has_bias, Names activations,
                    Numbers parameters, std::string_view loss_name, bool mean, const OptionalTensor& weight,
-                   const OptionalTensor& pos_weight, int64_t ignore_index, double label_smoothing,
-                   std::string_view optimizer, at::ArrayRef<double> options, at::IntArrayRef numbers) {
+                   const OptionalTensor& pos_weight, int64_t ignore_index, double number,
+                   std::string_view optimizer, at::ArrayRef<double> options, at::IntArrayRef numbers,
+                   const OptionalTensors& left, const OptionalTensor& norm, double max_norm) {
   const Loss loss = parse_loss(loss_name);
   const OptimizerRow& row = optimizer_row(optimizer);
   const size_t L = has_bias.size(), P = params.size();
@@ -71,9 +89,16 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
           counts.size() == (row.counts ? P : 0) && numbers.size() == P,
       "train_step_: expected one activation for each layer, and states, counts and a number of options of ",
       optimizer, " for each of ", expected, " params");
-  for (const int64_t number : numbers)
-    TORCH_CHECK(-1 <= number && row.options * (number + 1) <= options.size(),
-                "numbers: expected those of options, ", row.options, " each, got ", number);
+  for (const int64_t index : numbers)
+    TORCH_CHECK(-1 <= index && row.options * (index + 1) <= options.size(),
+                "numbers: expected those of options, ", row.options, " each, got ", index);
+  const bool given = loss == Loss::given;
+  TORCH_CHECK(left.size() == (given ? L : 0), "left: expected ", given ? L : 0, " tensors, got ",
+              left.size());
+  TORCH_CHECK(!norm || (norm->is_cpu() && norm->scalar_type() == at::kFloat && norm->numel() == 1),
+              "norm: expected one float32 on the CPU");
+  TORCH_CHECK((max_norm > 0) == norm.has_value(),
+              "max_norm: expected a positive number where norm is given, else 0, got ", max_norm);
   TORCH_CHECK(input.is_cpu() && input.scalar_type() == at::kFloat && input.layout() == c10::kStrided &&
                   input.dim() >= 1,
               "input: expected a float32 tensor on the CPU of shape [..., in_features], got ",
@@ -96,6 +121,7 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
       check_parameter(at, params[at], own);
       to = {};
       to.update.param = params[at].mutable_data_ptr<float>();
+      to.update.size = params[at].numel();
       if (numbers[at] >= 0) {
         const at::ArrayRef<double> given = options.slice(row.options * numbers[at], row.options);
         size_t kinds = 0;
@@ -120,6 +146,8 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
     take(weights[i]);
     if (has_bias[i]) take(biases[i]);
     else biases[i] = {};
+    const float* const kept = given ? left_of(left, i, M, weight.size(0)) : nullptr;
+    const bool is_z = layer_activations[i].reads_z();
     layers.push_back({.dtype = Dtype::float32,
                       .reduced = is_reduced(input),
                       .activation = layer_activations[i].kernel,
@@ -131,11 +159,14 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
                       .weight = weights[i].update.param,
                       .ldw = width,
                       .bias = biases[i].update.param,
-                      .y = nullptr});
+                      .y = is_z ? nullptr : const_cast<float*>(kept),
+                      .z = is_z ? const_cast<float*>(kept) : nullptr});
     width = weight.size(0);
   }
 
   const bool classes = loss == Loss::cross_entropy;
+  TORCH_CHECK(loss != Loss::smooth_l1 && loss != Loss::huber || number > 0,
+              "number: expected a positive bound of the loss, got ", number);
   at::DimVector sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = width;
   if (classes) sizes.pop_back();
@@ -156,7 +187,7 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
   TORCH_CHECK_VALUE(
       !overlap(std::move(memories)),
       "params: expected tensors that share no memory with one another, nor with input or target");
-  Tensor value = at::empty({}, input.options());
+  Tensor value = given ? Tensor() : at::empty({}, input.options());
   const Step step{.count = int64_t(L),
                   .layers = layers.data(),
                   .weights = weights.data(),
@@ -170,15 +201,19 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
                                     .target = classes ? targets.const_data_ptr<int64_t>() : nullptr,
                                     .weight = floats_of(weighs),
                                     .ignore_index = ignore_index,
-                                    .label_smoothing = float(label_smoothing),
+                                    .label_smoothing = float(number),
                                     .loss = nullptr,
                                     .grad = nullptr},
                   .pointwise = {.N = width,
                                 .target = classes ? nullptr : targets.const_data_ptr<float>(),
                                 .weight = floats_of(weighs),
                                 .pos_weight = floats_of(pos_weighs),
+                                .bound = float(number),
                                 .mean = mean},
-                  .value = value.mutable_data_ptr<float>()};
+                  .gradient = given ? targets.const_data_ptr<float>() : nullptr,
+                  .value = given ? nullptr : value.mutable_data_ptr<float>(),
+                  .max_norm = max_norm,
+                  .norm = norm ? norm->mutable_data_ptr<float>() : nullptr};
   // Kept by the caller from step to step: a block as large would come from the system as new pages each time.
   const int threads = at::get_num_threads();
   const int64_t bytes = cpu::train_workspace(step, threads);
@@ -204,21 +239,24 @@ Tensor call_train_step(const Tensor& input, const Tensor& target, TensorList par
                        TensorList counts, const Tensor& workspace, at::IntArrayRef has_bias,
                        Names activations, Numbers parameters, std::string_view loss, bool mean,
                        const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t ignore_index,
-                       double label_smoothing, std::string_view optimizer, at::ArrayRef<double> options,
-                       at::IntArrayRef numbers) {
+                       double number, std::string_view optimizer, at::ArrayRef<double> options,
+                       at::IntArrayRef numbers, const OptionalTensors& left, const OptionalTensor& norm,
+                       double max_norm) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastmlp::train_step_", "")
                              .typed<decltype(call_train_step)>();
   return op.call(input, target, params, states, counts, workspace, has_bias, activations, parameters, loss,
-                 mean, weight, pos_weight, ignore_index, label_smoothing, optimizer, options, numbers);
+                 mean, weight, pos_weight, ignore_index, number, optimizer, options, numbers, left, norm,
+                 max_norm);
 }
 
 TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
   m.def(
       "train_step_(Tensor input, Tensor target, Tensor(a!)[] params, Tensor(b!)[] states, "
       "Tensor(c!)[] counts, Tensor(d!) workspace, int[] has_bias, str[] activations, float[] parameters, "
-      "str loss, bool mean, Tensor? weight, Tensor? pos_weight, int ignore_index, float label_smoothing, "
-      "str optimizer, float[] options, int[] numbers) -> Tensor");
+      "str loss, bool mean, Tensor? weight, Tensor? pos_weight, int ignore_index, float number, "
+      "str optimizer, float[] options, int[] numbers, Tensor?[] left, Tensor(e!)? norm, float max_norm) -> "
+      "Tensor");
 }
 TORCH_LIBRARY_IMPL(fastmlp, CPU, m) { m.impl("train_step_", train_step_); }
 TORCH_LIBRARY_IMPL(fastmlp, Autograd, m) { m.impl("train_step_", torch::CppFunction::makeFallthrough()); }
