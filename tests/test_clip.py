@@ -335,6 +335,19 @@ def test_what_torch_refuses_is_refused_with_its_words(call):
     assert errors[0] == errors[1]
 
 
+def test_a_transform_of_torch_func_sees_torchs_operations(kernel_calls):
+    def clipped(x):
+        param = x.clone()
+        param.grad = x.clone()
+        return fastmlp.clip_grad_norm_([param], 1.0), param.grad
+
+    norm, gradient = torch.func.functionalize(clipped)(torch.tensor([3.0, 4.0]))
+    torch.testing.assert_close((norm, gradient), (torch.tensor(5.0), torch.tensor([0.6, 0.8])))
+    with pytest.raises(RuntimeError, match="forward gradient"):  # which torch does not clip
+        torch.func.jvp(clipped, (torch.ones(2),), (torch.ones(2),))
+    assert kernel_calls == [False, False]
+
+
 def test_an_empty_generator_is_warned_of_as_by_torch():
     with pytest.warns(UserWarning, match="empty generator"):
         assert fastmlp.clip_grad_norm_((param for param in ()), 1.0) == 0

@@ -125,10 +125,14 @@ def test_nan_infinity_and_signed_zero_come_out_as_stocks(instruction_set, activa
     assert torch.equal(y[numbers].signbit(), expected[numbers].signbit())
 
 
-def test_nan_and_infinity_of_bfloat16_come_out_as_stocks(instruction_set):
+def test_nan_and_infinity_of_bfloat16_come_out_as_of_float32(instruction_set):
+    # Of which stock's library makes NaN on processors that multiply no bfloat16.
     x, weight, bias = (t.detach() for t in layer(33, 7, out_features=40, dtype=torch.bfloat16))
     x[3, 2], x[5, 6], x[32, 6] = torch.nan, torch.inf, -torch.inf
-    assert_as_stock(x.requires_grad_(), weight.requires_grad_(), bias, "relu", rtol=2e-2, atol=2e-2)
+    leaves = [x.requires_grad_(), weight.requires_grad_(), bias]
+    exact = [t.detach().float().requires_grad_(t.requires_grad) for t in leaves]
+    for ours, right in zip(gradients(linear, *leaves, "relu"), gradients(stock, *exact, "relu"), strict=True):
+        torch.testing.assert_close(ours.float(), right, rtol=2e-2, atol=2e-2, equal_nan=True)
 
 
 def test_relus_gradient_is_0_at_0_and_passes_at_nan(instruction_set):

@@ -138,12 +138,6 @@ inline at::Tensor as_matrix(const at::Tensor& t, int64_t rows, int64_t columns) 
   return columns <= 1 || matrix.stride(1) == 1 ? matrix : matrix.contiguous();
 }
 
-// Whether the elements lie side by side, in whatever order.
-inline bool is_dense(const at::Tensor& t) {
-  return t.layout() == c10::kStrided && !t.unsafeGetTensorImpl()->is_nested() &&
-         t.is_non_overlapping_and_dense();
-}
-
 // Where a tensor is, from its first element to its last, with all that lies between.
 struct Memory {
   const char *begin, *end;

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "backends.h"
+#include "checks.h"
 #include "ops.h"
 
 namespace fastmlp {
@@ -38,7 +39,8 @@ bool can_clip(at::TensorList grads) {
   std::vector<Memory> memories;
   memories.reserve(grads.size());
   for (const Tensor& grad : grads) {
-    if (grad.scalar_type() != dtype || grad.device() != first.device() || !is_dense(grad) ||
+    if (grad.scalar_type() != dtype || grad.device() != first.device() || why_not_plain(grad) ||
+        !grad.is_non_overlapping_and_dense() ||
         (grad.is_inference() && !c10::InferenceMode::is_enabled()))  // which may not be written
       return false;
     memories.push_back(memory_of(grad));

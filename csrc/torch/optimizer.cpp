@@ -78,6 +78,11 @@ namespace {
 using at::Tensor;
 using at::TensorList;
 
+bool is_dense(const Tensor& t) {
+  return t.layout() == c10::kStrided && !t.unsafeGetTensorImpl()->is_nested() &&
+         t.is_non_overlapping_and_dense();
+}
+
 // Whether equal places in memory hold equal places of the tensors.
 bool is_laid_out_as(const Tensor& t, const Tensor& param) {
   return is_dense(t) && t.sizes() == param.sizes() &&
