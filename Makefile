@@ -63,6 +63,7 @@ bench: extension
 	$(python) benchmarks/kernels.py
 	$(python) benchmarks/steps.py
 	$(python) benchmarks/habits.py
+	$(python) benchmarks/training.py
 	$(python) benchmarks/readme.py
 
 bench-peers: extension $(peers_environment)

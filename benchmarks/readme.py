@@ -128,6 +128,22 @@ def habits() -> str:
     return f"{table(header, body)}\n\nMeasured on {where(results[0])}."
 
 
+def training() -> str:
+    """How many times faster the updates of trainers are, a job a row."""
+    results = rows("training")
+    body = [
+        [
+            row["what"],
+            f"{float(row[row['best'] + '_ms_p50']):.3f}",
+            *(f"{float(row[column]):.2f}" for column in ("loop_speedup_p50", "step_speedup_p50")),
+            row["way"],
+        ]
+        for row in results
+    ]
+    header = ["", "stock ms", "loop", "TrainStep", "which is"]
+    return f"{table(header, body)}\n\nMeasured on {where(results[0])}."
+
+
 def integrations() -> str:
     """How many times faster models of other libraries are, a model a row."""
     results = rows("integrations")
@@ -140,7 +156,7 @@ def integrations() -> str:
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    figure.__name__: figure for figure in (train, steps, kernels, peers, habits, integrations)
+    figure.__name__: figure for figure in (train, steps, training, kernels, peers, habits, integrations)
 }
 
 

@@ -19,12 +19,13 @@ def why_not_fused(model: nn.Module | TrainStep, *inputs: Any) -> str | None:
     Args:
         model: a model, fused or not yet, a layer, or a :class:`fastmlp.TrainStep`.
         *inputs: where given, a copy of the model is called with them, and the reasons are added why its
-            linear layers would compute them with torch's own operations. Of a step, its x and target: a copy
+            linear layers would compute them with torch's own operations. Of a step, its x and targets: a copy
             of the step is called with them.
 
     Returns:
-        Of a model, a line for each such module: its name and the reason. Of a step, the first reason why a
-        call would be the standard loop, or be refused.
+        Of a model, a line for each such module: its name and the reason. Of a step, the reason
+        why such a call is not one call of a kernel; without inputs, why the last call was not, or if there
+        has been none, the first will not be.
 
     Raises:
         TypeError: if ``model`` is none of these.
@@ -39,9 +40,9 @@ def why_not_fused(model: nn.Module | TrainStep, *inputs: Any) -> str | None:
         >>> layer = fastmlp.Linear(784, 10)
         >>> fastmlp.why_not_fused(layer, torch.randn(64, 784))
         >>> optimizer = fastmlp.SGD(layer.parameters(), lr=0.1)
-        >>> step = fastmlp.TrainStep(layer, torch.nn.MSELoss(), optimizer, max_grad_norm=1.0)
+        >>> step = fastmlp.TrainStep(layer, torch.nn.MSELoss(), optimizer, accumulate=4)
         >>> fastmlp.why_not_fused(step)
-        'max_grad_norm is given, which needs all gradients at once'
+        'accumulate: gradients outlive a call'
     """
     if isinstance(model, TrainStep):
         return model.reason(*inputs)

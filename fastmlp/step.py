@@ -230,7 +230,7 @@ class TrainStep:
             ValueError: if `strict`, for a step that would be the standard loop.
             RuntimeError: where gradients are off.
 
-        And all that the standard loop raises. Parameters have not been changed where an error is raised.
+        And all that the standard loop raises: where model, loss or backward do, nothing has been changed.
         """
         if torch.compiler.is_dynamo_compiling():
             return self._untraced(x, *targets)

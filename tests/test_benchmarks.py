@@ -170,6 +170,18 @@ class TestPeers:
         assert "JAX is not installed here; make bench-peers" in capfd.readouterr().err
 
 
+def test_every_way_of_a_trainer_is_measured(measured):
+    table, printed = measured("training", "--only", "policy", "tabular")
+    assert [(row["job"], row["way"]) for row in table] == [
+        ("policy", "in two calls around the loss"),
+        ("tabular", "in one call"),
+    ]
+    for row in table:
+        assert row["best"] in ("default", "foreach", "fused")
+        assert all(row[key] for key in MACHINE)
+        assert is_printed(row["step_speedup_p50"], 2, printed)
+
+
 def test_every_habit_is_measured_with_stocks_layers_and_with_ours(measured, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # which takes no C++
     table, printed = measured("habits")

@@ -622,9 +622,11 @@ def test_what_the_kernels_do_not_know_is_done_as_the_loop_does_it_from_the_next_
     step, data = fastmlp.TrainStep(model, loss, optimizer), batch_for(loss, 4, 9, 9)
     step(*data)
     assert fastmlp.why_not_fused(step) is None
-    change(model, loss)
-    data = [t.to(model[0].weight.dtype) for t in data]
     other, other_loss, other_optimizer = copy.deepcopy((model, loss, optimizer))
+    for own in ((model, loss), (other, other_loss)):
+        torch.manual_seed(0)
+        change(*own)
+    data = [t.to(model[0].weight.dtype) for t in data]
     for index in range(2):
         torch.manual_seed(index)
         value = step(*data)
@@ -700,21 +702,15 @@ def test_parameters_are_taken_by_name_whatever_order_a_layer_has_them_in(apply, 
     assert_same_training(model, loss, lambda _: batch_for(loss, 8, 5, 3), momentum=0.9)
 
 
-@pytest.mark.parametrize("of_momentum", [False, True], ids=["parameters", "momentum"])
-def test_what_may_not_be_written_raises_before_anything_is_changed(of_momentum):
+def test_what_may_not_be_written_raises_before_anything_is_changed():
     loss = nn.MSELoss()
-    with torch.inference_mode(not of_momentum):
+    with torch.inference_mode():
         model = stock(5, 9, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    if of_momentum:
-        with torch.inference_mode():
-            optimizer.state[model[2].bias]["momentum_buffer"] = torch.zeros(3)
     before = [p.detach().clone() for p in model.parameters()]
-    versions = [p._version for p in model.parameters()] if of_momentum else []
     with pytest.raises(RuntimeError, match=r"(?i)inference tensor"):
         fastmlp.TrainStep(model, loss, optimizer)(*batch_for(loss, 4, 5, 3))
     assert all(map(torch.equal, model.parameters(), before))
-    assert versions == [p._version for p in model.parameters() if of_momentum]
 
 
 def test_the_versions_of_parameters_and_momenta_tell_of_a_step():
