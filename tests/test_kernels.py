@@ -240,6 +240,7 @@ class Backward(ctypes.Structure):
     _fields_ += Forward._fields_[6:10]
     _fields_ += [(name, ctypes.c_void_p) for name in ("grad_x", "grad_weight", "grad_bias")]
     _fields_ += [("x_activation", Row)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("trained_weight", "trained_bias")]
 
 
 class Optimizer(ctypes.Structure):
