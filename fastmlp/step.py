@@ -330,14 +330,15 @@ class TrainStep:
             raise _Slower("model: it does not end by a chain of layers")
         if type(x) not in functional.TENSORS or x.requires_grad:
             raise _Slower("model: what comes to its last layers requires a gradient")
-        device = layers[0][0].device
-        if torch.is_autocast_enabled(device.type):
-            raise _Slower(f"autocast is enabled on {device.type}")
+        weight = layers[0][0]
+        device = "cpu" if weight.is_cpu else weight.device.type
+        if torch.is_autocast_enabled(device):
+            raise _Slower(f"autocast is enabled on {device}")
         known = self._known_loss() if len(targets) == 1 and type(targets[0]) in functional.TENSORS else None
-        if device.type in _CAPTURED and known and self.max_grad_norm is None:
+        if device in _CAPTURED and known and self.max_grad_norm is None:
             return self._graph_step(x, targets[0], layers)
-        if device.type in _CAPTURED or device.type != "cpu":
-            raise _Slower(f"on {device.type} a step is the loop, or with SGD a CUDA graph")
+        if device in _CAPTURED or device != "cpu":
+            raise _Slower(f"on {device} a step is the loop, or with SGD a CUDA graph")
         training = self._training(layers)
         why = _NOT_KNOWN
         if known is not None:
