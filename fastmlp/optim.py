@@ -25,6 +25,7 @@ __all__ = [
     "fuse_optimizer",
     "has_step_hooks",
     "rule_of",
+    "take_step",
     "unfuse_optimizer",
 ]
 
@@ -360,6 +361,21 @@ _RULES = {cls: ours._rule for torchs, ours in _OURS.items() for cls in (torchs, 
 def rule_of(optimizer: Optimizer) -> Rule | None:
     """What the kernels are to know of the optimizer, torch's or ours; None for one that they do not know."""
     return _RULES.get(type(optimizer))
+
+
+def take_step(optimizer: Optimizer) -> None:
+    """One step along the gradients: by our kernel for torch's optimizers too, which stay what they are."""
+    cls: Any = type(optimizer)
+    is_replaced = "step" in vars(optimizer) and not getattr(optimizer.step, "_wrapped_by_lr_sched", False)
+    if cls not in _OURS or is_replaced:
+        optimizer.step()
+        return
+    optimizer.__class__ = _OURS[cls]
+    try:
+        _OURS[cls].step(optimizer)  # type: ignore[arg-type]  # which it is, for now
+    finally:
+        optimizer.__class__ = cls
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
 
 
 def fuse_optimizer(optimizer: Optimizer) -> Optimizer:

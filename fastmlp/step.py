@@ -16,7 +16,7 @@ from .fuse import is_sequential, rewritten_forward
 from .graph import Graphs
 from .layers import ROLES, Layers, Role, is_called_plainly, is_unwatched, parameters_of, walk
 from .nn import CrossEntropyLoss
-from .optim import clip_grad_norm_, has_step_hooks, rule_of
+from .optim import clip_grad_norm_, has_step_hooks, rule_of, take_step
 from .rewrite import Pending, Refused, Rewritten
 
 __all__ = ["TrainStep"]
@@ -97,9 +97,10 @@ class TrainStep:
       or of fastmlp; on the CPU, in float32.
     - In two calls around the loss, where that is another: it may be any callable, and autograd
       differentiates it down to the model's output.
-    - In the standard loop, with fused layers, for all else: other optimizers, models that are trained before
-      or between their layers too, an x that requires a gradient, `accumulate`, `process_group`, autocast.
-      On a GPU the loop with SGD becomes a CUDA graph.
+    - In the standard loop, with the last layers, clipping and the optimizer fused, for all else: other
+      optimizers, models that are trained before or between their layers too (whose other layers
+      :func:`fastmlp.fuse` fuses), an x that requires a gradient, `accumulate`, `process_group`, autocast. On
+      a GPU the loop with SGD becomes a CUDA graph.
 
     A step prints which it is, and :func:`fastmlp.why_not_fused` tells why. The first two change each weight
     while its gradient is in cache: no gradient outlives its layer (or, where many rows meet few weights, or
@@ -547,7 +548,7 @@ class TrainStep:
                     parameter.grad /= size
         if self.max_grad_norm is not None:
             self.grad_norm = clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        self.optimizer.step()
+        take_step(self.optimizer)
 
     def _closure_step(self, x: Any, targets: tuple[Any, ...]) -> Any:
         """One step of an optimizer that asks for the loss itself, as often as it likes."""
