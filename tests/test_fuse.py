@@ -1186,21 +1186,6 @@ def test_a_training_step_sees_what_a_forward_reads():
     torch.testing.assert_close(step(x, target), loss(model(x), target).detach())
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (Residual, r"module \(itself\): .* got Residual, whose forward does more"),
-        (BESIDE["prints"], r"got Beside, whose forward does more"),
-        (lambda: nn.Sequential(nn.Linear(12, 12), Reshaped()), r"module 1: .* got Reshaped"),
-    ],
-    ids=["more", "no chain at the end", "not at the beginning"],
-)
-def test_a_training_step_says_why_a_forward_is_no_chain(make, words):
-    model = make()
-    with pytest.raises(TypeError, match=words):
-        fastmlp.TrainStep(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1))
-
-
 # ---- any model
 
 

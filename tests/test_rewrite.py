@@ -824,7 +824,7 @@ def test_a_training_step_runs_what_comes_before_the_chain(make):
     assert getattr(model, "calls", 0) == getattr(other, "calls", 0)
 
 
-def test_a_training_step_refuses_parameters_before_the_chain():
+def test_a_training_step_trains_parameters_before_the_chain_too():
     class Scales(Parts):
         def __init__(self):
             super().__init__()
@@ -834,7 +834,11 @@ def test_a_training_step_refuses_parameters_before_the_chain():
             x = x * self.scale
             return self.fc2(torch.relu(self.fc1(x)))
 
-    model = Scales()
-    step = fastmlp.TrainStep(model, nn.MSELoss(), torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises(TypeError, match="Scales, whose forward does more"):
-        step(torch.randn(5, 12), torch.rand(5, 4))
+    model, loss = Scales(), nn.MSELoss()
+    other, x, target = copy.deepcopy(model), torch.randn(5, 12), torch.rand(5, 4)
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1))
+    step(x, target)
+    loss(other(x), target).backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-6)
+    assert not torch.equal(model.scale, torch.ones(12))
