@@ -377,7 +377,7 @@ CALLS = {
     "train_step_": lambda grad: (
         *(x(4, 3), TARGET, [x(5, 3), x(5), x(2, 5)], [torch.empty(0)] * 3, [], torch.empty(0).byte()),
         *([1, 0], ["tanh", "identity"], [], "cross_entropy", True, None, None, -100, 0.0),
-        *("sgd", [0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0] * 3, [1] * 3),
+        *("sgd", [0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0] * 3, [1] * 3, [], torch.empty(()), 1.0),
     ),
 }
 CHECKS = {"why_not_fused": NO_TENSOR}
