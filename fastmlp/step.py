@@ -462,7 +462,8 @@ class TrainStep:
         trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
         arrival = _C.differentiate_down_to(node, value, trained) if isinstance(value, Tensor) else None
         if arrival is None:  # the layers are torch's own operations
-            self._backward(value, "the kernels do not cover the layers, or what comes to them")
+            self._take_slower("the kernels do not cover the layers, or what comes to them")
+            self._backward(value)
             return _detached(result)
         grad_y, left, others = arrival
         if others.count(None) == len(others):
@@ -485,7 +486,8 @@ class TrainStep:
         self.optimizer.zero_grad()
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
-        self._update()
+        self._finish_gradients()
+        take_step(self.optimizer)
         return _detached(result)
 
     def _graph_step(self, x: Tensor, target: Tensor, layers: Layers) -> Tensor:
@@ -525,21 +527,21 @@ class TrainStep:
         """The loop, from what comes to the last layers; without any, from what the model has returned."""
         self._take_slower(why)
         result = self.loss(functional.network(x, *layers) if layers[0] else x, *targets)
-        self._backward(_loss_in(result), why)
+        self._backward(_loss_in(result))
         return _detached(result)
 
-    def _backward(self, value: Any, why: str) -> None:
+    def _backward(self, value: Any) -> None:
         """The rest of the loop."""
-        self._take_slower(why)
         if self._calls % self.accumulate == 0:
             self.optimizer.zero_grad()
         (value / self.accumulate if self.accumulate > 1 else value).backward()
         self._calls += 1
         if self._calls % self.accumulate == 0:
-            self._update()
+            self._finish_gradients()
+            take_step(self.optimizer)
 
-    def _update(self) -> None:
-        """Parameters along their gradients, which all processes share and a bound may clip."""
+    def _finish_gradients(self) -> None:
+        """Makes them the mean of all processes', and clips them."""
         if self.process_group is not None:
             size = torch.distributed.get_world_size(self.process_group)
             for parameter in self.model.parameters():
@@ -548,7 +550,6 @@ class TrainStep:
                     parameter.grad /= size
         if self.max_grad_norm is not None:
             self.grad_norm = clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        take_step(self.optimizer)
 
     def _closure_step(self, x: Any, targets: tuple[Any, ...]) -> Any:
         """One step of an optimizer that asks for the loss itself, as often as it likes."""
@@ -561,8 +562,7 @@ class TrainStep:
             result = self.loss(self.model(x), *targets)
             value = _loss_in(result)
             value.backward()
-            if self.max_grad_norm is not None:
-                self.grad_norm = clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+            self._finish_gradients()
             first = result if first is None else first
             return value
 

@@ -492,7 +492,7 @@ OPTIMIZERS = {
     "RMSprop": torch.optim.RMSprop,
     "Adagrad": torch.optim.Adagrad,
     "foreach": lambda params, lr: torch.optim.Adam(params, lr=lr, eps=1e-3, foreach=True),
-    "differentiable": lambda params, lr: torch.optim.SGD(params, lr=lr, differentiable=False, fused=True),
+    "fused": lambda params, lr: torch.optim.SGD(params, lr=lr, fused=True),
 }
 
 
@@ -521,6 +521,38 @@ def test_lbfgs_asks_for_the_loss_as_often_as_it_likes():
         x, target = torch.randn(8, 5), torch.randn(8, 3)
         torch.testing.assert_close(step(x, target), other_optimizer.step(closure).detach())
     torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_lbfgs_takes_the_mean_of_all_processes_gradients(monkeypatch):
+    distributed = torch.distributed
+    monkeypatch.setattr(distributed, "get_global_rank", lambda group, rank: rank)
+    monkeypatch.setattr(distributed, "broadcast", lambda *_, **__: None)
+    monkeypatch.setattr(distributed, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(
+        distributed, "all_reduce", lambda grad, group: grad.mul_(6)
+    )  # the other has 5 times ours
+    model, loss = stock(5, 3), nn.MSELoss()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=1)
+    step = fastmlp.TrainStep(model, loss, optimizer, process_group="both")
+    x, target = torch.randn(8, 5), torch.randn(8, 3)
+    loss(model(x), target).backward()
+    expected = [3 * p.grad for p in model.parameters()]
+    step(x, target)
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+
+
+def test_torchs_optimizer_updates_by_our_kernel_in_the_loop_and_stays_torchs():
+    model = Residual()
+    optimizer = torch.optim.Adam(model.parameters())
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which wraps the step
+    step = fastmlp.TrainStep(model, nn.MSELoss(), optimizer)
+    with torch.profiler.profile() as profile:
+        step(torch.randn(8, 5), torch.randn(8, 3))
+    assert "fastmlp::optimize_" in {event.name for event in profile.events()}
+    assert type(optimizer) is torch.optim.Adam
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
 
 
 # ---- every call sees model, loss and optimizer as they are

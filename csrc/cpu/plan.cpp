@@ -17,11 +17,6 @@ struct Arena {
     bytes += ceil_div(size, cache_line) * cache_line;
     return begin;
   }
-  std::vector<int64_t> pieces(int64_t count, int64_t size) {
-    std::vector<int64_t> begins(static_cast<size_t>(count));
-    for (int64_t& begin : begins) begin = piece(size);
-    return begins;
-  }
 };
 
 constexpr int64_t size_of_float = sizeof(float);
@@ -71,9 +66,9 @@ Plan::Plan(const Pass& pass, void* workspace, int threads)
     if (is_passed_on(p)) widest = std::max(widest, p.N), ++count;
     if (pass.loss) (is_passed_on(p) ? layers[i].z : layers[i].y) = thread.piece(row * p.N);
   }
-  outputs = thread.pieces(std::min<int64_t>(count, 2), row * widest);
+  for (int64_t i = 0; i < std::min<int64_t>(count, 2); ++i) outputs[i] = thread.piece(row * widest);
   for (int64_t i = 0; i < pass.forwards; ++i)
-    if (is_passed_on(pass.forward[i])) layers[i].y = outputs[size_t(i) % outputs.size()];
+    if (is_passed_on(pass.forward[i])) layers[i].y = outputs[i % std::min<int64_t>(count, 2)];
 
   widest = pass.loss ? pass.forward[pass.forwards - 1].N : 0, count = pass.loss ? 1 : 0;
   for (int64_t i = 0; i < pass.backwards; ++i) {
@@ -86,7 +81,8 @@ Plan::Plan(const Pass& pass, void* workspace, int threads)
     if (p.trained_bias || (p.grad_bias && (by_rows || dtype != Dtype::float32)))
       places.bias = segment.piece(p.N * size_of_float);
   }
-  gradients = thread.pieces(std::min<int64_t>(count, 3), row * widest);
+  gradient_count = std::min<int64_t>(count, 3);
+  for (int64_t i = 0; i < gradient_count; ++i) gradients[i] = thread.piece(row * widest);
 
   thread_bytes = thread.bytes, stride = segment.bytes / size_of_float;
   threads_begin = all.piece(thread_bytes * (by_rows ? threads : 1));

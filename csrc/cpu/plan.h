@@ -71,9 +71,7 @@ class Plan {
 
   static char* at(char* part, int64_t place) { return place == nowhere ? nullptr : part + place; }
   char* thread(int rank) const { return workspace + threads_begin + (by_rows ? rank * thread_bytes : 0); }
-  char* gradient(int64_t i, int rank) const {
-    return at(thread(rank), gradients[size_t(i) % gradients.size()]);
-  }
+  char* gradient(int64_t i, int rank) const { return at(thread(rank), gradients[i % gradient_count]); }
   char* saved(int64_t layer, int rank) const;
   size_t layer_of(int64_t i) const { return layers.size() - 1 - size_t(i); }
   int64_t rows_of_losses() const;
@@ -82,7 +80,7 @@ class Plan {
   std::vector<Places> layers;  // from the first
   // Of what only the next layer reads, places are taken in turn: two for y, one read while the other is written; three
   // for dz, one read by two products while the next is written.
-  std::vector<int64_t> outputs, gradients;
+  int64_t outputs[2], gradients[3], gradient_count;
   int64_t thread_bytes;
   int64_t threads_begin, segments_begin, losses_begin;
   int64_t weight_begin = nowhere;  // the sums of one weight at a time that is changed, by layers

@@ -165,7 +165,7 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
   }
 
   const bool classes = loss == Loss::cross_entropy;
-  TORCH_CHECK(loss != Loss::smooth_l1 && loss != Loss::huber || number > 0,
+  TORCH_CHECK((loss != Loss::smooth_l1 && loss != Loss::huber) || number > 0,
               "number: expected a positive bound of the loss, got ", number);
   at::DimVector sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = width;
