@@ -4,7 +4,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -12,6 +12,7 @@ from typing import NoReturn, TypeVar
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 import timing
 
@@ -22,6 +23,7 @@ WIDTH = 100  # characters
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Cell = TypeVar("Cell")
+Result = TypeVar("Result")
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,6 +102,28 @@ def measured(cells: Sequence[Cell], screen: Console) -> Iterable[Cell]:
             yield cell
             # Drawn between the cells and not by a thread of its own, which would take time from them.
             progress.update(task, advance=1, refresh=True)
+
+
+def measure_all(
+    parser: Parser,
+    options: argparse.Namespace,
+    name: str,
+    cells: Sequence[Cell],
+    measure: Callable[[Cell, int], Iterable[Result]],
+    row: Callable[[Result, dict[str, str | int]], Mapping[str, object]],
+    table: Callable[[Sequence[Result]], Table],
+) -> None:
+    """All cells, each for so many rounds, to table and file."""
+    job = start(parser, options)
+    output = table_output()
+    results: list[Result] = []
+    with timing.all_or_none(options.output) as folder:
+        output.print(timing.in_words(job))
+        for cell in measured(cells, Console(stderr=True)):
+            results += measure(cell, options.rounds)
+        timing.write_rows(folder / f"{name}.csv", [row(result, job) for result in results])
+    output.print(table(results))
+    output.print(f"{options.output / name}.csv is written")
 
 
 def execute(

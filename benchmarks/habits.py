@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 import fastmlp
 import timing
-from command import Parser, benchmark_parser, execute, measured, start, table_output
+from command import Parser, benchmark_parser, execute, measure_all
 from shapes import GRID
 from steps import CPU, Call, Cell, standard_loop
 from train import stock_mlp
@@ -127,17 +126,8 @@ def parser() -> Parser:
 
 def run(parser: Parser, options: argparse.Namespace) -> None:
     """All cells, to table and file."""
-    job = start(parser, options)
     cells = [cell for cell in CELLS if not options.only or cell.network.name in options.only]
-    output = table_output()
-    results: list[Result] = []
-    with timing.all_or_none(options.output) as folder:
-        output.print(timing.in_words(job))
-        for cell in measured(cells, Console(stderr=True)):
-            results += measure(cell, options.rounds)
-        timing.write_rows(folder / f"{NAME}.csv", [row(result, job) for result in results])
-    output.print(table(results))
-    output.print(f"{options.output / NAME}.csv is written")
+    measure_all(parser, options, NAME, cells, measure, row, table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

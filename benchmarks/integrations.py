@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import fastmlp
 import timing
-from command import Parser, benchmark_parser, execute, measured, start, table_output
+from command import Parser, benchmark_parser, execute, measure_all
 
 NAME = "integrations"
 CPU = torch.device("cpu")
@@ -321,16 +320,7 @@ def parser() -> Parser:
 
 def run(parser: Parser, options: argparse.Namespace) -> None:
     """All jobs, to table and file."""
-    job = start(parser, options)
-    output = table_output()
-    results: list[Result] = []
-    with timing.all_or_none(options.output) as folder:
-        output.print(timing.in_words(job))
-        for name in measured(options.only or list(JOBS), Console(stderr=True)):
-            results += measure(name, options.rounds)
-        timing.write_rows(folder / f"{NAME}.csv", [row(result, job) for result in results])
-    output.print(table(results))
-    output.print(f"{options.output / NAME}.csv is written")
+    measure_all(parser, options, NAME, options.only or list(JOBS), measure, row, table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

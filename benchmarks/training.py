@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import fastmlp
 import timing
-from command import Parser, benchmark_parser, execute, measured, start, table_output
+from command import Parser, benchmark_parser, execute, measure_all
 from steps import CPU, Call
 from train import stock_mlp
 
@@ -203,7 +202,7 @@ class Result(NamedTuple):
     way: str  # of the step
 
 
-def measure(job: Job, rounds: int) -> Result:
+def measure(job: Job, rounds: int) -> list[Result]:
     """Times all sides in turns."""
     torch.manual_seed(0)
     model = job.model()
@@ -220,7 +219,7 @@ def measure(job: Job, rounds: int) -> Result:
     best = min(STOCK, key=lambda name: seconds[name].p50)
     over = timing.summarise({name: samples[name] for name in (best, "loop", "step")})
     way = repr(step).rpartition("), ")[2].partition(":")[0]
-    return Result(job, best, seconds, over["loop"].speedup, over["step"].speedup, way)
+    return [Result(job, best, seconds, over["loop"].speedup, over["step"].speedup, way)]
 
 
 def table(results: Sequence[Result]) -> Table:
@@ -255,17 +254,8 @@ def parser() -> Parser:
 
 def run(parser: Parser, options: argparse.Namespace) -> None:
     """All jobs, to table and file."""
-    machine = start(parser, options)
-    output = table_output()
-    results: list[Result] = []
-    with timing.all_or_none(options.output) as folder:
-        output.print(timing.in_words(machine))
-        jobs = [job for job in JOBS if not options.only or job.name in options.only]
-        for job in measured(jobs, Console(stderr=True)):
-            results.append(measure(job, options.rounds))
-        timing.write_rows(folder / f"{NAME}.csv", [row(result, machine) for result in results])
-    output.print(table(results))
-    output.print(f"{options.output / NAME}.csv is written")
+    jobs = [job for job in JOBS if not options.only or job.name in options.only]
+    measure_all(parser, options, NAME, jobs, measure, row, table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
