@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from cycler import cycler
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -22,8 +23,31 @@ Floats = NDArray[np.float64]
 
 CURVES = Path("demo/train.csv")
 
-# From the colours of Okabe and Ito, which the colour-blind tell apart: https://jfly.uni-koeln.de/color
-COLOURS = ("#999999", "#D55E00", "#0072B2", "#009E73", "#CC79A7")
+
+class Scheme(NamedTuple):
+    """The colours of a drawing."""
+
+    background: str
+    ink: str
+    lines: tuple[str, ...]
+
+    def style(self) -> dict[Any, Any]:
+        """The same as matplotlib's settings."""
+        keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+        return {
+            **dict.fromkeys(keys, self.ink),
+            "figure.facecolor": self.background,
+            "axes.facecolor": "none",
+            "axes.prop_cycle": cycler(color=self.lines),
+        }
+
+
+# By what follows the file's name. The lines' colours are Okabe and Ito's, which the colour-blind tell apart:
+# https://jfly.uni-koeln.de/color. The dark drawing lies on whatever background the page has.
+SCHEMES = {
+    "": Scheme("white", "black", ("#999999", "#D55E00", "#0072B2", "#009E73", "#CC79A7")),
+    "-dark": Scheme("none", "#E6EDF3", ("#999999", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")),
+}
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -65,19 +89,21 @@ def running_mean(values: Floats, window: int) -> Floats:
 
 
 def draw(csv_path: Path, out_stem: Path) -> None:
-    """Writes out_stem.svg and out_stem.png; the words come from the summary beside `csv_path`."""
-    summary = read_summary(csv_path)
+    """Writes out_stem.svg, -dark.svg and .png; the words come from the summary beside `csv_path`."""
+    curves, summary = read_curves(csv_path), read_summary(csv_path)
     job = next(iter(summary.values()))
-    with rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        draw_curves(axes, read_curves(csv_path), summary)
-        title = "{sizes} on {data}: batch {batch}, lr {lr}, epochs {epochs}".format_map(job)
-        axes.set_title(title, loc="left", weight="bold")
-        machine = f"{job['gpu'] or job['cpu']}, {job['threads']} threads, torch {job['torch']}"
-        figure.supxlabel(machine, x=0.99, ha="right", fontsize=8, color="#555555")
-        figure.savefig(f"{out_stem}.svg", metadata={"Date": None})
-        figure.savefig(f"{out_stem}.png", dpi=200)
+    for suffix, scheme in SCHEMES.items():
+        with rc_context(STYLE | scheme.style()):
+            figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+            axes = figure.add_subplot()
+            draw_curves(axes, curves, summary)
+            title = "{sizes} on {data}: batch {batch}, lr {lr}, epochs {epochs}".format_map(job)
+            axes.set_title(title, loc="left", weight="bold")
+            machine = f"{job['gpu'] or job['cpu']}, {job['threads']} threads, torch {job['torch']}"
+            figure.supxlabel(machine, x=0.99, ha="right", fontsize=8, alpha=0.7)
+            figure.savefig(f"{out_stem}{suffix}.svg", metadata={"Date": None})
+            if not suffix:
+                figure.savefig(f"{out_stem}.png", dpi=200)
 
 
 def draw_curves(axes: Axes, curves: dict[str, Curve], summary: dict[str, dict[str, str]]) -> None:
@@ -88,9 +114,9 @@ def draw_curves(axes: Axes, curves: dict[str, Curve], summary: dict[str, dict[st
         if index:
             label += f", {float(summary[side]['speedup_p50']):.2f} times as fast"
         # The first side lies under the others, wider: where curves coincide, all stay in sight.
-        style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "linewidth": 1.8 if index else 4.0}
+        width = 1.8 if index else 4.0
         loss = running_mean(curve.loss, window)
-        axes.plot(curve.seconds, loss, marker="o", markevery=[-1], label=label, **style)
+        axes.plot(curve.seconds, loss, marker="o", markevery=[-1], label=label, linewidth=width)
     axes.set_xlabel("training time [s]")
     axes.set_ylabel(f"cross-entropy loss, mean of {window} batches" if window > 1 else "cross-entropy loss")
     axes.set_xlim(left=0)
@@ -98,7 +124,7 @@ def draw_curves(axes: Axes, curves: dict[str, Curve], summary: dict[str, dict[st
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(color="#DDDDDD", linewidth=0.5)
+    axes.grid(linewidth=0.5, alpha=0.15)
     axes.legend(loc="upper right")
 
 

@@ -315,7 +315,7 @@ def run(parser: Parser, options: argparse.Namespace) -> None:
         write_summary(folder / f"{NAME}_summary.csv", results, job)
         draw(folder / f"{NAME}.csv", folder / NAME)
     output.print(table(results))
-    output.print(f"{options.output / NAME}.svg, .png, .csv and _summary.csv are written")
+    output.print(f"{options.output / NAME}.svg, -dark.svg, .png, .csv and _summary.csv are written")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-FILES = {"train.csv", "train_summary.csv", "train.png", "train.svg"}
+FILES = {"train.csv", "train_summary.csv", "train.png", "train.svg", "train-dark.svg"}
 SIDES = ["stock PyTorch", "fastmlp", "fastmlp.TrainStep"]
 SMALL = ["--sizes", "784,16,10", "--epochs", "2", "--threads", "1"]
 IDX = {
@@ -77,7 +77,10 @@ def test_a_run_succeeds_and_writes_its_files_and_no_others(finished):
 def test_the_pictures_are_pictures(finished):
     folder, _ = finished
     assert (folder / "train.png").read_bytes().startswith(b"\x89PNG\r\n")
-    assert "</svg>" in (folder / "train.svg").read_text()
+    light, dark = ((folder / name).read_text() for name in ("train.svg", "train-dark.svg"))
+    assert "</svg>" in light
+    assert "</svg>" in dark
+    assert light != dark
 
 
 def test_the_curves_hold_every_step_of_every_side(finished):
@@ -126,7 +129,8 @@ def test_plot_draws_the_same_picture_from_the_csv(script, finished, tmp_path):
     for name in ("train.csv", "train_summary.csv"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     script("plot").draw(tmp_path / "train.csv", tmp_path / "train")
-    assert (tmp_path / "train.svg").read_bytes() == (folder / "train.svg").read_bytes()
+    for name in ("train.svg", "train-dark.svg"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
 @pytest.mark.parametrize(
