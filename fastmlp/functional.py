@@ -51,13 +51,13 @@ def linear(
 
     The same as ``g(torch.nn.functional.linear(input, weight, bias))``, derivatives of any order, autocast and
     tracing included. What the kernels do not cover is computed in just that way, and
-    :func:`fastmlp.why_not_fused` tells why.
+    ``fastmlp.why_not_fused`` tells why.
 
     Args:
         input: x, of shape [..., in_features].
         weight: W, of shape [out_features, in_features].
         bias: b, of shape [out_features], or None.
-        activation: g: a name, or a name and its parameters (:data:`Activation`); None for the identity.
+        activation: g: a name, or a name and its parameters (``Activation``); None for the identity.
 
     Returns:
         y, of shape [..., out_features], with the dtype and on the device of ``input``.
@@ -66,7 +66,7 @@ def linear(
         RuntimeError: for a shape, dtype or device that does not fit, as ``torch.nn.functional.linear`` does.
         ValueError: for an unknown activation.
 
-    Example:
+    Examples:
         >>> x, weight, bias = torch.ones(2, 3), torch.ones(4, 3), torch.full((4,), -5.0)
         >>> fastmlp.functional.linear(x, weight, bias, activation="relu")
         tensor([[0., 0., 0., 0.],
@@ -76,7 +76,7 @@ def linear(
 
 
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Linear layer and ReLU in one kernel: y = max(x Wᵀ + b, 0). See :func:`linear`."""
+    """Linear layer and ReLU in one kernel: y = max(x Wᵀ + b, 0). See ``linear``."""
     return linear(input, weight, bias, "relu")
 
 
@@ -88,13 +88,13 @@ def mlp(
 ) -> Tensor:
     """A multilayer perceptron in one op and one autograd node: h_i = g(h_{i-1} W_iᵀ + b_i), no g at the end.
 
-    The same as :func:`linear` layer by layer, which it falls back to where the kernels do not cover a layer.
+    The same as ``linear`` layer by layer, which it falls back to where the kernels do not cover a layer.
 
     Args:
         input: h_0, of shape [..., in_features].
         weights: W_i, of shape [out_features, in_features] each, one or more.
         biases: b_i, of shape [out_features] each, as many as weights; None or none for a network without.
-        activation: g between layers, as for :func:`linear`.
+        activation: g between layers, as for ``linear``.
 
     Returns:
         The output of the last layer, of shape [..., out_features].
@@ -103,7 +103,7 @@ def mlp(
         RuntimeError: for a shape, dtype or device that does not fit.
         ValueError: for an unknown activation.
 
-    Example:
+    Examples:
         >>> weights = [torch.ones(4, 3), torch.ones(2, 4)]
         >>> fastmlp.functional.mlp(torch.ones(1, 3), weights)
         tensor([[12., 12.]])
@@ -122,13 +122,13 @@ def network(
 ) -> Tensor:
     """Layers one after the other, in one op and one autograd node: h_i = g_i(h_{i-1} W_iᵀ + b_i).
 
-    The same as :func:`linear` layer by layer, which it falls back to where the kernels do not cover a layer.
+    The same as ``linear`` layer by layer, which it falls back to where the kernels do not cover a layer.
 
     Args:
         input: h_0, of shape [..., in_features].
         weights: W_i, of shape [out_features, in_features] each, one or more.
         biases: b_i, of shape [out_features], or None, for each layer.
-        activations: g_i for each layer, as for :func:`linear`.
+        activations: g_i for each layer, as for ``linear``.
 
     Returns:
         The output of the last layer, of shape [..., out_features].
@@ -137,7 +137,7 @@ def network(
         RuntimeError: for a shape, dtype or device that does not fit.
         ValueError: for an unknown activation.
 
-    Example:
+    Examples:
         >>> weights = [torch.ones(4, 3), torch.ones(2, 4)]
         >>> fastmlp.functional.network(torch.ones(1, 3), weights, [None, None], ["relu", "tanh"])
         tensor([[1., 1.]])
@@ -192,7 +192,7 @@ def cross_entropy(
         RuntimeError: for a dtype or device that does not fit, or a ``weight`` not of shape [C].
         ValueError: for a batch of another size in ``target``, or an unknown ``reduction``.
 
-    Example:
+    Examples:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]], requires_grad=True)
         >>> loss = fastmlp.functional.cross_entropy(logits, torch.tensor([0, 0]))
         >>> loss.backward()
@@ -215,7 +215,7 @@ def cross_entropy(
 
 
 def why_composite(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> str | None:
-    """Why :func:`linear` would compute these with torch's own operations; None where a kernel does."""
+    """Why ``linear`` would compute these with torch's own operations; None where a kernel does."""
     for name, tensor in (("input", input), ("weight", weight), ("bias", bias)):
         if type(tensor) not in (TENSORS if name != "bias" else _OPTIONAL):
             return f"{name} is of a tensor type of its own, {type(tensor).__name__}"

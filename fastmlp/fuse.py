@@ -29,14 +29,14 @@ def fuse(model: Model, inplace: bool = True) -> Model:
 
     Chains of such layers become one op. They are found in every nn.Sequential, and in the source of every
     forward of a module's own, which runs as it is written in all else; where the source does not tell what
-    runs, it is left alone, and :func:`fastmlp.why_not_fused` tells why. Dropout counts as nothing in eval
+    runs, it is left alone, and ``fastmlp.why_not_fused`` tells why. Dropout counts as nothing in eval
     mode, as Identity does.
 
     Modules change their class, to one that is derived from it and prints with "Fused" before its name;
     ``module.__class__`` is what it was. An nn.Linear changes only where no other module runs it. Parameters,
     ``state_dict``, hooks, modes and all else are untouched. What is fused is decided at each call: parts may
     be swapped, hooked, pruned, parametrized or set to other modes at any time. Under ``torch.compile`` a
-    forward of a module's own runs as it was written. Call :func:`unfuse` before ``torch.jit.script``, or
+    forward of a module's own runs as it was written. Call ``unfuse`` before ``torch.jit.script``, or
     where a module's very type counts.
 
     An optimizer of torch.optim becomes that of the same name of fastmlp, where there is one: SGD, Adam,
@@ -53,7 +53,7 @@ def fuse(model: Model, inplace: bool = True) -> Model:
         TypeError: if ``model`` is neither.
         ValueError: for an optimizer whose ``step`` has been replaced by another than a scheduler's.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(784, 500), torch.nn.ReLU(), torch.nn.Linear(500, 10))
         >>> fastmlp.fuse(model)
         FusedSequential(
@@ -77,7 +77,7 @@ def fuse(model: Model, inplace: bool = True) -> Model:
 
 
 def unfuse(model: Model) -> Model:
-    """Undoes :func:`fuse`, in place: every module, or the optimizer, is of the class again that it was of.
+    """Undoes ``fuse``, in place: every module, or the optimizer, is of the class again that it was of.
 
     Args:
         model: any module, or an optimizer.
@@ -88,7 +88,7 @@ def unfuse(model: Model) -> Model:
     Raises:
         TypeError: if ``model`` is neither.
 
-    Example:
+    Examples:
         >>> model = fastmlp.fuse(torch.nn.Sequential(torch.nn.Linear(784, 10), torch.nn.Tanh()))
         >>> type(fastmlp.unfuse(model))
         <class 'torch.nn.modules.container.Sequential'>
@@ -375,7 +375,7 @@ def rewritten_forward(module: nn.Module, known: dict[Any, Rewritten]) -> Rewritt
 
 
 def original_class(module: Any) -> Any:
-    """The module's class before :func:`fuse`."""
+    """The module's class before ``fuse``."""
     fused = Fused.of(type(module))
     return fused.original if fused else type(module)
 

@@ -26,12 +26,12 @@ class Linear(torch.nn.Linear):
         device: where the parameters are made.
         dtype: what the parameters are made of.
         activation: g: a name ("relu", "gelu", "elu", ...), a tuple of a name and parameters, a module of
-            torch.nn, or None for the identity. See :data:`fastmlp.functional.Activation`.
+            torch.nn, or None for the identity. See ``fastmlp.functional.Activation``.
 
     Raises:
         ValueError: for an unknown activation.
 
-    Example:
+    Examples:
         >>> layer = fastmlp.Linear(784, 500, activation="tanh")
         >>> layer(torch.randn(64, 784)).shape
         torch.Size([64, 500])
@@ -69,9 +69,9 @@ class Linear(torch.nn.Linear):
 
 
 class LinearReLU(Linear):
-    """:class:`Linear` with ReLU: y = max(x Wᵀ + b, 0).
+    """``Linear`` with ReLU: y = max(x Wᵀ + b, 0).
 
-    Example:
+    Examples:
         >>> layer = fastmlp.LinearReLU(784, 500)
         >>> layer.load_state_dict(torch.nn.Linear(784, 500).state_dict())
         <All keys matched successfully>
@@ -87,14 +87,14 @@ class LinearReLU(Linear):
 class MLP(torch.nn.Sequential):
     """A multilayer perceptron: an activation between layers, logits out.
 
-    A ``torch.nn.Sequential`` of :class:`Linear`: its parts can be indexed, initialised, hooked and swapped.
-    As long as they are not, the network is one op (:func:`fastmlp.functional.mlp`); else those that were run
+    A ``torch.nn.Sequential`` of ``Linear``: its parts can be indexed, initialised, hooked and swapped.
+    As long as they are not, the network is one op (``fastmlp.functional.mlp``); else those that were run
     by themselves.
     ``state_dict`` keys are "0.weight", "0.bias", "1.weight", ... by layer.
 
     Args:
         *sizes: the widths, at least two: in_features, hidden layers, out_features.
-        activation: between layers, as for :class:`Linear`.
+        activation: between layers, as for ``Linear``.
         bias: whether the layers have one.
         device: where the parameters are made.
         dtype: what the parameters are made of.
@@ -102,7 +102,7 @@ class MLP(torch.nn.Sequential):
     Raises:
         ValueError: for fewer than two sizes, or an unknown activation.
 
-    Example:
+    Examples:
         >>> fastmlp.MLP(784, 500, 10)
         MLP(
           (0): Linear(in_features=784, out_features=500, bias=True, activation='relu')
@@ -148,11 +148,11 @@ ROLES |= {
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """``torch.nn.CrossEntropyLoss``, loss and gradient in one pass: :func:`fastmlp.functional.cross_entropy`.
+    """``torch.nn.CrossEntropyLoss``, loss and gradient in one pass: ``fastmlp.functional.cross_entropy``.
 
     The same arguments, ``state_dict`` and results.
 
-    Example:
+    Examples:
         >>> criterion = fastmlp.CrossEntropyLoss(label_smoothing=0.1)
         >>> criterion(torch.zeros(64, 10), torch.zeros(64, dtype=torch.int64))
         tensor(2.3026)

@@ -226,7 +226,7 @@ class SGD(_OneKernel, torch.optim.SGD):
         ValueError: without parameters; for a negative learning rate, momentum or weight decay; for Nesterov
             without momentum or with dampening.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> optimizer = fastmlp.SGD([weight], lr=0.5, momentum=0.9)
         >>> weight.square().sum().backward()
@@ -251,7 +251,7 @@ class Adam(_OneKernel, torch.optim.Adam):
         w = w - lr / (1 - beta1ᵗ) · m / (√(v / (1 - beta2ᵗ)) + eps)
 
     With ``amsgrad`` the largest v so far takes v's place in the last line. What takes the kernel, and what
-    torch's own path, is as in :class:`SGD`; so does what ``capturable`` asks for.
+    torch's own path, is as in ``SGD``; so does what ``capturable`` asks for.
 
     Args:
         params: parameters, named parameters, or dicts that define groups.
@@ -272,7 +272,7 @@ class Adam(_OneKernel, torch.optim.Adam):
             not from 0 to less than 1.
         RuntimeError: for a sparse gradient.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> optimizer = fastmlp.Adam([weight], lr=0.5)
         >>> weight.square().sum().backward()
@@ -289,10 +289,10 @@ class Adam(_OneKernel, torch.optim.Adam):
 class AdamW(_OneKernel, torch.optim.AdamW):
     """``torch.optim.AdamW`` with one kernel for all parameters of a group.
 
-    As :class:`Adam`, but for the weight decay, which is no part of the gradient: it takes
+    As ``Adam``, but for the weight decay, which is no part of the gradient: it takes
     lr · weight_decay · w from w. The same arguments and defaults as ``torch.optim.AdamW``'s.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> optimizer = fastmlp.AdamW([weight], lr=0.5, weight_decay=0.1)
         >>> weight.square().sum().backward()
@@ -335,7 +335,7 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: for a norm that is not finite, where ``error_if_nonfinite``.
 
-    Example:
+    Examples:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
         >>> weight.grad = torch.tensor([3.0, 4.0])
         >>> fastmlp.clip_grad_norm_([weight], max_norm=0.5)
@@ -386,7 +386,7 @@ def fuse_optimizer(optimizer: Optimizer) -> Optimizer:
 
 
 def unfuse_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The inverse of :func:`fuse_optimizer`."""
+    """The inverse of ``fuse_optimizer``."""
     if type(optimizer) in _OURS.values():
         _set_class(optimizer, type(optimizer)._torchs)  # type: ignore[attr-defined]
     return optimizer

@@ -17,7 +17,7 @@ def why_not_fused(model: nn.Module | TrainStep, *inputs: Any) -> str | None:
     """Why parts of a model are not fused, or why a step is not one call; None where all is that can be.
 
     Args:
-        model: a model, fused or not yet, a layer, or a :class:`fastmlp.TrainStep`.
+        model: a model, fused or not yet, a layer, or a ``fastmlp.TrainStep``.
         *inputs: where given, a copy of the model is called with them, and the reasons are added why its
             linear layers would compute them with torch's own operations. Of a step, its x and targets: a copy
             of the step is called with them.
@@ -30,7 +30,7 @@ def why_not_fused(model: nn.Module | TrainStep, *inputs: Any) -> str | None:
     Raises:
         TypeError: if ``model`` is none of these.
 
-    Example:
+    Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(784, 10), torch.nn.Tanh())
         >>> fastmlp.why_not_fused(model)
         '(itself): fastmlp.fuse has not been applied'

@@ -99,10 +99,10 @@ class TrainStep:
       differentiates it down to the model's output.
     - In the standard loop, with the last layers, clipping and the optimizer fused, for all else: other
       optimizers, models that are trained before or between their layers too (whose other layers
-      :func:`fastmlp.fuse` fuses), an x that requires a gradient, `accumulate`, `process_group`, autocast. On
+      ``fastmlp.fuse`` fuses), an x that requires a gradient, `accumulate`, `process_group`, autocast. On
       a GPU the loop with SGD becomes a CUDA graph.
 
-    A step prints which it is, and :func:`fastmlp.why_not_fused` tells why. The first two change each weight
+    A step prints which it is, and ``fastmlp.why_not_fused`` tells why. The first two change each weight
     while its gradient is in cache: no gradient outlives its layer (or, where many rows meet few weights, or
     gradients are clipped, the call), and `.grad` stays as it is. In the loop it is the gradient. The memory
     that a step works in is kept for the next. Its state is in `optimizer.state` under torch's own keys,
@@ -130,7 +130,7 @@ class TrainStep:
         TypeError: for a model that is no module, a loss that cannot be called, or no optimizer.
         ValueError: for other options than these.
 
-    Example:
+    Examples:
         >>> model, loss = fastmlp.MLP(784, 500, 10), torch.nn.CrossEntropyLoss()
         >>> step = fastmlp.TrainStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.01))
         >>> value = step(torch.randn(64, 784), torch.randint(10, (64,)))
