@@ -1,7 +1,7 @@
-"""COMPATIBILITY.md: how the tests of habits see on which path layers compute, and how that is written down.
+"""How the tests of habits see on which path layers compute, and how docs/compatibility.md tells it.
 
-`python tests/compatibility.py` writes the file; with `--check` it only tells, by its exit status, whether
-that would change anything.
+`python tests/compatibility.py` writes the tables of that page; with `--check` it only tells, by its exit
+status, whether that would change anything.
 """
 
 import sys
@@ -15,27 +15,9 @@ from torch.autograd.profiler_util import FunctionEvent
 from fastmlp import _C
 from fastmlp.activations import ACTIVATIONS
 
-FILE = Path(__file__).parent.parent / "COMPATIBILITY.md"
+FILE = Path(__file__).parent.parent / "docs/compatibility.md"
 
-INTRODUCTION = """# What works, and on which path
-
-Fused: the kernels compute. Composite: PyTorch's own operations do, with PyTorch's results and speed.
-Refused: an error says so. Each row is a test in [`tests/test_habits.py`](tests/test_habits.py), which
-compares the results with those of PyTorch's own modules and records the ops that ran.
-`python tests/compatibility.py` writes this file from them.
-
-Two things to know, which no error tells:
-
-- A layer with an activation (`fastmlp.Linear` with one, `LinearReLU`, the layers of an `MLP`) is still an
-  `nn.Linear`. Code that looks for `nn.Linear` and goes on with the weight alone leaves the activation out:
-  `torch.utils.mkldnn.to_mkldnn` does, `fuse_linear_bn_eval` with a batch norm behind such a layer, and PEFT's
-  adapters (LoRA and others), which add after the activation and merge before it. Captum's DeepLift finds no
-  activation to account for. For these, build the model of stock modules and call `fastmlp.fuse`, which makes
-  no such layers; adapt first, and fuse after.
-- `type(module) is nn.Linear` is false for every `fastmlp.Linear`, and for an `nn.Linear` that `fastmlp.fuse`
-  has changed because no other module runs it. Initialisers, `quantize_dynamic`, `prepare` and BackPACK, which
-  ask so, pass these by. Let them do their work first and fuse after, or call `fastmlp.unfuse` before.
-"""
+BEGIN = "<!-- tests/compatibility.py writes what follows -->\n"
 
 ACTIVATIONS_HEAD = [
     "## Activations\n",
@@ -73,10 +55,11 @@ def _all_below(event: FunctionEvent) -> Iterator[FunctionEvent]:
 
 
 def text() -> str:
-    """The whole file: a table for each class of tests, a row for each habit."""
+    """The page as it is up to its tables: one for each class of tests, with a row for each habit."""
     import test_habits
 
-    parts = [INTRODUCTION, "\n".join([*ACTIVATIONS_HEAD, *_activations(), ""])]
+    head, begin, _ = FILE.read_text().partition(BEGIN)
+    parts = [head + begin, "\n".join([*ACTIVATIONS_HEAD, *_activations(), ""])]
     for group in vars(test_habits).values():
         if isinstance(group, type) and (rows := list(_rows(group))):
             parts.append(
@@ -102,8 +85,6 @@ def _rows(tests: type) -> Iterator[str]:
 
 if __name__ == "__main__":
     if "--check" in sys.argv[1:]:
-        is_stale = not FILE.exists() or FILE.read_text() != text()
-        sys.exit(
-            "COMPATIBILITY.md is not what the tests say: run python tests/compatibility.py" if is_stale else 0
-        )
+        is_stale = FILE.read_text() != text()
+        sys.exit(f"{FILE} is not what the tests say: run python tests/compatibility.py" if is_stale else 0)
     FILE.write_text(text())

@@ -63,7 +63,7 @@ class Habit:
 
 @pytest.fixture
 def habit(request: pytest.FixtureRequest) -> Iterator[Habit]:
-    """What the test's marker says: `@pytest.mark.habit(what, path, remark)`, a row of COMPATIBILITY.md."""
+    """What the marker says, `@pytest.mark.habit(what, path, remark)`: a row of docs/compatibility.md."""
     marker = request.node.get_closest_marker("habit")
     habit = Habit(marker.args[1])
     yield habit

@@ -1,7 +1,7 @@
 """Habits: what people do with PyTorch's modules, done with ours. Results are stock's; the path is recorded.
 
-The marker of a test is its row in COMPATIBILITY.md: what is done, the path that the layers then take, and
-what else there is to say. A class is a table.
+The marker of a test is its row in docs/compatibility.md: what is done, the path that the layers then take,
+and what else there is to say. A class is a table.
 """
 
 import ast
