@@ -3,10 +3,11 @@
 #   make demo     train on real digits, stock PyTorch and fastmlp side by side
 #   make test     the tests; make test-all tries ten times as many random forwards
 #   make lint     what CI checks besides; make format mends what can be mended
-#   make bench    measure again: benchmarks/results/ and the README's figures
+#   make bench    measure again: benchmarks/results/ and the figures of README and docs
 #   make bench-peers   the same against JAX, in an environment of its own
 #   make test-integrations, bench-integrations
 #                 the same with models and trainers of other libraries, in an environment of its own
+#   make docs     the site of README and docs/, in build/site; a broken link fails
 #   make wheel    a wheel in dist/, for the torch release of the environment
 #   make cuda     build the CUDA side against a CUDA torch, in an environment of its own; needs nvcc, no GPU
 #
@@ -33,7 +34,7 @@ endif
 
 cpp = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all test-integrations lint format bench bench-peers bench-integrations extension wheel cuda clean
+.PHONY: demo test test-all test-integrations lint format bench bench-peers bench-integrations docs extension wheel cuda clean
 
 demo: extension
 	$(python) benchmarks/train.py
@@ -73,6 +74,9 @@ bench-peers: extension $(peers_environment)
 bench-integrations: extension .venv-integrations/installed
 	.venv-integrations/bin/python benchmarks/integrations.py
 
+docs: .venv-docs/installed
+	.venv-docs/bin/python -m mkdocs build --quiet --strict
+
 extension: $(environment)
 	$(python) setup.py --quiet build_ext --inplace
 
@@ -87,7 +91,8 @@ cuda: .venv-cuda/installed
 .venv-peers/installed: packages := '$(TORCH)' --group peers
 .venv-cuda/installed: packages := '$(TORCH_CUDA)' --group build --group test
 .venv-integrations/installed: packages := '$(TORCH)' --group integrations
-.venv/installed .venv-peers/installed .venv-cuda/installed .venv-integrations/installed: pyproject.toml
+.venv-docs/installed: packages := --group docs
+.venv/installed $(foreach name,peers cuda integrations docs,.venv-$(name)/installed): pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'  # the first to know dependency groups
 	$(@D)/bin/python -m pip install $(packages)

@@ -28,7 +28,7 @@ except ImportError:
         f"fastmlp is built against the torch it will run with, and there is none in {sys.prefix}. Run:\n"
         f"    {pip} install '{TORCH}' setuptools ninja\n"
         f"    {pip} install --no-build-isolation .\n"
-        "README.md, Install, says what to write in a project of uv."
+        "docs/install.md tells what to write in a project of uv."
     )
 
 

@@ -1,19 +1,57 @@
-"""Writes the figures of the README from the CSV files in results/: none of them is typed.
+"""Writes the figures of the README and of docs/ from the CSV files in results/: none of them is typed.
 
 A figure stands between `<!-- NAME -->` and `<!-- /NAME -->`, where NAME is a key of FIGURES.
-`python benchmarks/readme.py` rewrites README.md in place; with `--check` it only tells, by its exit status,
+`python benchmarks/readme.py` rewrites the pages in place; with `--check` it only tells, by its exit status,
 whether that would change anything.
 """
 
 import csv
 import math
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import geometric_mean
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs/performance.md")
+
+# What the keys of the CSV files are to people.
+NETWORKS = {
+    "seed": "MNIST classifier",
+    "policy": "small RL policy",
+    "rl": "RL policy",
+    "elu": "locomotion policy",
+    "tabular": "tabular data",
+    "wide": "wide layers",
+    "ffn": "transformer's feed-forward",
+    "ranking": "recommender",
+    "gelu": "small feed-forward, GELU",
+    "field": "coordinate network",
+    "siren-like": "physics, tanh",
+}
+COLUMNS = {"swap": "model only", "all": "+ loss and optimizer", "step": "TrainStep", "infer": "inference"}
+HABITS = {"eager": "", "compile": "torch.compile", "autocast": "autocast", "both": "both"}
+MODELS = {
+    "skorch": "skorch, classifier",
+    "lightning": "Lightning, classifier",
+    "stable_baselines3": "stable-baselines3, PPO",
+    "rtdl_mlp": "rtdl_revisiting_models, MLP",
+    "rtdl_resnet": "rtdl_revisiting_models, ResNet",
+    "opt": "transformers, OPT",
+    "t5": "transformers, T5",
+    "keras": "Keras, TorchModuleWrapper",
+}
+
+# The rows of the README's table, by network and batch, of those that have been measured.
+SHORT = (
+    ("rl", "1"), ("policy", "64"), ("rl", "64"), ("seed", "64"), ("tabular", "128"),
+    ("elu", "4096"), ("field", "65536"), ("wide", "256"), ("wide", "2048"), ("ffn", "4096"),
+)  # fmt: skip
+SMALL_BATCH = 128
+LARGE_LAYER = 1 << 20  # weights
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -57,19 +95,84 @@ def train() -> str:
 
 def steps() -> str:
     """How many times faster than stock each column of steps.py is, a cell of the grid a row."""
-    results = rows("steps")
-    columns = list(dict.fromkeys(row["column"] for row in results))
-    cells: dict[tuple[str, str, str], dict[str, float]] = {}
-    for row in results:
+    cells = speedups()
+    columns = list(next(iter(cells.values())))
+    means = (geometric_mean([cell[column] for cell in cells.values()]) for column in columns)
+    mean = ["geometric mean", "", "", *(f"{each:.2f}" for each in means)]
+    return f"{steps_table(cells, [mean])}\n\nMeasured on {where(rows('steps')[0])}."
+
+
+def short() -> str:
+    """The rows of the same table that the README shows."""
+    cells = {cell: own for cell, own in speedups().items() if (cell[0], cell[2]) in SHORT}
+    return f"{steps_table(cells)}\n\nMeasured on {where(rows('steps')[0])}."
+
+
+def headline() -> str:
+    """The same in a sentence: what small networks gain, and large ones."""
+    large, single, small = [], [], []
+    for (_, sizes, batch), cell in speedups().items():
+        widths = [int(width) for width in sizes.split("-")]
+        if max(map(math.prod, pairwise(widths))) >= LARGE_LAYER:
+            large += [cell[column] for column in ("swap", "all", "step")]
+        elif batch == "1":
+            single.append(cell["step"])
+        elif int(batch) <= SMALL_BATCH:
+            small.append(cell)
+    swap, step = ([cell[column] for cell in small] for column in ("swap", "step"))
+    gpu = "" if [*RESULTS.glob("steps_cuda_*.csv")] else " Not yet measured on a GPU."
+    return (
+        f"**On a CPU, small MLPs train {min(swap):.1f} to {max(swap):.1f} times as fast by one line, "
+        f"{min(step):.1f} to {max(step):.1f} times with `TrainStep`, and up to {max(single):.0f} times at "
+        f"batch 1. Layers of a million weights gain {100 * (min(large) - 1):.0f} to "
+        f"{100 * (max(large) - 1):.0f} %.{gpu}**"
+    ).replace(" -", " −")
+
+
+def slower() -> str:
+    """What is slower than stock, of all that is measured."""
+    lines = [
+        f"{NETWORKS[network]}, {short_sizes(sizes)} @ {batch}, {COLUMNS[column]}: {speedup:.2f}"
+        for (network, sizes, batch), cell in speedups().items()
+        for column, speedup in cell.items()
+    ]
+    lines += [
+        f"{row['what']}, {name}: {float(row[column]):.2f}"
+        for row in rows("training")
+        for column, name in (("loop_speedup_p50", "loop"), ("step_speedup_p50", "TrainStep"))
+    ]
+    lines += [
+        f"{MODELS[row['name']]}, {row['column']}: {float(row['speedup_p50']):.2f}"
+        for row in rows("integrations")
+    ]
+    return "\n".join(f"- {line}" for line in lines if float(line.rpartition(" ")[2]) < 1)
+
+
+Cells = dict[tuple[str, str, str], dict[str, float]]
+
+
+def speedups() -> Cells:
+    """By network, sizes and batch, how many times faster than stock each column of steps.py is."""
+    cells: Cells = {}
+    for row in rows("steps"):
         cell = cells.setdefault((row["network"], row["sizes"], row["batch"]), {})
         cell[row["column"]] = float(row["speedup_p50"])
+    return cells
+
+
+def short_sizes(sizes: str) -> str:
+    """The widths, of which three or more that are the same are written once: 64×4-16."""
+    return re.sub(r"\b(\d+)(-\1\b){2,}", lambda same: f"{same[1]}×{same[0].count('-') + 1}", sizes)
+
+
+def steps_table(cells: Cells, last: Sequence[list[str]] = ()) -> str:
+    """The cells, one a row."""
+    columns = list(next(iter(cells.values())))
     body = [
-        [name, sizes, batch, *(f"{cell[column]:.2f}" for column in columns)]
+        [NETWORKS[name], short_sizes(sizes), batch, *(f"{cell[column]:.2f}" for column in columns)]
         for (name, sizes, batch), cell in cells.items()
     ]
-    means = (geometric_mean([cell[column] for cell in cells.values()]) for column in columns)
-    body.append(["geometric mean", "", "", *(f"{mean:.2f}" for mean in means)])
-    return f"{table(['', 'network', 'batch', *columns], body)}\n\nMeasured on {where(results[0])}."
+    return table(["", "network", "batch", *(COLUMNS[column] for column in columns)], [*body, *last])
 
 
 def kernels() -> str:
@@ -92,8 +195,8 @@ def peers() -> str:
     results = rows("peers")
     body = [
         [
-            row["network"],
-            row["sizes"],
+            NETWORKS[row["network"]],
+            short_sizes(row["sizes"]),
             row["batch"],
             f"{float(row['jax_ms_p50']):.3f}",
             f"{float(row['ms_p50']):.3f}",
@@ -104,22 +207,16 @@ def peers() -> str:
     mean = geometric_mean([float(row["speedup_p50"]) for row in results])
     body.append(["geometric mean", "", "", "", "", f"{mean:.2f}"])
     header = ["", "network", "batch", "JAX ms", "fastmlp.TrainStep ms", "times as fast"]
-    return (
-        "A training step beside JAX's, jitted and with donated parameters, in turns, each in a process of\n"
-        "its own on the same processors (`make bench-peers`):\n\n"
-        f"{table(header, body)}\n\n"
-        f"Measured on {where(results[0])}, JAX {results[0]['jax']}."
-    )
+    return f"{table(header, body)}\n\nMeasured on {where(results[0])}, JAX {results[0]['jax']}."
 
 
 def habits() -> str:
     """What torch.compile and autocast make of a training step, a cell and habit a row."""
-    names = {"eager": "", "compile": "torch.compile", "autocast": "autocast", "both": "both"}
     results = rows("habits")
     body = [
         [
-            f"{row['network']} @ {row['batch']}",
-            names[row["habit"]],
+            f"{row['sizes']} @ {row['batch']}",
+            HABITS[row["habit"]],
             *(f"{float(row[column]):.2f}" for column in ("stock_ms_p50", "ms_p50", "speedup_p50")),
         ]
         for row in results
@@ -149,31 +246,37 @@ def integrations() -> str:
     results = rows("integrations")
     models: dict[str, list[str]] = {}
     for row in results:
-        models.setdefault(row["name"], []).append(f"{float(row['speedup_p50']):.2f}")
+        models.setdefault(MODELS[row["name"]], []).append(f"{float(row['speedup_p50']):.2f}")
     columns = list(dict.fromkeys(row["column"] for row in results))
     body = [[name, *speedups] for name, speedups in models.items()]
     return f"{table(['', *columns], body)}\n\nMeasured on {where(results[0])}."
 
 
 FIGURES: dict[str, Callable[[], str]] = {
-    figure.__name__: figure for figure in (train, steps, training, kernels, peers, habits, integrations)
+    figure.__name__: figure
+    for figure in (headline, short, train, steps, training, kernels, peers, integrations, habits, slower)
 }
 
 
-def filled(text: str) -> str:
-    """The text with every figure as the CSV files have it."""
+def filled(pages: Mapping[Path, str]) -> dict[Path, str]:
+    """The pages with every figure, which stands once in one of them, as the CSV files have it."""
+    texts = dict(pages)
     for name, figure in FIGURES.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise SystemExit(f"README.md: expected {begin.strip()} and {end} once each")
-        before, rest = text.split(begin)
-        text = f"{before}{begin}{figure()}\n{end}{rest.split(end)[1]}"
-    return text
+        places = [path for path, text in texts.items() for _ in range(text.count(begin))]
+        if len(places) != 1 or texts[places[0]].count(end) != 1:
+            raise SystemExit(f"expected {begin.strip()} and {end} once in the pages")
+        before, rest = texts[places[0]].split(begin)
+        texts[places[0]] = f"{before}{begin}{figure()}\n{end}{rest.split(end)[1]}"
+    return texts
 
 
 if __name__ == "__main__":
-    before = README.read_text()
+    before = {path: path.read_text() for path in PAGES}
     after = filled(before)
+    stale = [path for path in PAGES if before[path] != after[path]]
     if "--check" in sys.argv[1:]:
-        sys.exit("README.md is stale: run python benchmarks/readme.py" if after != before else 0)
-    README.write_text(after)
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        sys.exit(f"{names}: stale, run python benchmarks/readme.py" if stale else 0)
+    for path in stale:
+        path.write_text(after[path])

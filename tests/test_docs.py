@@ -1,10 +1,12 @@
-"""What the docs say is so: every example in a docstring or in the README runs, and prints what it says."""
+"""What the docs say is so: every example in a docstring or on a page runs, and prints what it says."""
 
 import doctest
 import importlib
 import re
+import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import FunctionType
 
@@ -14,7 +16,8 @@ import torch
 import fastmlp
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = {page.name: re.findall(r"```python\n(.*?)```", page.read_text(), re.S) for page in PAGES}
 
 
 @pytest.mark.parametrize(
@@ -35,10 +38,28 @@ def test_the_examples_in_docstrings_print_what_they_say(name):
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", README))))
-def test_the_examples_in_the_readme_run(number):
-    example = re.findall(r"```python\n(.*?)```", README, re.S)[number]
-    exec(compile(example, "README.md", "exec"), {})
+@pytest.mark.parametrize("page", [page for page in EXAMPLES if EXAMPLES[page]])
+def test_the_examples_of_a_page_run_in_order_and_print_what_they_say(page, tmp_path, capsys):
+    program = "".join(EXAMPLES[page])
+    path = tmp_path / "page.py"
+    path.write_text(program)  # since fuse reads the source of a forward
+    runpy.run_path(str(path))
+    said = re.findall(r"^print\(.*\)  # (.*)$", program, re.M)
+    for line, words in zip(capsys.readouterr().out.splitlines(), said, strict=True):
+        assert words.startswith(line)
+
+
+def test_the_picture_of_the_architecture_names_files_that_are_there():
+    named = re.findall(r"\w+\.(?:py|cpp|h|inc|cuh?)\b", (ROOT / "docs/architecture.svg").read_text())
+    there = {path.name for folder in ("csrc", "fastmlp") for path in (ROOT / folder).rglob("*.*")}
+    assert set(named) <= there
+
+
+def test_the_docs_have_the_address_and_the_version_of_the_package():
+    address = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+    assert f"git clone {address}\n" in (ROOT / "README.md").read_text()
+    assert f"repository-code: {address}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f'version = "{fastmlp.__version__}"\n' in (ROOT / "docs/install.md").read_text()
 
 
 def test_every_public_name_has_a_docstring():
