@@ -75,7 +75,7 @@ bench-integrations: extension .venv-integrations/installed
 	.venv-integrations/bin/python benchmarks/integrations.py
 
 docs: .venv-docs/installed
-	.venv-docs/bin/python -m mkdocs build --quiet --strict
+	.venv-docs/bin/python -m mkdocs build --strict
 
 extension: $(environment)
 	$(python) setup.py --quiet build_ext --inplace
