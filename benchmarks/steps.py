@@ -1,7 +1,8 @@
 """How much faster than stock a training step and an inference are, for every network and batch of the grid.
 
-Each column is a way to use fastmlp; stock is the best of its variants, cell by cell. All start from the same
-weights and see the same random batch, and take turns. A step is forward, loss, zero_grad, backward, update.
+Each column is a way to use fastmlp, with SGD, with Adam, or with Adam and clipped gradients; stock is the
+best of its variants, cell by cell. All start from the same weights and see the same random batch, and take
+turns. A step is forward, loss, zero_grad, backward, update.
 """
 
 import argparse
@@ -9,7 +10,8 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
@@ -36,6 +38,7 @@ from train import stock_mlp
 NAME = "steps"
 CPU = torch.device("cpu")
 LEARNING_RATE = 0.01
+MAX_GRAD_NORM = 0.5
 FLUSHED_ELEMENTS = (
     1 << 20
 )  # the activations of a layer from which on a GPU's L2 cache is emptied before each call
@@ -60,9 +63,19 @@ TARGETS = {
     ("wide", 256): {"swap": 1.22, "all": 1.25, "step": 1.4, "infer": 1.3},
     ("wide", 2048): {"swap": 1.15, "all": 1.15, "step": 1.2, "infer": 1.15},
 }
-LEAST = {"swap": 1.0, "all": 1.05, "step": 1.12, "infer": 1.05}  # of every other cell
+LEAST = {"swap": 1.0, "step": 1.12}  # of every other cell
+ELSE = 1.05  # of every other column
 ON_A_GPU = 1.0  # of every cell and column
-MEAN = {"swap": 1.3, "all": 1.6, "step": 2.0, "infer": 1.5}  # geometric, of the grid
+MEAN = {  # geometric, of the grid
+    "swap": 1.35,
+    "all": 1.7,
+    "step": 2.5,
+    "adam": 1.5,
+    "adam step": 2.6,
+    "clipped": 1.5,
+    "clipped step": 2.8,
+    "infer": 1.6,
+}
 
 
 class Cell(NamedTuple):
@@ -123,6 +136,7 @@ def standard_loop(
     make_model: Callable[..., nn.Module] = stock_mlp,
     make_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
     losses: Mapping[str, nn.Module] = LOSSES,
+    clip: Callable[..., Tensor] | None = None,
     compiled: bool = False,
     **optimizer_options: bool,
 ) -> Call:
@@ -141,16 +155,22 @@ def standard_loop(
         value = forward(x, target)
         optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
+        if clip:
+            clip(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
 
     return step
 
 
-def one_call(cell: Cell) -> Callable[[], Tensor]:
+def one_call(
+    cell: Cell,
+    make_optimizer: Callable[..., torch.optim.Optimizer] = fastmlp.SGD,
+    max_grad_norm: float | None = None,
+) -> Callable[[], Tensor]:
     """The training step by fastmlp.TrainStep."""
     (x, target), model = cell.data(), made(cell, fastmlp.MLP)
-    optimizer = fastmlp.SGD(model.parameters(), lr=LEARNING_RATE)
-    step = fastmlp.TrainStep(model, LOSSES[cell.network.loss], optimizer)
+    optimizer = make_optimizer(model.parameters(), lr=LEARNING_RATE)
+    step = fastmlp.TrainStep(model, LOSSES[cell.network.loss], optimizer, max_grad_norm=max_grad_norm)
     return lambda: step(x, target)
 
 
@@ -211,7 +231,20 @@ STOCK_INFERENCES = {
         lambda cell: compiled_inference(cell, freezing=True, max_autotune=True), compiles=True
     ),
 }
-VARIANTS = list(dict.fromkeys([*STOCK_STEPS, *STOCK_INFERENCES]))
+
+
+def stocks_adam(**options: Any) -> dict[str, Side]:
+    """Its variants, with these options of the loop."""
+    loop = partial(standard_loop, make_optimizer=torch.optim.Adam, **options)
+    return {
+        "eager": Side(loop),
+        "foreach": Side(partial(loop, foreach=True)),
+        "fused": Side(partial(loop, fused=True)),
+        "compile": Side(partial(loop, compiled=True, fused=True), compiles=True),
+    }
+
+
+all_of_ours = partial(standard_loop, make_model=fastmlp.MLP, losses=FASTMLP_LOSSES)
 
 
 class Group(NamedTuple):
@@ -228,12 +261,27 @@ GROUPS = (
         STOCK_STEPS,
         {
             "swap": Side(lambda cell: standard_loop(cell, fastmlp.MLP)),
-            "all": Side(lambda cell: standard_loop(cell, fastmlp.MLP, fastmlp.SGD, FASTMLP_LOSSES)),
+            "all": Side(partial(all_of_ours, make_optimizer=fastmlp.SGD)),
             "step": Side(one_call),
             "graph of all": Side(
-                lambda cell: captured(standard_loop(cell, fastmlp.MLP, fastmlp.SGD, FASTMLP_LOSSES)),
-                needs_gpu=True,
+                lambda cell: captured(all_of_ours(cell, make_optimizer=fastmlp.SGD)), needs_gpu=True
             ),
+        },
+    ),
+    Group(
+        torch.enable_grad,
+        stocks_adam(),
+        {
+            "adam": Side(partial(all_of_ours, make_optimizer=fastmlp.Adam)),
+            "adam step": Side(partial(one_call, make_optimizer=fastmlp.Adam)),
+        },
+    ),
+    Group(
+        torch.enable_grad,
+        stocks_adam(clip=nn.utils.clip_grad_norm_),
+        {
+            "clipped": Side(partial(all_of_ours, make_optimizer=fastmlp.Adam, clip=fastmlp.clip_grad_norm_)),
+            "clipped step": Side(partial(one_call, make_optimizer=fastmlp.Adam, max_grad_norm=MAX_GRAD_NORM)),
         },
     ),
     Group(
@@ -245,6 +293,7 @@ GROUPS = (
     ),
 )
 
+VARIANTS = list(dict.fromkeys(name for group in GROUPS for name in group.stock))
 
 # ---- measuring
 
@@ -266,7 +315,7 @@ class Result(NamedTuple):
         if self.cell.device.type == "cuda":
             return ON_A_GPU
         key = (self.cell.network.name, self.cell.batch)
-        return TARGETS.get(key, LEAST)[self.column]
+        return (LEAST | TARGETS.get(key, {})).get(self.column, ELSE)
 
 
 def prepare(cell: Cell, group: Group, compiles: bool) -> tuple[dict[str, Call], dict[str, str]]:

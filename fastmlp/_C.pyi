@@ -19,6 +19,14 @@ def network(
     biases: Sequence[Tensor | None],
     activations: Sequence[str | tuple[str | float, ...] | None],
 ) -> Tensor: ...
+def optimize(
+    name: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    states: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    options: Sequence[float | None],
+) -> bool: ...
 def clip_grad_norm(parameters: Sequence[Tensor], max_norm: float, error_if_nonfinite: bool) -> Tensor: ...
 def train_step(*arguments: object) -> Any: ...
 def differentiate_down_to(

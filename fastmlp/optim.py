@@ -22,6 +22,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "clip_grad_norm_",
+    "drop_gradients",
     "fuse_optimizer",
     "has_step_hooks",
     "rule_of",
@@ -29,10 +30,7 @@ __all__ = [
     "unfuse_optimizer",
 ]
 
-# Other tensor types carry semantics of their own, which torch's operations know and ours do not.
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
-
-_optimize = torch.ops.fastmlp.optimize_.default
+_torchs_zero_grad = Optimizer.zero_grad
 _torchs_clip_grad_norm_ = torch.nn.utils.clip_grad_norm_  # as it is now: a user may put ours in its place
 
 # Raises where a CUDA graph is captured of what would not be safe there. Torch's releases differ in its name.
@@ -149,6 +147,15 @@ class _OneKernel(Optimizer):
                 self.param_groups = groups
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients, or makes them 0; with a record for the profiler only where one looks."""
+        if not set_to_none or profiler._is_profiler_enabled or torch.compiler.is_compiling():
+            Optimizer.zero_grad(self, set_to_none)
+            return
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None
+
     def _update(self, group: dict[str, Any]) -> bool:
         """One step of a group by the kernel; False, with nothing changed, where it does not cover it."""
         if (
@@ -184,9 +191,7 @@ class _OneKernel(Optimizer):
             counts = [state[rule.counter] for state in states] if rule.counter else []
         except KeyError:  # which torch will raise
             return False
-        if not _PLAIN.issuperset(map(type, (*params, *grads, *tensors, *counts))):
-            return False
-        if params and not _optimize(rule.name, params, grads, tensors, counts, options):
+        if params and not _C.optimize(rule.name, params, grads, tensors, counts, options):
             return False
         for param, state in new.items():
             self.state[param].update(state)
@@ -361,6 +366,15 @@ _RULES = {cls: ours._rule for torchs, ours in _OURS.items() for cls in (torchs, 
 def rule_of(optimizer: Optimizer) -> Rule | None:
     """What the kernels are to know of the optimizer, torch's or ours; None for one that they do not know."""
     return _RULES.get(type(optimizer))
+
+
+def drop_gradients(optimizer: Optimizer) -> None:
+    """``optimizer.zero_grad()``, as quickly as by ours for every optimizer that has torch's."""
+    is_torchs = type(optimizer).zero_grad is _torchs_zero_grad and "zero_grad" not in vars(optimizer)
+    if is_torchs:
+        _OneKernel.zero_grad(optimizer)  # type: ignore[arg-type]  # which reads what all optimizers have
+    else:
+        optimizer.zero_grad()
 
 
 def take_step(optimizer: Optimizer) -> None:

@@ -16,7 +16,7 @@ from .fuse import is_sequential, rewritten_forward
 from .graph import Graphs
 from .layers import ROLES, Layers, Role, is_called_plainly, is_unwatched, parameters_of, walk
 from .nn import CrossEntropyLoss
-from .optim import clip_grad_norm_, has_step_hooks, rule_of, take_step
+from .optim import clip_grad_norm_, drop_gradients, has_step_hooks, rule_of, take_step
 from .rewrite import Pending, Refused, Rewritten
 
 __all__ = ["TrainStep"]
@@ -483,7 +483,7 @@ class TrainStep:
             for parameter, own in zip(training.params, _gradients(x, layers, grad_y, left), strict=True):
                 other = gradients.get(parameter)
                 gradients[parameter] = own if other is None else other if own is None else own + other
-        self.optimizer.zero_grad()
+        drop_gradients(self.optimizer)
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         self._finish_gradients()
@@ -533,7 +533,7 @@ class TrainStep:
     def _backward(self, value: Any) -> None:
         """The rest of the loop."""
         if self._calls % self.accumulate == 0:
-            self.optimizer.zero_grad()
+            drop_gradients(self.optimizer)
         (value / self.accumulate if self.accumulate > 1 else value).backward()
         self._calls += 1
         if self._calls % self.accumulate == 0:
@@ -558,7 +558,7 @@ class TrainStep:
 
         def closure() -> Any:
             nonlocal first
-            self.optimizer.zero_grad()
+            drop_gradients(self.optimizer)
             result = self.loss(self.model(x), *targets)
             value = _loss_in(result)
             value.backward()

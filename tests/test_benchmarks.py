@@ -79,24 +79,31 @@ class TestKernels:
 
 
 class TestSteps:
+    SGD, ADAM = ["eager", "fused_sgd"], ["eager", "foreach", "fused"]
+    VARIANTS = (
+        dict.fromkeys(("swap", "all", "step"), SGD)
+        | dict.fromkeys(("adam", "adam step", "clipped", "clipped step"), ADAM)
+        | {"infer": ["eager"]}
+    )
+
     def test_every_column_is_measured_in_every_cell(self, measured):
         table, printed = measured("steps", "--no-compile")
         cells = [("classes", "1"), ("classes", "4"), ("numbers", "4"), ("yes or no", "4")]
         assert [(row["network"], row["batch"], row["column"]) for row in table] == [
-            (*cell, column) for cell in cells for column in ("swap", "all", "step", "infer")
+            (*cell, column) for cell in cells for column in self.VARIANTS
         ]
         for row in table:
             for figure in ("ms", "speedup", *(f"{variant}_ms" for variant in row["variants"].split())):
                 assert quantiles(row, figure) == sorted(quantiles(row, figure))
             assert all(row[key] for key in MACHINE | {"target"})
             assert is_printed(row["ms_p50"], 3, printed)
-        assert printed.count("geometric mean") == 4
+        assert printed.count("geometric mean") == len(self.VARIANTS)
 
     def test_the_best_of_the_variants_measured_is_stock(self, measured):
         table, _ = measured("steps", "--no-compile", "--only", "classes")
         for row in table:
             variants = row["variants"].split()
-            assert variants == (["eager", "fused_sgd"] if row["column"] != "infer" else ["eager"])
+            assert variants == self.VARIANTS[row["column"]]
             assert row["best"] == min(variants, key=lambda name: quantiles(row, f"{name}_ms")[1])
             assert row["compile_ms_p50"] == ""
 

@@ -84,8 +84,8 @@ def assert_same(ours, stock, **tolerance):
 def kernel_calls(monkeypatch):
     """What the op has returned, call by call: whether the kernel covered the tensors."""
     calls = []
-    op = optim._optimize
-    monkeypatch.setattr(optim, "_optimize", lambda *arguments: calls.append(op(*arguments)) or calls[-1])
+    op = optim._C.optimize
+    monkeypatch.setattr(optim._C, "optimize", lambda *arguments: calls.append(op(*arguments)) or calls[-1])
     return calls
 
 
@@ -523,6 +523,26 @@ def test_the_profiler_sees_the_step():
     assert {"Optimizer.step#SGD.step", "fastmlp::optimize_"} <= {
         event.key for event in profile.key_averages()
     }
+
+
+def test_the_profiler_sees_gradients_dropped():
+    optimizer = fastmlp.SGD(parameters((3,)), lr=0.1)
+    with torch.profiler.profile() as profile:
+        optimizer.zero_grad()
+    assert "Optimizer.zero_grad#SGD.zero_grad" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_zero_grad_leaves_gradients_as_torch_does(to_none):
+    params = parameters((3,), (2, 2))
+    gradients = [param.grad for param in params]
+    fastmlp.Adam([{"params": params[:1]}, {"params": params[1:]}]).zero_grad(set_to_none=to_none)
+    if to_none:
+        assert [param.grad for param in params] == [None, None]
+        assert all(gradient.abs().min() > 0 for gradient in gradients)
+    else:
+        assert all(param.grad is gradient for param, gradient in zip(params, gradients, strict=True))
+        assert all(gradient.abs().max() == 0 for gradient in gradients)
 
 
 def test_a_closure_computes_gradients_before_the_step_and_its_loss_is_returned():

@@ -165,6 +165,27 @@ PyObject* differentiate_down_to(PyObject*, PyObject* const* arguments, Py_ssize_
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* optimize(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 6, "optimize: expected the 6 arguments of the op optimize_, got ", count);
+  for (int list = 1; list < 6; ++list)
+    TORCH_CHECK_TYPE(is_list(arguments[list]), "optimize: expected a list for argument ", list);
+  for (int list = 1; list < 5; ++list)
+    for (PyObject* const t : items_of(arguments[list]))
+      if (!is_plain(t)) Py_RETURN_FALSE;
+  const std::string name = string_of(arguments[0]);
+  const std::vector<Tensor> params = tensors(arguments[1]), grads = tensors(arguments[2]),
+                            states = tensors(arguments[3]), counts = tensors(arguments[4]);
+  const std::vector<double> options = numbers(arguments[5], PyFloat_AsDouble);
+  bool is_done = false;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    is_done = call_optimize(name, params, grads, states, counts, options);
+  }
+  return PyBool_FromLong(is_done);
+  END_HANDLE_TH_ERRORS
+}
+
 PyObject* clip_grad_norm(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 3 && is_list(arguments[0]),

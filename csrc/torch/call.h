@@ -16,6 +16,9 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 // output or None, a list of what the layers have left, and one of the gradients that parameters have by other ways.
 PyObject* differentiate_down_to(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
+// optimize(name, params, grads, states, counts, options): the op optimize_. False too where one is of a tensor type of its own.
+PyObject* optimize(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
 // clip_grad_norm(parameters, max_norm, error_if_nonfinite): the op clip_grad_norm_ for the gradients of a list of tensors.
 // NotImplemented too, and where the op gives None.
 PyObject* clip_grad_norm(PyObject*, PyObject* const* arguments, Py_ssize_t count);

@@ -38,6 +38,8 @@ Tensor call_train_step(const Tensor& input, const Tensor& target, at::TensorList
                        int64_t ignore_index, double number, std::string_view optimizer, Numbers options,
                        at::IntArrayRef numbers, const OptionalTensors& left, const OptionalTensor& norm,
                        double max_norm);
+bool call_optimize(std::string_view name, at::TensorList params, at::TensorList grads, at::TensorList states,
+                   at::TensorList counts, at::ArrayRef<double> options);
 OptionalTensor call_clip_grad_norm(at::TensorList grads, double max_norm, bool error_if_nonfinite);
 
 }  // namespace fastmlp

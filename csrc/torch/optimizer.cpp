@@ -5,6 +5,7 @@
 #include "optimizer.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "backends.h"
+#include "ops.h"
 
 namespace fastmlp {
 
@@ -149,6 +151,14 @@ bool not_covered(std::string_view, TensorList, TensorList, TensorList, TensorLis
 }
 
 }  // namespace
+
+bool call_optimize(std::string_view name, TensorList params, TensorList grads, TensorList states,
+                   TensorList counts, at::ArrayRef<double> options) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fastmlp::optimize_", "")
+                             .typed<decltype(call_optimize)>();
+  return op.call(name, params, grads, states, counts, options);
+}
 
 TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
   m.def(
