@@ -9,7 +9,7 @@ import csv
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from statistics import geometric_mean
@@ -33,6 +33,12 @@ NETWORKS = {
     "siren-like": "physics, tanh",
 }
 COLUMNS = {"swap": "model only", "all": "+ loss and optimizer", "step": "TrainStep", "infer": "inference"}
+ADAM_COLUMNS = {
+    "adam": "Adam, loop",
+    "adam step": "Adam, TrainStep",
+    "clipped": "clipped, loop",
+    "clipped step": "clipped, TrainStep",
+}
 HABITS = {"eager": "", "compile": "torch.compile", "autocast": "autocast", "both": "both"}
 MODELS = {
     "skorch": "skorch, classifier",
@@ -94,18 +100,19 @@ def train() -> str:
 
 
 def steps() -> str:
-    """How many times faster than stock each column of steps.py is, a cell of the grid a row."""
-    cells = speedups()
-    columns = list(next(iter(cells.values())))
-    means = (geometric_mean([cell[column] for cell in cells.values()]) for column in columns)
-    mean = ["geometric mean", "", "", *(f"{each:.2f}" for each in means)]
-    return f"{steps_table(cells, [mean])}\n\nMeasured on {where(rows('steps')[0])}."
+    """How many times faster than stock each column of steps.py is, a cell of the grid a row: with SGD."""
+    return steps_table(speedups(), COLUMNS)
+
+
+def adam() -> str:
+    """The same with Adam, and with gradients that are clipped besides."""
+    return steps_table(speedups(), ADAM_COLUMNS)
 
 
 def short() -> str:
-    """The rows of the same table that the README shows."""
+    """The rows of the first of these that the README shows."""
     cells = {cell: own for cell, own in speedups().items() if (cell[0], cell[2]) in SHORT}
-    return f"{steps_table(cells)}\n\nMeasured on {where(rows('steps')[0])}."
+    return steps_table(cells, COLUMNS, has_mean=False)
 
 
 def headline() -> str:
@@ -131,8 +138,9 @@ def headline() -> str:
 
 def slower() -> str:
     """What is slower than stock, of all that is measured."""
+    names = COLUMNS | ADAM_COLUMNS
     lines = [
-        f"{NETWORKS[network]}, {short_sizes(sizes)} @ {batch}, {COLUMNS[column]}: {speedup:.2f}"
+        f"{NETWORKS[network]}, {short_sizes(sizes)} @ {batch}, {names[column]}: {speedup:.2f}"
         for (network, sizes, batch), cell in speedups().items()
         for column, speedup in cell.items()
     ]
@@ -145,7 +153,8 @@ def slower() -> str:
         f"{MODELS[row['name']]}, {row['column']}: {float(row['speedup_p50']):.2f}"
         for row in rows("integrations")
     ]
-    return "\n".join(f"- {line}" for line in lines if float(line.rpartition(" ")[2]) < 1)
+    slow = [f"- {line}" for line in lines if float(line.rpartition(" ")[2]) < 1]
+    return "\n".join(slow) or "Nothing."
 
 
 Cells = dict[tuple[str, str, str], dict[str, float]]
@@ -165,14 +174,20 @@ def short_sizes(sizes: str) -> str:
     return re.sub(r"\b(\d+)(-\1\b){2,}", lambda same: f"{same[1]}×{same[0].count('-') + 1}", sizes)
 
 
-def steps_table(cells: Cells, last: Sequence[list[str]] = ()) -> str:
-    """The cells, one a row."""
-    columns = list(next(iter(cells.values())))
+def steps_table(cells: Cells, names: Mapping[str, str], has_mean: bool = True) -> str:
+    """The cells, one a row, in those of these columns that have been measured."""
+    columns = [column for column in names if all(column in cell for cell in cells.values())]
+    if not columns:
+        return "Not measured yet."
     body = [
         [NETWORKS[name], short_sizes(sizes), batch, *(f"{cell[column]:.2f}" for column in columns)]
         for (name, sizes, batch), cell in cells.items()
     ]
-    return table(["", "network", "batch", *(COLUMNS[column] for column in columns)], [*body, *last])
+    if has_mean:
+        means = (geometric_mean([cell[column] for cell in cells.values()]) for column in columns)
+        body.append(["geometric mean", "", "", *(f"{mean:.2f}" for mean in means)])
+    header = ["", "network", "batch", *(names[column] for column in columns)]
+    return f"{table(header, body)}\n\nMeasured on {where(rows('steps')[0])}."
 
 
 def kernels() -> str:
@@ -254,8 +269,10 @@ def integrations() -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     figure.__name__: figure
-    for figure in (headline, short, train, steps, training, kernels, peers, integrations, habits, slower)
-}
+    for figure in (
+        headline, short, train, steps, adam, training, kernels, peers, integrations, habits, slower,
+    )
+}  # fmt: skip
 
 
 def filled(pages: Mapping[Path, str]) -> dict[Path, str]:
