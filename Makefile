@@ -37,6 +37,7 @@ cpp = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -
 .PHONY: demo test test-all test-integrations lint format bench bench-peers bench-integrations docs extension wheel cuda clean
 
 demo: extension
+	$(python) benchmarks/steps.py --only seed@64 rl@1 rl@64 tabular@128 --no-compile
 	$(python) benchmarks/train.py
 
 test: extension

@@ -56,8 +56,13 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     return parse
 
 
-def benchmark_parser(description: str, names: Sequence[str] = (), gpu: bool = False) -> Parser:
-    """The options of a benchmark, of which parts may be left out by name, and which may run on a GPU."""
+def benchmark_parser(
+    description: str, names: Sequence[str] = (), parts: Sequence[str] = (), gpu: bool = False
+) -> Parser:
+    """The options of a benchmark, of which parts may be left out by name, and which may run on a GPU.
+
+    `parts`: names of smaller parts, NAME@BATCH.
+    """
     parser = Parser(description=description, allow_abbrev=False)
     add = parser.add_argument
     add("--rounds", type=whole(1, 1000), default=timing.ROUNDS, help="turns of each side (%(default)s)")
@@ -65,7 +70,9 @@ def benchmark_parser(description: str, names: Sequence[str] = (), gpu: bool = Fa
         add("--device", choices=("cpu", "cuda"), help="(%(default)s)")
         add("--dtype", choices=DTYPES, help="on a GPU: of everything (%(default)s)")
     if names:
-        add("--only", nargs="+", choices=names, metavar="NAME", help=f"{', '.join(names)} (all)")
+        metavar = "NAME[@BATCH]" if parts else "NAME"
+        choices = [*names, *parts]
+        add("--only", nargs="+", choices=choices, metavar=metavar, help=f"{', '.join(names)} (all)")
     parser.set_defaults(device="cpu", dtype="float32")
     add("--threads", type=whole(1, os.cpu_count() or 1), help="of the CPU (as many as torch takes)")
     add("--output", type=Path, metavar="DIR", help=f"where results go (results/; with --only, {PART})")

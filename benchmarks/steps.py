@@ -411,7 +411,9 @@ def row(result: Result, job: Mapping[str, str | int]) -> dict[str, object]:
 
 def parser() -> Parser:
     """The command line."""
-    parser = benchmark_parser((__doc__ or "").split("\n")[0], [network.name for network in GRID], gpu=True)
+    names = [network.name for network in GRID]
+    parts = [f"{network.name}@{batch}" for network in GRID for batch in network.batches]
+    parser = benchmark_parser((__doc__ or "").split("\n")[0], names, parts, gpu=True)
     parser.add_argument(
         "--no-compile", action="store_true", help="leave out torch.compile, which takes minutes"
     )
@@ -423,12 +425,12 @@ def run(parser: Parser, options: argparse.Namespace) -> None:
     job = {**start(parser, options), "dtype": options.dtype}
     name = result_name(NAME, options)
     place = torch.device(options.device), DTYPES[options.dtype]
-    networks = [network for network in GRID if not options.only or network.name in options.only]
     cells = [
         (Cell(network, batch, *place), group)
-        for network in networks
+        for network in GRID
         for batch in network.batches
         for group in GROUPS
+        if not options.only or {network.name, f"{network.name}@{batch}"} & {*options.only}
     ]
     output = table_output()
     results: list[Result] = []

@@ -313,7 +313,7 @@ def run(parser: Parser, options: argparse.Namespace) -> None:
         results = judge(runs, images)
         write_curves(folder / f"{NAME}.csv", runs)
         write_summary(folder / f"{NAME}_summary.csv", results, job)
-        draw(folder / f"{NAME}.csv", folder / NAME)
+        draw(folder / f"{NAME}.csv", folder / NAME, options.output / "steps.csv")
     output.print(table(results))
     output.print(f"{options.output / NAME}.svg, -dark.svg, .png, .csv and _summary.csv are written")
 

@@ -100,7 +100,8 @@ class TestSteps:
         assert printed.count("geometric mean") == len(self.VARIANTS)
 
     def test_the_best_of_the_variants_measured_is_stock(self, measured):
-        table, _ = measured("steps", "--no-compile", "--only", "classes")
+        table, _ = measured("steps", "--no-compile", "--only", "classes@4")
+        assert {(row["network"], row["batch"]) for row in table} == {("classes", "4")}
         for row in table:
             variants = row["variants"].split()
             assert variants == self.VARIANTS[row["column"]]

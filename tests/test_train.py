@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import xml.etree.ElementTree
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,6 +132,20 @@ def test_plot_draws_the_same_picture_from_the_csv(script, finished, tmp_path):
     script("plot").draw(tmp_path / "train.csv", tmp_path / "train")
     for name in ("train.svg", "train-dark.svg"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_speedups_that_have_been_measured_are_drawn_beside_the_curves(script, finished, tmp_path):
+    folder, _ = finished
+    for name in ("train.csv", "train_summary.csv"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    lines = ["network,batch,column,speedup_p50", "seed,64,step,2.5", "seed,64,swap,1.3", "rl,1,step,9.0"]
+    (tmp_path / "steps.csv").write_text("\n".join(lines))
+    plot = script("plot")
+    assert [*plot.read_speedups(tmp_path / "steps.csv").values()] == [2.5, 9.0]
+    plot.draw(tmp_path / "train.csv", tmp_path / "train")
+    drawn = [xml.etree.ElementTree.parse(path / "train.svg").getroot() for path in (folder, tmp_path)]
+    without, with_bars = (len(svg.findall(".//*[@id='axes_2']")) for svg in drawn)
+    assert (without, with_bars) == (0, 1)
 
 
 @pytest.mark.parametrize(
