@@ -30,7 +30,7 @@ for number in range(ROUNDS):
     if number == 0:  # later an action may differ by rounding, and from there on the whole episode
         with torch.no_grad():
             stock, fused = (agent.policy.predict_values(observations) for agent in agents.values())
-        print(f"after one round the values differ by {(stock - fused).abs().max():.1e} of {stock.abs().max():.1f}")
+        print(f"largest difference of a value after the first round: {(stock - fused).abs().max():.1e}")
 
 for name, agent in agents.items():
     reward = mean(episode["r"] for episode in agent.ep_info_buffer)
