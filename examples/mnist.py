@@ -18,8 +18,8 @@ import fastmlp
 EPOCHS = int(sys.argv[1]) if sys.argv[1:] else 40
 
 digits = load_digits()  # of 8x8 pixels, enlarged to the 28x28 of MNIST
-images = torch.tensor(digits.images[:, None]).float() / 16
-images = nn.functional.interpolate(images, (28, 28), mode="bilinear")
+images = nn.functional.interpolate(torch.tensor(digits.images[:, None]).float(), (28, 28), mode="bilinear")
+images = (images - images.mean()) / images.std()
 labels = torch.tensor(digits.target)
 train_set, test_set = TensorDataset(images[:1437], labels[:1437]), TensorDataset(images[1437:], labels[1437:])
 
