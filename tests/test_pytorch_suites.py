@@ -1,8 +1,8 @@
 """PyTorch's own test material, tried on ours: what its suites try on nn.Linear, F.linear and F.cross_entropy.
 
 The inputs come with torch; the generic tests that its suites run them through do not, and are written anew.
-Every test tries one sample; the others, and other dtypes, are slow tests. The end of a test run tells how many
-samples of each suite were tried.
+Every test tries one sample; the others, and other dtypes, are slow tests. The end of a test run tells how
+many samples of each suite were tried.
 """
 
 import copy
