@@ -1,7 +1,8 @@
-"""Torch's own layers, networks and gradients, to compare ours with."""
+"""Torch's own layers, networks and gradients, to compare ours with; and how tests choose their cases."""
 
 from itertools import pairwise
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -73,3 +74,10 @@ def gradients(y, *tensors, grad=None):
 def is_fused(y):
     """Whether the kernels have computed y, and will compute its gradients."""
     return any(kind in y.grad_fn.name() for kind in ("NetworkFunction", "CrossEntropyFunction"))
+
+
+def cases(names, values, is_quick, **options):
+    """Parameters of a test, by tuples of values; those that are not quick make it a slow one."""
+    marks = {True: [], False: [pytest.mark.slow]}
+    values = [pytest.param(*value, marks=marks[bool(is_quick(*value))]) for value in values]
+    return pytest.mark.parametrize(names, values, **options)

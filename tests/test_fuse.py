@@ -1100,7 +1100,13 @@ def structure(model):
     ]
 
 
-@pytest.mark.parametrize("make", [make for make, _ in FUSED.values()], ids=FUSED)
+CLASSES = [  # whose classes are made in different ways
+    *("a Sequential", "a Linear", "a subclass of Sequential", "nested Sequentials", "parts of fastmlp's"),
+    *("torch.relu in forward", "lists and methods", "super().forward", "a class with a __getattr__"),
+]
+
+
+@pytest.mark.parametrize("make", [FUSED[name][0] for name in CLASSES], ids=CLASSES)
 def test_unfusing_restores_the_model_exactly(make):
     model = make()
     before = structure(model)

@@ -45,7 +45,7 @@ def stock_of(model):
     return nn.Sequential(*layers)
 
 
-@pytest.fixture(params=["one op", "an op for each layer"])
+@pytest.fixture(params=["one op", pytest.param("an op for each layer", marks=pytest.mark.slow)])
 def ours(request):
     model = fastmlp.MLP(7, 5, 3, activation="tanh")
     return model if request.param == "one op" else nn.Sequential(*model)
@@ -544,8 +544,13 @@ class TestDtypes:
         torch.testing.assert_close(y, stock.to(dtype)(X.to(dtype)))
 
     @habit_is("Integers, complex numbers", "composite", "Where stock raises an error, so do we, of its type.")
-    @pytest.mark.parametrize("activation", [None, "relu", "sigmoid", "tanh"])
-    @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.complex64])
+    @pytest.mark.parametrize(
+        ("dtype", "activation"),
+        [
+            *((torch.int64, None), (torch.int64, "relu"), (torch.uint8, "sigmoid")),
+            *((torch.complex64, activation) for activation in (None, "relu", "tanh")),
+        ],
+    )
     def test_numbers_of_other_kinds_are_torchs(self, habit, dtype, activation):
         x, weight = torch.ones(2, 3).to(dtype), torch.ones(4, 3).to(dtype)
         with habit.holds():

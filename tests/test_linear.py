@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import ACTIVATIONS, gradients, is_fused, layer
+from reference import ACTIVATIONS, KINDS, gradients, is_fused, layer
 from reference import linear as stock
 
 import fastmlp
@@ -60,13 +60,15 @@ def test_any_shape_gives_the_values_and_gradients_of_stock(
     assert_as_stock(x, weight, b, activation)
 
 
-# An activation is computed alike whatever the product was: each shape with one, and each with a small shape.
-PRODUCTS = [(shape, "tanh") for shape in [(64, 784, 500), (1, 784, 500), (2000, 30, 64)]]
-PRODUCTS += [((33, 17, 6), activation) for activation in ACTIVATIONS]
+# An activation is computed alike whatever the product was: each shape with one, and each with a shape.
+PRODUCTS = [
+    (shape, "tanh", dtype) for shape in [(64, 784, 500), (1, 784, 500), (2000, 30, 64)] for dtype in DTYPES
+]
+PRODUCTS += [((33, 17, 6), activation, torch.float32) for activation in ACTIVATIONS]
+PRODUCTS += [((33, 17, 6), activation, torch.bfloat16) for activation in KINDS]
 
 
-@pytest.mark.parametrize(("shape", "activation"), PRODUCTS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "activation", "dtype"), PRODUCTS, ids=str)
 def test_error_is_within_one_and_a_half_of_stocks(instruction_set, shape, dtype, activation):
     batch, in_features, out_features = shape
     torch.manual_seed(0)
