@@ -157,6 +157,7 @@ class TestCompiling:
             y = loaded(X[:4])
         assert_close(y, stock(X[:4]))
 
+    @pytest.mark.slow
     @habit_is("AOTInductor: `aoti_compile_and_package`", "composite", "Runs where no fastmlp is.")
     def test_a_packaged_model_runs_without_us(self, habit, tmp_path):
         model, dynamic = fastmlp.MLP(7, 5, 3), ({0: torch.export.Dim("batch", min=1, max=64)},)
