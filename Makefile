@@ -2,7 +2,7 @@
 #
 #   make demo     train on real digits, stock PyTorch and fastmlp side by side
 #   make test     every behaviour once; make test-all adds what is slow: every instruction set, under sanitizers too,
-#                 PyTorch's own suites, sweeps of the emulators, other compilers, ten times as many random forwards;
+#                 PyTorch's own suites, sweeps of the emulators, other compilers, twenty times as many random forwards;
 #                 make test-slow is that alone
 #   make mutants  plants faults in the sources, one after the other, and tells which ones the tests do not find
 #   make lint     what CI checks besides; make format mends what can be mended
