@@ -1,7 +1,10 @@
 # What a developer does daily. The first call makes the environment and builds the extension.
 #
 #   make demo     train on real digits, stock PyTorch and fastmlp side by side
-#   make test     the tests; make test-all tries ten times as many random forwards
+#   make test     every behaviour once; make test-all adds what is slow: every instruction set, under sanitizers too,
+#                 PyTorch's own suites, sweeps of the emulators, other compilers, twenty times as many random forwards;
+#                 make test-slow is that alone
+#   make mutants  plants faults in the sources, one after the other, and tells which ones the tests do not find
 #   make lint     what CI checks besides; make format mends what can be mended
 #   make bench    measure again: benchmarks/results/ and the figures of README and docs
 #   make bench-peers   the same against JAX, in an environment of its own
@@ -34,7 +37,7 @@ endif
 
 cpp = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all test-integrations lint format bench bench-peers bench-integrations docs extension wheel cuda clean
+.PHONY: demo test test-all test-slow mutants test-integrations lint format bench bench-peers bench-integrations docs extension wheel cuda clean
 
 demo: extension
 	$(python) benchmarks/steps.py --only seed@64 rl@1 rl@64 tabular@128 --no-compile
@@ -43,8 +46,14 @@ demo: extension
 test: extension
 	$(python) -m pytest
 
-test-all: export FASTMLP_FUZZ_CASES := 2000
-test-all: test
+test-all: extension
+	$(python) -m pytest -m ""
+
+test-slow: extension
+	$(python) -m pytest -m slow
+
+mutants: extension
+	$(python) tests/mutants.py
 
 test-integrations: extension .venv-integrations/installed
 	.venv-integrations/bin/python -m pytest tests/integrations

@@ -29,7 +29,7 @@ if [ -z "$dry_run" ] && ! nvidia-smi --query-gpu=name,driver_version --format=cs
 fi
 
 part "self-check" 40 "$python" -m fastmlp
-part "tests" 90 "$python" -m pytest -q tests/test_cuda.py
+part "tests" 90 "$python" -m pytest -m "" tests/test_cuda.py
 for tool in memcheck racecheck initcheck synccheck; do
   part "$tool" 40 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m fastmlp
 done

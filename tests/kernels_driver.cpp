@@ -13,6 +13,16 @@
 #include "../csrc/kernels.h"
 #include "cuda_emulator.h"
 
+#ifndef FASTMLP_EMULATE
+#include "../csrc/cpu/backend.h"
+
+// For those of the instruction sets that this is linked without.
+namespace fastmlp::cpu {
+extern __attribute__((weak)) const Kernels avx512bf16_kernels, avx512_kernels, avx2_kernels, portable_kernels;
+const Kernels avx512bf16_kernels{}, avx512_kernels{}, avx2_kernels{}, portable_kernels{};
+}  // namespace fastmlp::cpu
+#endif
+
 using namespace fastmlp;
 
 // `variant` is what must not change a bit: the order of the emulator's threads, or how many the CPU's are.

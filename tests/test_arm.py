@@ -9,7 +9,10 @@ from test_kernels import FLAGS, ROOT, SOURCES
 
 TOOLS = "aarch64-linux-gnu-"
 MISSING = [tool for tool in (f"{TOOLS}g++", f"{TOOLS}objdump", "qemu-aarch64") if shutil.which(tool) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}"),
+]
 
 COMPILE = [f"{TOOLS}g++", "-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off"]  # optimised as the package is
 
@@ -38,7 +41,7 @@ def innermost_loops(disassembly: str) -> list[str]:
 
 def test_every_dtype_and_activation_is_right(tmp_path):
     driver = tmp_path / "driver"
-    sources = [ROOT / source for source in SOURCES["cpu"]]
+    sources = [ROOT / source for source in SOURCES["portable"]]
     run(*COMPILE, "-static", *FLAGS["cpu"], f"-I{ROOT / 'tests'}", *sources, "-o", driver)
     assert run("qemu-aarch64", driver, "portable") == "0 failures\n"
 

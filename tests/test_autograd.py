@@ -1,15 +1,19 @@
-"""Differentiation, transformation and tracing: all as for torch's own operations."""
+"""Differentiation, transformation, tracing and autocast of every op: all as for torch's own operations."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import ACTIVATIONS
+from reference import ACTIVATIONS, KINDS, gradients, layer, leaves
+from reference import chain as stock_chain
 from reference import linear as stock
-from torch import nn
+from reference import network as stock_network
+from torch import func, nn
 from torch.autograd import forward_ad, functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -17,30 +21,106 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastmlp
 from fastmlp.activations import resolved
-from fastmlp.functional import linear
+from fastmlp.functional import cross_entropy, linear, network
 
 NOT_TWICE = {"hardsigmoid"}  # has no second derivative in torch
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 
 
-def layer(*shape, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    sizes = [shape, (5, shape[-1]), (5,)]
-    return [torch.randn(s, dtype=dtype, generator=generator).requires_grad_() for s in sizes]
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
-def assert_same(call):
-    """Call(linear) is call(stock)."""
-    torch.testing.assert_close(call(linear), call(stock), rtol=1e-4, atol=1e-4)
+class Op(NamedTuple):
+    """A function of differentiable tensors, ours and torch's, and what makes the tensors for a batch."""
+
+    ours: Callable
+    stock: Callable
+    tensors: Callable
+
+
+def linear_op(activation):
+    def make(batch=(4,), dtype=torch.float32):
+        return layer(*batch, 3, dtype=dtype)
+
+    return Op(lambda *t: linear(*t, activation), lambda *t: stock(*t, activation), make)
+
+
+def network_op(*activations):
+    def make(batch=(4,), dtype=torch.float32):
+        return leaves((*batch, 3), (5, 3), (4, 5), (2, 4), (5,), None, (2,), dtype=dtype)
+
+    def of(f):
+        return lambda x, *t: f(x, list(t[:3]), list(t[3:]), activations)
+
+    return Op(of(network), of(stock_network), make)
+
+
+def loss_op(batch=(6,), **options):
+    if "weight" in options:
+        options = options | {"weight": torch.rand(4, generator=torch.Generator().manual_seed(0))}
+
+    def make(batch=batch, dtype=torch.float32):
+        return leaves((*batch, 4), dtype=dtype, scale=3)
+
+    def of(f):
+        return lambda z: f(z, torch.arange(len(z)) % 4 if z.dim() == 2 else torch.tensor(2), **options)
+
+    return Op(of(cross_entropy), of(F.cross_entropy), make)
+
+
+OPS = {f"linear, {activation}": linear_op(activation) for activation in KINDS}
+OPS |= {"network": network_op("silu", "tanh", None)}
+OPS |= {"loss": loss_op(), "loss of each row": loss_op(reduction="none", label_smoothing=0.1)}
+OPTIONS = [{"reduction": "sum"}, {"weight": True}, {"ignore_index": 1}, {"label_smoothing": 0.2}]
+OPTIONS += [{"weight": True, "ignore_index": 1, "label_smoothing": 0.2, "reduction": "none"}]
+LOSSES = {str(options): loss_op(**options) for options in OPTIONS}
+LOSSES |= {f"one row of {options}": loss_op((), **options) for options in ({}, OPTIONS[-1])}
+
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+
+
+def assert_same(op, call, **tolerance):
+    """Call(ours) is call(stock)."""
+    tolerance = {"rtol": 1e-4, "atol": 1e-4, "equal_nan": True} | tolerance
+    torch.testing.assert_close(call(op.ours), call(op.stock), **tolerance)
+
+
+def present(tensors):
+    return [t for t in tensors if t is not None]
 
 
 # ---- derivatives
 
 
+@pytest.mark.parametrize("op", [*OPS.values(), *LOSSES.values()], ids=[*OPS, *LOSSES])
+def test_the_first_three_derivatives_are_stocks(op):
+    x, *rest = op.tensors()
+
+    def derivatives(f):
+        value, found = f(x.tanh(), *rest).square().sum(), []
+        for _ in range(3):
+            found += torch.autograd.grad(value, present([x, *rest]), create_graph=True)
+            value = sum(gradient.square().sum() for gradient in found[-len(present([x, *rest])) :])
+        return found
+
+    assert_same(op, derivatives, rtol=1e-3, atol=1e-3)
+
+
+def test_a_loss_of_ignored_rows_alone_has_stocks_second_derivative():
+    (z,), target = leaves((6, 4)), torch.full((6,), -100)
+
+    def second(f):
+        (first,) = torch.autograd.grad(f(z, target), z, create_graph=True)
+        return first, torch.autograd.grad(first.sum(), z)[0]
+
+    torch.testing.assert_close(second(cross_entropy), second(F.cross_entropy), equal_nan=True)
+
+
 @every_activation
-@pytest.mark.parametrize("shape", [(4, 3), (2, 2, 3), (3,)], ids=str)
-def test_first_and_second_derivatives_of_the_composite_path_are_right(activation, shape):
-    arguments = layer(*shape, dtype=torch.float64)
+def test_first_and_second_derivatives_of_the_composite_path_are_right(activation):
+    arguments = layer(2, 2, 3, dtype=torch.float64)
 
     def function(*tensors):
         return linear(*tensors, activation)
@@ -63,32 +143,6 @@ def test_the_backward_op_is_differentiated_by_all_that_it_reads(activation):
         assert torch.autograd.gradcheck(function, [t.requires_grad_() for t in arguments])
 
 
-@every_activation
-def test_second_derivatives_of_the_fused_path_are_stocks(activation):
-    x, weight, bias = layer(4, 3)
-    if activation in NOT_TWICE:
-        pytest.skip("torch has none")
-
-    def second(f):
-        y = f(x, weight, bias, activation)
-        first = torch.autograd.grad(y.square().sum(), (x, weight, bias), create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in first), (x, weight, bias))
-
-    assert_same(second)
-
-
-def test_third_derivatives_of_the_fused_path_are_stocks():
-    x, weight, bias = layer(4, 3)
-
-    def third(f):
-        value = f(x, weight, bias, "tanh").square().sum()
-        for _ in range(2):
-            value = torch.autograd.grad(value, x, create_graph=True)[0].square().sum()
-        return torch.autograd.grad(value, (x, weight, bias))
-
-    assert_same(third)
-
-
 def test_a_result_changed_in_place_is_found_out_in_backward():
     x, weight, bias = layer(4, 3)
     y = linear(x, weight, bias, "tanh")
@@ -97,95 +151,119 @@ def test_a_result_changed_in_place_is_found_out_in_backward():
         y.sum().backward()
 
 
-@every_activation
-def test_forward_mode_gives_stocks_tangent(activation):
-    arguments = [t.detach() for t in layer(4, 3)]
+@every_op
+def test_forward_mode_gives_stocks_tangent(op):
+    tensors = [t if t is None else t.detach() for t in op.tensors()]
 
     def tangent(f):
         with forward_ad.dual_level():
-            duals = [forward_ad.make_dual(t, torch.ones_like(t)) for t in arguments]
-            return forward_ad.unpack_dual(f(*duals, activation)).tangent
+            duals = [t if t is None else forward_ad.make_dual(t, t.cos()) for t in tensors]
+            return forward_ad.unpack_dual(f(*duals)).tangent
 
-    assert_same(tangent)
+    assert_same(op, tangent)
 
 
-@every_activation
+@every_op
 @pytest.mark.parametrize("grad", [True, False])
-def test_function_transforms_give_stocks_results(activation, grad):
-    x, weight, bias = (t.detach().requires_grad_(grad) for t in layer(4, 3))
+def test_function_transforms_give_stocks_results(op, grad):
+    tensors = tuple(t if t is None else t.detach().requires_grad_(grad) for t in op.tensors())
+    every = tuple(i for i, t in enumerate(tensors) if t is not None)
+
+    def only(f, *chosen):
+        """F of the chosen tensors alone."""
+
+        def partly(*given):
+            return f(*(given[chosen.index(i)] if i in chosen else t for i, t in enumerate(tensors)))
+
+        return partly, tuple(tensors[i] for i in chosen)
 
     def transformed(f):
-        def loss(x, weight, bias):
-            return f(x, weight, bias, activation).square().sum()
+        def loss(*tensors):
+            return f(*tensors).square().sum()
 
-        func = torch.func
+        of_all, given = only(f, *every)
+        loss_of_all, _ = only(loss, *every)
+        arguments = tuple(range(len(every)))
+        stacked = tuple(torch.stack([t, 2 * t]) for t in given)
         return (
-            func.grad(loss, argnums=(0, 1, 2))(x, weight, bias),
-            func.vmap(func.grad(loss, argnums=1), (0, None, None))(x, weight, bias),  # per sample
-            func.vmap(loss, (0, None, None))(x, weight, bias),
-            func.vmap(loss, (None, 0, None))(x, weight.expand(2, 5, 3), bias),  # an ensemble
-            func.jvp(loss, (x, weight, bias), (x, weight, bias)),
-            func.jacrev(f)(x, weight, bias, activation),
-            func.jacfwd(f)(x, weight, bias, activation),
-            () if activation in NOT_TWICE else func.hessian(loss)(x, weight, bias),
+            func.grad(loss_of_all, arguments)(*given),
+            func.jvp(of_all, given, tuple(t.cos() for t in given)),
+            func.jacrev(of_all, arguments)(*given),
+            func.jacfwd(of_all, arguments)(*given),
+            func.hessian(loss_of_all)(*given),
+            func.vmap(of_all)(*stacked),
+            func.vmap(func.grad(loss_of_all, arguments))(*stacked),
+            [  # an ensemble: of the weights alone, say
+                func.vmap(of_one)(torch.stack([t, 2 * t])) for of_one, (t,) in (only(f, i) for i in every)
+            ],
         )
 
-    assert_same(transformed)
+    assert_same(op, transformed)
 
 
-def network(*sizes, activation="tanh"):
+def test_per_sample_gradients_are_stocks():
+    (z,), target = leaves((6, 4)), torch.arange(6) % 4
+    x, weight, bias = layer(6, 3)
+
+    def per_sample(f, loss):
+        def of_sample(weight, bias, x, target):
+            return loss(f(x, weight, bias, "silu"), target)
+
+        return (
+            func.vmap(loss)(z, target),
+            func.vmap(func.grad(loss))(z, target),
+            func.vmap(func.grad(of_sample, (0, 1)), (None, None, 0, 0))(weight, bias, x, target),
+        )
+
+    torch.testing.assert_close(per_sample(linear, cross_entropy), per_sample(stock, F.cross_entropy))
+
+
+@every_op
+def test_backward_can_be_batched(op):
+    tensors = op.tensors()
+
+    def batched(f):
+        y = f(*tensors)
+        cotangents = torch.eye(y.numel()).reshape(-1, *y.shape)
+        return torch.autograd.grad(y, present(tensors), cotangents, is_grads_batched=True)
+
+    assert_same(op, batched)
+
+
+def chains(*sizes):
     """A network of ours, and the same of torch's own modules."""
-    torch.manual_seed(0)
-    ours = fastmlp.MLP(*sizes, activation=activation)
-    modules = {"relu": nn.ReLU, "tanh": nn.Tanh}
-    layers = [part for k, n in pairwise(sizes) for part in (nn.Linear(k, n), modules[activation]())]
-    stocks = nn.Sequential(*layers[:-1])
+    stocks = stock_chain(*sizes, activation=nn.Tanh)
+    ours = fastmlp.MLP(*sizes, activation="tanh")
     with torch.no_grad():
         for a, b in zip(stocks.parameters(), ours.parameters(), strict=True):
             a.copy_(b)
     return ours, stocks
 
 
-@pytest.mark.parametrize("sizes", [(3, 2), (3, 5, 2), (3, 5, 4, 2)], ids=str)
-def test_backward_can_be_batched(sizes):
-    x = torch.randn(4, 3)
+def test_vectorized_jacobians_and_hessians_of_a_model_are_stocks():
+    ours, stocks = chains(3, 5, 4, 2)
+    x = torch.randn(4, 3, requires_grad=True)
 
-    def batched(model):
-        y = model(x.requires_grad_())
-        cotangents = torch.eye(y.numel()).reshape(-1, *y.shape)
-        arguments = [x, *model.parameters()]
+    def vectorized(model):
         return (
-            torch.autograd.grad(y, arguments, cotangents, is_grads_batched=True),
             functional.jacobian(model, x, vectorize=True),
             functional.hessian(lambda x: model(x).square().sum(), x, vectorize=True),
         )
 
-    ours, stocks = network(*sizes)
-    torch.testing.assert_close(batched(ours), batched(stocks))
-
-
-def test_a_batched_backward_of_the_loss_is_stocks():
-    z, target = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 2, 1, 0])
-
-    def batched(loss):
-        return torch.autograd.grad(
-            loss(z, target, reduction="none"), z, torch.eye(4), is_grads_batched=True, retain_graph=True
-        )
-
-    torch.testing.assert_close(batched(fastmlp.functional.cross_entropy), batched(F.cross_entropy))
+    torch.testing.assert_close(vectorized(ours), vectorized(stocks))
 
 
 @pytest.mark.parametrize(
     "frozen", [[], ["0"], ["0", "1"], ["x"], ["x", "0.weight"], ["1.weight", "2.bias"]], ids=str
 )
 def test_gradients_of_gradients_reach_what_the_first_did_not_keep(frozen):
-    ours, stocks = network(3, 5, 4, 2)
+    ours, stocks = chains(3, 5, 4, 2)
 
     def second(model):
         x = torch.ones(2, 6, 3).requires_grad_("x" not in frozen)
-        layers = [layer for layer in model if isinstance(layer, nn.Linear)]
-        for i, layer in enumerate(layers):
-            for name, parameter in layer.named_parameters():
+        linears = [module for module in model if isinstance(module, nn.Linear)]
+        for i, module in enumerate(linears):
+            for name, parameter in module.named_parameters():
                 parameter.requires_grad_(not {str(i), f"{i}.{name}"} & set(frozen))
         wanted = [t for t in (x, *model.parameters()) if t.requires_grad]
         first = torch.autograd.grad(model(x).square().sum(), wanted, create_graph=True)
@@ -323,7 +401,7 @@ def test_a_torch_function_mode_sees_torchs_functions_and_a_device_as_a_context_i
             seen.append(function)
             return function(*args, **(kwargs or {}))
 
-    ours, _ = network(3, 5, 2, activation="relu")
+    ours = fastmlp.MLP(3, 5, 2)
     sequential = fastmlp.fuse(nn.Sequential(nn.Linear(3, 5), nn.ReLU()))
     for model, expected in (
         (ours, [F.linear, torch.relu, F.linear]),
@@ -339,56 +417,170 @@ def test_a_torch_function_mode_sees_torchs_functions_and_a_device_as_a_context_i
     assert "fastmlp::network" in {event.name for event in profile.function_events}
 
 
-def one_layer(x, weight, bias, activation):
-    """The arguments of the op."""
+@every_op
+def test_inference_mode_gives_the_same_bits(op):
+    tensors = op.tensors()
+    with torch.inference_mode():
+        y = op.ours(*tensors)
+    assert y.is_inference()
+    assert torch.equal(y, op.ours(*tensors))
+
+
+CASTS = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.float64, torch.bfloat16)]
+CASTS += [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cast", "name"),
+    [
+        *((*CASTS[0], name) for name in OPS),
+        *((*cast, name) for cast in CASTS[1:] for name in ("network", "loss")),
+    ],
+    ids=str,
+)
+def test_autocast_casts_as_for_stock(instruction_set, dtype, cast, name):
+    op = OPS[name]
+    tensors = op.tensors(dtype=dtype)
+    with torch.autocast("cpu", dtype=cast):
+        ours, theirs = (gradients(f(*tensors), *tensors) for f in (op.ours, op.stock))
+    assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+    torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=3e-2)
+
+
+# ---- tracing
+
+
+def x(*shape, grad=False):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_(grad)
+
+
+def one_layer(*shape, grad=False, activation="silu"):
     name, parameters = resolved(activation)
-    return x, [weight], [bias], [name], parameters
+    return x(*shape, grad=grad), [x(5, shape[-1], grad=grad)], [x(5, grad=grad)], [name], parameters
 
 
-@every_activation
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("shape", [(4, 3), (2, 2, 3), (3,), (0, 3)], ids=str)
-def test_the_forward_op_passes_opcheck(shape, activation, grad):
-    arguments = [t.detach().requires_grad_(grad) for t in layer(*shape)]
-    torch.library.opcheck(torch.ops.fastmlp.network.default, one_layer(*arguments, activation))
+def two_layers(grad=False):
+    """Input, weights and biases of a network with one hidden layer."""
+    return x(4, 3, grad=grad), [x(5, 3, grad=grad), x(2, 5, grad=grad)], [x(5, grad=grad), x(2, grad=grad)]
 
 
-@every_activation
-@pytest.mark.parametrize("wanted", [[0, 1, 2], [1, 2], [0]], ids=str)
-def test_the_backward_op_passes_opcheck(activation, wanted):
-    arguments = one_layer(*(t.detach() for t in layer(4, 3)), activation)
-    y, *z = torch.ops.fastmlp.network_forward(*arguments)
-    x, weights, _, names, parameters = arguments
-    torch.library.opcheck(
-        torch.ops.fastmlp.network_backward.default,
-        (torch.ones_like(y), x, weights, z or [y], names, parameters, wanted),
-    )
+def backward(activation, wanted):
+    z, weights, _, names, parameters = one_layer(4, 3, activation=activation)
+    return x(4, 5), z, weights, [x(4, 5)], names, parameters, wanted
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_traces_the_ops_in_one_graph_and_trains_as_stock(dynamic):
-    x, weight, bias = layer(6, 7)
+TARGET = torch.arange(6) % 4
+WEIGHT = torch.ones(4)
+ADAM = [0.1, 0.9, 0.999, 1e-8, 0.0, 0.0, 0.0]
+SGD = [0.1, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0]
+CALLS = [  # of every op: each kind of shape, of activation, of option that tells what comes out
+    *(
+        ("network", one_layer(*shape, grad=grad))
+        for shape, grad in [((4, 3), True), ((4, 3), False), ((2, 2, 3), True), ((3,), True), ((0, 3), True)]
+    ),
+    ("network", one_layer(4, 3, grad=True, activation="tanh")),
+    ("network", one_layer(4, 3, grad=True, activation=None)),
+    ("network", (*two_layers(grad=True), ["tanh", "elu"], [2.0])),
+    ("network_forward", (*two_layers(), ["tanh", "elu"], [2.0])),
+    ("network_forward", one_layer(2, 2, 3)),
+    *(("network_backward", backward("silu", wanted)) for wanted in ([0, 1, 2], [1, 2], [0])),
+    *(("network_backward", backward(activation, [0, 1, 2])) for activation in ("tanh", None)),
+    (
+        "network_backward",
+        (x(4, 2), *two_layers()[:2], [x(4, 5), x(4, 2)], ["elu", "tanh"], [2.0], [0, 1, 2, 3, 4]),
+    ),
+    ("cross_entropy", (x(6, 4, grad=True), TARGET)),
+    ("cross_entropy", (x(6, 4), TARGET, WEIGHT, "none", 1, 0.2)),
+    ("cross_entropy", (x(6, 4, grad=True), TARGET, WEIGHT, "none", 1, 0.2)),
+    ("cross_entropy", (x(2, 4, 3, grad=True), TARGET.view(2, 3), None, "sum")),
+    ("cross_entropy", (x(0, 4, grad=True), TARGET[:0], None, "sum")),
+    ("cross_entropy", (x(4, grad=True), TARGET[0])),
+    ("cross_entropy_forward", (x(6, 4), TARGET, None, "mean", -100, 0.0)),
+    ("cross_entropy_forward", (x(6, 4), TARGET, WEIGHT, "none", 1, 0.2)),
+    ("why_not_fused", (x(4, 3, grad=True), x(5, 3, grad=True))),
+    ("why_not_fused", (x(4, 3), x(5, 3))),
+    ("optimize_", ("sgd", [x(4, 3), x(5)], [x(4, 3), x(5)], [x(4, 3), x(5)], [], SGD)),
+    (
+        "optimize_",
+        ("adam", [x(4, 3)], [x(4, 3)], [x(4, 3), x(4, 3).abs()], [torch.zeros(())], ADAM),
+    ),
+    ("clip_grad_norm_", ([x(4, 3), x(5)], 0.5)),
+    (
+        "train_step_",
+        (
+            *(x(6, 3), TARGET, [x(5, 3), x(5), x(4, 5)], [torch.empty(0)] * 3, [], torch.empty(0).byte()),
+            *([1, 0], ["tanh", "identity"], [], "cross_entropy", True, None, None, -100, 0.0),
+            *("sgd", [0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0] * 3, [1] * 3, [], torch.empty(()), 1.0),
+        ),
+    ),
+]
+NOT_TRACED = ("test_schema",)  # what a step changes is nothing that a graph could hold
+NO_TENSOR = ("test_schema", "test_autograd_registration", "test_faketensor")  # in the result, that is
+CHECKS = {"why_not_fused": NO_TENSOR}
+CHECKS |= dict.fromkeys(("optimize_", "clip_grad_norm_", "train_step_"), NOT_TRACED)
+
+
+def test_every_op_is_checked():
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastmlp::")}
+    assert registered == {f"fastmlp::{name}" for name, _ in CALLS}
+
+
+@pytest.mark.parametrize(("op", "arguments"), CALLS, ids=[f"{op}, {i}" for i, (op, _) in enumerate(CALLS)])
+def test_every_op_passes_opcheck(op, arguments):
+    checks = {"test_utils": CHECKS[op]} if op in CHECKS else {}
+    torch.library.opcheck(getattr(torch.ops.fastmlp, op).default, arguments, **checks)
+
+
+COMPILED = {
+    "linear, silu": (OPS["linear, silu"], "network"),
+    "network": (OPS["network"], "network"),
+    "loss": (OPS["loss"], "cross_entropy"),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("op", "name"), COMPILED.values(), ids=COMPILED)
+def test_compile_traces_one_graph_and_trains_as_stock(op, name, dynamic):
+    from torch._dynamo.backends.common import aot_autograd
+
+    x, *rest = op.tensors()
     targets = []
 
-    def backend(graph, inputs):
+    def compiler(graph, inputs):
         targets.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
         return graph
 
-    def step(f):
-        def loss(x):
-            return f(f(x, weight, bias, "relu"), weight.t().contiguous()[:5, :5].contiguous()).square().mean()
+    def run(f):
+        torch.compiler.reset()
+        compiled = torch.compile(
+            lambda x: f(x, *rest).square().sum(),
+            fullgraph=True,
+            dynamic=dynamic,
+            backend=aot_autograd(fw_compiler=compiler),
+        )
+        inputs = [torch.randn(batch, x.shape[-1], requires_grad=True) for batch in (6, 5, 3)]
+        return [torch.autograd.grad(compiled(x), present([x, *rest])) for x in inputs]
 
-        return torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    def seeded(f):
+        torch.manual_seed(0)
+        return run(f)
 
-    for batch in (6, 5, 3):
-        assert_same(lambda f, batch=batch: torch.autograd.grad(step(f)(x[:batch]), (weight, bias)))
+    assert_same(op, seeded)
+    assert getattr(torch.ops.fastmlp, f"{name}_forward").default in targets
+    assert name == "cross_entropy" or torch.ops.fastmlp.network_backward.default in targets
 
-    from torch._dynamo.backends.common import aot_autograd
 
-    torch.compile(
-        lambda x: linear(x, weight, bias, "relu").sum(),
-        fullgraph=True,
-        backend=aot_autograd(fw_compiler=backend),
-    )(x).backward()
-    assert torch.ops.fastmlp.network_forward.default in targets
-    assert torch.ops.fastmlp.network_backward.default in targets
+def test_compiled_autograd_gives_stocks_gradient():
+    op = network_op("silu", "tanh", None)
+    tensors = op.tensors()
+
+    def found(f):
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            loss = cross_entropy if f is op.ours else F.cross_entropy
+            torch.compile(lambda: loss(f(*tensors), torch.tensor([0, 1, 1, 0])).backward(), backend="eager")()
+        kept = [t.grad for t in present(tensors)]
+        for t in present(tensors):
+            t.grad = None
+        return kept
+
+    assert_same(op, found)

@@ -135,6 +135,7 @@ def wrong_steps(cell):
     return lambda count: 1.001 * steps(count)
 
 
+@pytest.mark.slow
 class TestPeers:
     @pytest.fixture
     def without_jax(self, script, monkeypatch):

@@ -90,17 +90,16 @@ def test_any_number_of_gradients_of_any_shape_is_clipped(shapes, max_norm, seed)
     assert_same(lambda: parameters(*shapes, seed=seed), max_norm)
 
 
-@pytest.mark.parametrize("threads", [2, 3])
 @every_dtype
-def test_the_number_of_threads_does_not_change_a_bit(instruction_set, dtype, threads):
+def test_the_number_of_threads_does_not_change_a_bit(instruction_set, dtype):
     results = []
     before = torch.get_num_threads()
-    for count in (1, threads):
+    for count in (1, 2, 3):
         torch.set_num_threads(count)
         params = parameters((300, 301), (7,), (100, 999), dtype=dtype)
         results.append([fastmlp.clip_grad_norm_(params, 1.0), *grads(params)])
     torch.set_num_threads(before)
-    assert all(map(torch.equal, *results))
+    assert all(torch.equal(one, other) for one, *others in zip(*results, strict=True) for other in others)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
@@ -115,8 +114,9 @@ def test_no_square_of_a_gradient_overflows_or_vanishes(instruction_set, scale):
         torch.testing.assert_close(grad.double(), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("shape", [(40,), (300, 400)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "value"), [((40,), torch.nan), ((300, 400), torch.inf), ((40,), -torch.inf)], ids=str
+)
 @every_dtype
 def test_infinities_and_nan_spread_as_in_torch(instruction_set, kernel_calls, dtype, shape, value):
     def make():

@@ -1,12 +1,14 @@
-"""The CUDA backend through torch, on a GPU."""
+"""The CUDA backend through torch, on a GPU: every value of each parameter, and as slow tests all together."""
 
 import copy
+import itertools
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import cases
 
 import fastmlp
 
@@ -53,9 +55,19 @@ def assert_right(actual, parameters, grad_y, activation):
         torch.testing.assert_close(ours.double(), right, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def covering(*lists):
+    """So few of the product of the lists that each value is in one."""
+    longest = max(map(len, lists))
+    return [tuple(values[i % len(values)] for values in lists) for i in range(longest)]
+
+
+def product_of(names, *lists):
+    """All together, of which those of `covering` are quick."""
+    chosen = covering(*lists)
+    return cases(names, itertools.product(*lists), lambda *case: case in chosen, ids=str)
+
+
+@product_of(["dtype", "activation", "shape"], [*TOLERANCE], [*ACTIVATIONS], SHAPES)
 def test_output_and_gradients_are_right(dtype, activation, shape):
     parameters, grad_y = inputs(shape, dtype)
     assert_right(results(parameters, grad_y, activation), parameters, grad_y, activation)
@@ -151,9 +163,10 @@ def test_tensors_on_another_than_the_current_device_work():
     assert_right(actual, parameters, grad_y, "relu")
 
 
-@pytest.mark.parametrize("sizes", [(784, 500, 300, 10), (64, 64, 64, 64, 16), (7, 128, 9, 100, 5)], ids=str)
-@pytest.mark.parametrize("batch", [1, 65, 65536])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+NETWORKS = [(784, 500, 300, 10), (64, 64, 64, 64, 16), (7, 128, 9, 100, 5)]
+
+
+@product_of(["dtype", "batch", "sizes"], [*TOLERANCE], [1, 65, 65536], NETWORKS)
 def test_a_whole_network_gives_what_its_layers_give_one_by_one(dtype, batch, sizes):
     model = fastmlp.MLP(*sizes, activation="tanh", device="cuda", dtype=dtype)
     x = torch.randn(batch, sizes[0], device="cuda", dtype=dtype, requires_grad=True)
@@ -208,7 +221,7 @@ def test_steps_are_those_of_torch(kind, options):
 
 
 @every_option
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@cases(["dtype"], [(torch.bfloat16,), (torch.float16,)], lambda dtype: dtype == torch.bfloat16, ids=str)
 def test_a_step_in_half_precision_is_that_of_torchs_fused_kernel(dtype, kind, options):
     ours = trained(getattr(fastmlp, kind), options, dtype, steps=2)
     stock = trained(getattr(torch.optim, kind), {**options, "fused": True}, dtype, steps=2)
@@ -272,9 +285,7 @@ def clipped(clip, max_norm, dtype=torch.float32, value=None, **options):
     return [clip(params, max_norm, **options), *(param.grad for param in params)]
 
 
-@pytest.mark.parametrize("value", [None, torch.inf, torch.nan], ids=str)
-@pytest.mark.parametrize("max_norm", [0.5, 1e6])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@product_of(["dtype", "max_norm", "value"], [*TOLERANCE], [0.5, 1e6], [None, torch.inf, torch.nan])
 def test_clipped_gradients_are_those_of_torch(dtype, max_norm, value):
     clips = (fastmlp.clip_grad_norm_, torch.nn.utils.clip_grad_norm_)
     for ours, stock in zip(*(clipped(clip, max_norm, dtype, value) for clip in clips), strict=True):
@@ -322,10 +333,16 @@ def test_a_cuda_graph_captures_clipping():
 # ---- cross-entropy
 
 
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("shape", [(64, 10), (5000, 3), (33, 1500), (0, 4)], ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+LOSS_SHAPES = [(64, 10), (5000, 3), (33, 1500), (0, 4)]
+
+
+@product_of(
+    ["dtype", "shape", "reduction", "label_smoothing"],
+    [*TOLERANCE],
+    LOSS_SHAPES,
+    ["mean", "sum", "none"],
+    [0.0, 0.1],
+)
 def test_cross_entropy_and_its_gradient_are_right(dtype, shape, reduction, label_smoothing):
     logits = torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
     target = torch.randint(shape[1], shape[:1], device="cuda")
@@ -440,9 +457,9 @@ class Twins:
         return values
 
 
-@pytest.mark.parametrize("options", [{}, SGD["nesterov"], SGD["dampening"]], ids=str)
-@pytest.mark.parametrize("loss", STEP_LOSSES.values(), ids=STEP_LOSSES)
-def test_a_step_trains_as_the_standard_loop_does(monkeypatch, loss, options):
+@product_of(["name", "options"], [*STEP_LOSSES], [{}, SGD["nesterov"], SGD["dampening"]])
+def test_a_step_trains_as_the_standard_loop_does(monkeypatch, name, options):
+    loss = STEP_LOSSES[name]
     twins = Twins(monkeypatch, loss, **options)
     values = twins.train(*[64] * 8)
     assert twins.captures == 1

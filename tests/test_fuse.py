@@ -136,6 +136,20 @@ def test_a_function_with_arguments_is_in_the_op_of_its_layer(ops, tmp_path, call
     assert ops == ([(name, None)] if name else [(None,), (None,)])
 
 
+EXCHANGED = [(F, "linear"), (F, "relu"), (F, "dropout"), (torch, "relu"), (torch, "relu_")]
+EXCHANGED += [(torch, "sigmoid"), (torch, "tanh")]
+
+
+@pytest.mark.parametrize(("holder", "name"), EXCHANGED, ids=[name for _, name in EXCHANGED])
+def test_a_function_that_has_been_exchanged_in_torch_is_called(monkeypatch, holder, name):
+    activations = [nn.ReLU(), nn.ReLU(inplace=True), nn.Sigmoid(), nn.Tanh(), nn.Dropout()]
+    layers = [part for activation in activations for part in (nn.Linear(12, 12), activation)]
+    model, function, seen = fastmlp.fuse(nn.Sequential(*layers)), getattr(holder, name), []
+    monkeypatch.setattr(holder, name, lambda *args, **kwargs: seen.append(name) or function(*args, **kwargs))
+    model(inputs())
+    assert seen
+
+
 def test_an_activation_that_has_been_exchanged_in_torch_is_the_other(monkeypatch, ops):
     model, x = fastmlp.fuse(nn.Sequential(nn.Linear(12, 9), nn.ELU())), inputs()
     assert ops == []
@@ -1100,7 +1114,13 @@ def structure(model):
     ]
 
 
-@pytest.mark.parametrize("make", [make for make, _ in FUSED.values()], ids=FUSED)
+CLASSES = [  # whose classes are made in different ways
+    *("a Sequential", "a Linear", "a subclass of Sequential", "nested Sequentials", "parts of fastmlp's"),
+    *("torch.relu in forward", "lists and methods", "super().forward", "a class with a __getattr__"),
+]
+
+
+@pytest.mark.parametrize("make", [FUSED[name][0] for name in CLASSES], ids=CLASSES)
 def test_unfusing_restores_the_model_exactly(make):
     model = make()
     before = structure(model)

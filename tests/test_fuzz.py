@@ -2,23 +2,21 @@
 
 Each case is a small program: a module's class, and what is done with the model between calls. It runs twice,
 stock and fused, and every output, gradient, error and side effect is compared. A mismatch is shrunk, and
-printed as the program that shows it. FASTMLP_FUZZ_CASES says how many cases there are.
+printed as the program that shows it.
 """
 
 import linecache
-import os
 import sys
 import textwrap
 import traceback
 import types
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 import fastmlp
-
-CASES = int(os.environ.get("FASTMLP_FUZZ_CASES", "200"))
 
 HEAD = """
 import copy, pickle, torch
@@ -532,18 +530,34 @@ def compared(ours, theirs, program):
     same(ours, theirs)
 
 
-@settings(
-    max_examples=CASES,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    print_blob=False,
-    report_multiple_bugs=False,
-    database=None,
-)
-@given(programs)
-def test_any_forward_does_what_stock_does_whatever_is_changed_between_calls(program):
+def tried(programs_count):
+    """Runs a test with so many programs."""
+    return settings(
+        max_examples=programs_count,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+        report_multiple_bugs=False,
+        database=None,
+    )
+
+
+def check(program):
     forward, rounds = program
     source = HEAD + "\n" + forward + "\n"
     note(forward + "\n\n" + "\n".join(line for changes, call in rounds for line in [*changes, call]))
     theirs, ours = (observed(name, source, rounds, name == "fused") for name in ("stock", "fused"))
     compared(ours, theirs, program)
+
+
+@tried(100)
+@given(programs)
+def test_any_forward_does_what_stock_does_whatever_is_changed_between_calls(program):
+    check(program)
+
+
+@pytest.mark.slow
+@tried(2000)
+@given(programs)
+def test_so_does_every_one_of_many_more_forwards(program):
+    check(program)

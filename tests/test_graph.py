@@ -4,6 +4,7 @@ Like a GPU it computes nothing while it captures, and afterwards reads and write
 """
 
 import copy
+import itertools
 import warnings
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -140,10 +141,18 @@ class Twins:
         torch.testing.assert_close(*states, **options)
 
 
-@pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
-@pytest.mark.parametrize("kind", [torch.optim.SGD, fastmlp.SGD], ids=["torch's", "ours"])
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-def test_a_graph_trains_as_the_standard_loop_does(loss, kind, options):
+@pytest.mark.parametrize(
+    ("kind", "options", "name"),
+    [
+        (kind, options, name)
+        for (kind, options), name in zip(
+            itertools.product(["torch", "fastmlp"], SGD_OPTIONS), itertools.cycle(LOSSES), strict=False
+        )
+    ],
+    ids=str,
+)
+def test_a_graph_trains_as_the_standard_loop_does(kind, options, name):
+    loss, kind = LOSSES[name], torch.optim.SGD if kind == "torch" else fastmlp.SGD
     Twins(loss, kind, **options).train(*[8] * 6)
     assert Capture.made == 1
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compatibility import recorded_paths
+from reference import MODULES
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
@@ -27,7 +28,6 @@ from torch.utils.checkpoint import checkpoint
 import fastmlp
 from fastmlp import _C
 
-MODULES = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "tanh": nn.Tanh}
 X, TARGET = torch.randn(6, 7, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
 
 habit_is = pytest.mark.habit
@@ -45,7 +45,7 @@ def stock_of(model):
     return nn.Sequential(*layers)
 
 
-@pytest.fixture(params=["one op", "an op for each layer"])
+@pytest.fixture(params=["one op", pytest.param("an op for each layer", marks=pytest.mark.slow)])
 def ours(request):
     model = fastmlp.MLP(7, 5, 3, activation="tanh")
     return model if request.param == "one op" else nn.Sequential(*model)
@@ -157,6 +157,7 @@ class TestCompiling:
             y = loaded(X[:4])
         assert_close(y, stock(X[:4]))
 
+    @pytest.mark.slow
     @habit_is("AOTInductor: `aoti_compile_and_package`", "composite", "Runs where no fastmlp is.")
     def test_a_packaged_model_runs_without_us(self, habit, tmp_path):
         model, dynamic = fastmlp.MLP(7, 5, 3), ({0: torch.export.Dim("batch", min=1, max=64)},)
@@ -544,14 +545,19 @@ class TestDtypes:
         torch.testing.assert_close(y, stock.to(dtype)(X.to(dtype)))
 
     @habit_is("Integers, complex numbers", "composite", "Where stock raises an error, so do we, of its type.")
-    @pytest.mark.parametrize("activation", [None, "relu", "sigmoid", "tanh"])
-    @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.complex64])
+    @pytest.mark.parametrize(
+        ("dtype", "activation"),
+        [
+            *((torch.int64, None), (torch.int64, "relu"), (torch.uint8, "sigmoid")),
+            *((torch.complex64, activation) for activation in (None, "relu", "tanh")),
+        ],
+    )
     def test_numbers_of_other_kinds_are_torchs(self, habit, dtype, activation):
         x, weight = torch.ones(2, 3).to(dtype), torch.ones(4, 3).to(dtype)
         with habit.holds():
             assert_same_outcome(
                 partial(fastmlp.functional.linear, x, weight, None, activation),
-                lambda: (MODULES[activation]() if activation else nn.Identity())(F.linear(x, weight)),
+                lambda: MODULES[activation]()(F.linear(x, weight)),
             )
 
     @habit_is("Booleans", "refused", "As by stock.")

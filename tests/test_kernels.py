@@ -1,11 +1,14 @@
 """Every kernel, by itself, against float64: the CPU's in each instruction set, CUDA's emulated.
 
 The sources are compiled by g++ as they are: cuda_emulator.h gives CUDA's part of the language its meaning,
-avx512_emulator.h the intrinsics of AVX-512, for processors that lack them.
+avx512_emulator.h the intrinsics of AVX-512, for processors that lack them. The processor's best instruction
+set, AVX2, the portable one and CUDA are tried on a few shapes. Slow tests try the others, more shapes, all
+parameters together, and sanitizers: what is compiled for a run with slow tests looks for undefined behaviour.
 """
 
 import ctypes
 import itertools
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable
@@ -15,26 +18,50 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastmlp import _C
+
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = ["float32", "bfloat16", "float16"]
-BACKENDS = ["avx512bf16", "avx512", "avx2", "portable", "cuda"]
+INSTRUCTION_SETS = ["avx512bf16", "avx512", "avx2", "portable"]
+BACKENDS = [*INSTRUCTION_SETS, "cuda"]
+BEST = _C.instruction_sets()[0]  # of the processor
+QUICK = {BEST, "avx2", "portable", "cuda"}
+
+
+def cases(names, values, is_quick, **options):
+    """As of reference.py; backends are fixtures."""
+    return reference.cases(
+        names, values, is_quick, indirect=[name for name in names if name == "backend"], **options
+    )
+
+
+def every_backend(backends=BACKENDS, slow=()):
+    return cases(["backend"], [(name,) for name in backends], lambda name: name in QUICK and name not in slow)
+
+
 KERNELS = [
     (backend, dtype) for backend in BACKENDS for dtype in DTYPES if backend == "cuda" or dtype != "float16"
 ]
-every_kernel = pytest.mark.parametrize(("backend", "dtype"), KERNELS, indirect=["backend"])
+every_kernel = cases(["backend", "dtype"], KERNELS, lambda backend, _: backend in QUICK)
+every_sweep = cases(["sweep"], [(number,) for number in range(4)], lambda number: number == 0)
+every_variant = cases(["variant"], [(1,), (2,), (3,), (6,)], lambda variant: variant == 3)
 SHAPES = [(1, 1, 1), (3, 5, 7), (64, 10, 500), (65, 67, 33), (0, 4, 3), (4, 0, 3), (4, 3, 0), (300, 3, 2)]
 SHAPES += [(300, 40, 600), (530, 550, 20)]  # sums deeper than a panel, more rows than a block
 SHAPES += [(1100, 20, 9)]  # a batch that goes through the threads by rows
 NETWORKS = [(0, (3, 4, 2)), (70, (20, 33, 40, 3)), (1100, (9, 20, 5, 2))]
 NETWORKS += [(130, (20, 128, 9, 70, 5)), (70, (20, 130, 40, 3))]  # of the widths of a chain, and of others
-MIXED = ["silu", "tanh", "relu", "gelu"]  # of layers that have y or z read, one after the other
+NETWORK_ACTIVATIONS = {
+    "relu": ["relu"] * 4 + ["identity"],
+    "mixed": ["silu", "tanh", "relu", "gelu"],  # of layers that have y or z read, one after the other
+}
 LAUNCH_FAILURE = 719
 
 STORAGE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.float16}
@@ -90,10 +117,32 @@ ACTIVATIONS = {
     "hardswish": Activation("hardswish", F.hardswish),
     "hardsigmoid": Activation("hardsigmoid", F.hardsigmoid),
 }
-# Those that differ in how they are computed, in every shape; the others along the sum and across it.
-CASES = [*itertools.product(["identity", "relu", "tanh", "silu"], SHAPES)]
-CASES += [*itertools.product(ACTIVATIONS.keys() - {g for g, _ in CASES}, [(3, 5, 7), (65, 67, 33)])]
-every_case = pytest.mark.parametrize(("activation", "shape"), sorted(CASES), ids=str)
+# Each shape with one of those that differ in how they are computed. Slow: each of them in every shape, and
+# the others, which test_an_activation_is_as_exact_as_torch tries too, along the sum and across it.
+DIFFERENT = ["identity", "relu", "tanh", "silu"]
+CHOSEN = [*zip(itertools.cycle(DIFFERENT), SHAPES, strict=False)]
+CASES = [*itertools.product(DIFFERENT, SHAPES)]
+CASES += [*itertools.product(ACTIVATIONS.keys() - {*DIFFERENT}, [(3, 5, 7), (65, 67, 33)])]
+
+
+def is_quick(backend, dtype, activation, shape):
+    """Few of those that hardly differ, and that the emulator takes long for."""
+    if backend not in QUICK or (activation, shape) not in CHOSEN:
+        return False
+    if backend == "cuda":
+        small = shape in [(3, 5, 7), (65, 67, 33)]
+        return {"float32": np.prod(shape) < 1e6, "bfloat16": True, "float16": small}[dtype]
+    return (
+        dtype == "float32" or (backend == BEST and 0 not in shape) or shape in [(65, 67, 33), (300, 40, 600)]
+    )
+
+
+every_layer = cases(
+    ["backend", "dtype", "activation", "shape"],
+    [(*kernel, *case) for kernel in KERNELS for case in sorted(CASES)],
+    is_quick,
+    ids=str,
+)
 
 # Edits of the CUDA kernels that a test must notice, and what the emulator says of them. It says nothing where
 # only the values are wrong.
@@ -123,11 +172,10 @@ BROKEN = {
 
 # ---- building
 
-SOURCES = {
-    "cuda": ["csrc/cuda/backend.cu", "tests/kernels_driver.cpp"],
-    "cpu": [*sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/**/*.cpp")),
-            "tests/kernels_driver.cpp"],
-}  # fmt: skip
+COMMON = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))
+DRIVER = "tests/kernels_driver.cpp"
+SOURCES = {"cuda": ["csrc/cuda/backend.cu", DRIVER]}
+SOURCES |= {name: [f"csrc/cpu/isa/{name}.cpp", *COMMON, DRIVER] for name in INSTRUCTION_SETS}
 FLAGS = {
     # Few multiprocessors, so that small shapes need the large tiles. Elements are read as words, which a
     # CPU's optimizer need not see as a reading of them. Each library has an emulator of its own.
@@ -137,21 +185,7 @@ FLAGS = {
 OLDEST = "g++-11"  # the oldest compiler that the package can be built with
 # The instruction sets that can be emulated, and the flag of a processor that has them.
 EMULATED = {"avx512bf16": "avx512_bf16", "avx512": "avx512vl"}
-
-
-def compile_backend(name: str, root: Path, output: Path, *flags: str, compiler: str = "g++") -> Path:
-    def gxx(*arguments: object) -> None:
-        command = [compiler, "-std=c++17", "-fopenmp", "-ffp-contract=off", *flags, *map(str, arguments)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-
-    objects = []
-    for source in SOURCES[name]:
-        objects.append(f"{output}.{Path(source).stem}.o")
-        # The emulator stands in for the library of -fsanitize=thread, which therefore is not linked.
-        own = ["-fsanitize=thread"] if source.endswith(".cu") and "-shared" in flags else []
-        gxx(*own, *FLAGS[name], f"-I{root / 'tests'}", "-c", "-x", "c++", root / source, "-o", objects[-1])
-    gxx(*objects, "-o", output)
-    return output
+LIBRARY = ["-shared", "-fPIC"]
 
 
 def emulate(instruction_sets: Iterable[str]) -> list[str]:
@@ -170,39 +204,87 @@ def break_source(folder: Path, file: str, old: str, new: str, _: str) -> Path:
     return folder
 
 
+class Builds:
+    """What is compiled for the tests, a source for each processor at a time, once it is asked for.
+
+    The names: a backend, for the library that the tests call; an edit of BROKEN, for one of the CUDA backend
+    with it; a backend and "sanitized", for a program under AddressSanitizer; an instruction set and OLDEST.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor, folder: Path, sanitized: bool) -> None:
+        self.pool, self.folder, self.sanitized = pool, folder, sanitized
+        self.objects: dict[tuple[object, ...], Future[Path]] = {}
+        processor = Path("/proc/cpuinfo").read_text().split()
+        self.lacking = [name for name, flag in EMULATED.items() if flag not in processor]
+
+    def plan(self, name: str) -> tuple[str, list[str], list[str], str, Path]:
+        """The compiler, its flags, the linker's, the backend, and the folder of its sources."""
+        if name in BROKEN:
+            folder = self.folder / f"broken {[*BROKEN].index(name)}"
+            root = folder if folder.exists() else break_source(folder, *BROKEN[name])
+            return "g++", LIBRARY, LIBRARY, "cuda", root
+        backend, _, kind = name.partition(" ")
+        if kind == "sanitized":
+            # All that can be: AddressSanitizer does not see what a masked instruction reads and writes.
+            own = "address,undefined" if backend == "cuda" else "address"
+            flags = ["-g", f"-fsanitize={own}", "-fno-sanitize-recover", *emulate(EMULATED)]
+            return "g++", flags, flags, backend, ROOT
+        if kind == OLDEST:  # optimised as the package is
+            flags = [*LIBRARY, *emulate({backend} & {*self.lacking}), "-O3"]
+            return OLDEST, flags, LIBRARY, backend, ROOT
+        # The emulator is slow enough without UndefinedBehaviorSanitizer, which its program has too.
+        undefined = ["-fsanitize=undefined", "-fno-sanitize-recover"]
+        own = undefined if self.sanitized and backend != "cuda" else []
+        flags = [*LIBRARY, *emulate({backend} & {*self.lacking}), "-O1", *own]
+        return "g++", flags, [*LIBRARY, *own], backend, ROOT
+
+    def ask(self, name: str) -> list[Future[Path]]:
+        """Has the objects of a build compiled, if they are not yet."""
+        compiler, flags, _, backend, root = self.plan(name)
+        flags = [*flags, *FLAGS["cuda" if backend == "cuda" else "cpu"], f"-I{root / 'tests'}"]
+        futures = []
+        for source in SOURCES[backend]:
+            # The emulator stands in for the library of -fsanitize=thread, which therefore is not linked.
+            own = ["-fsanitize=thread"] if source.endswith(".cu") and "-shared" in flags else []
+            key = (compiler, *flags, *own, "-c", "-x", "c++", root / source)
+            if key not in self.objects:
+                output = self.folder / f"{len(self.objects)}.o"
+                self.objects[key] = self.pool.submit(self.gxx, *key, "-o", output)
+            futures.append(self.objects[key])
+        return futures
+
+    def gxx(self, compiler: str, *arguments: object) -> Path:
+        command = [compiler, "-std=c++17", "-fopenmp", "-ffp-contract=off", *map(str, arguments)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        return Path(command[-1])
+
+    def __getitem__(self, name: str) -> Path:
+        output = self.folder / f"{name}.linked"
+        if not output.exists():
+            compiler, _, flags, *_ = self.plan(name)
+            self.gxx(compiler, *flags, *[future.result() for future in self.ask(name)], "-o", output)
+        return output
+
+
 @pytest.fixture(scope="session")
-def builds(tmp_path_factory):
-    """Everything that is compiled, two at a time: name -> future of a path."""
-    folder = tmp_path_factory.mktemp("kernels")
-    processor = Path("/proc/cpuinfo").read_text().split()
-    lacking = [name for name, flag in EMULATED.items() if flag not in processor]
-    library = ["-shared", "-fPIC", *emulate(lacking)]
-    # The emulator is slow enough without UndefinedBehaviorSanitizer, which the CUDA driver has too.
-    own = {"cuda": ["-O2"], "cpu": ["-O1", "-fsanitize=undefined", "-fno-sanitize-recover"]}
-    # All that can be: AddressSanitizer does not see what a masked instruction reads and writes.
-    address = ["-g", "-fno-sanitize-recover", *emulate(EMULATED)]
-    sanitizers = {"cuda": "-fsanitize=address,undefined", "cpu": "-fsanitize=address"}
-    with ThreadPoolExecutor(2) as pool:
-        futures = {}
-        for name in SOURCES:
-            output = folder / f"{name}.so"
-            futures[name] = pool.submit(compile_backend, name, ROOT, output, *library, *own[name])
-        for number, (name, edit) in enumerate(BROKEN.items()):
-            source = break_source(folder / str(number), *edit)
-            futures[name] = pool.submit(compile_backend, "cuda", source, folder / f"{number}.so", *library)
-        for name in SOURCES:
-            flags = [*address, sanitizers[name]]
-            futures[f"{name} driver"] = pool.submit(compile_backend, name, ROOT, folder / name, *flags)
-        if shutil.which(OLDEST):
-            options = [*library, "-O3"]  # optimised as the package is
-            output = folder / f"{OLDEST}.so"
-            futures[OLDEST] = pool.submit(compile_backend, "cpu", ROOT, output, *options, compiler=OLDEST)
-        yield futures
+def builds(request, tmp_path_factory):
+    """The builds; those that the tests of this run name in their parameters are begun at once."""
+    own = [item for item in request.session.items if item.path == Path(__file__)]
+    sanitized = any(item.get_closest_marker("slow") for item in own)
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    builds = Builds(pool, tmp_path_factory.mktemp("kernels"), sanitized)
+    parameters = [item.callspec.params for item in own if hasattr(item, "callspec")]
+    for name in dict.fromkeys(
+        each[key] for each in parameters for key in ("backend", "build") if key in each
+    ):
+        builds.ask(name)
+    yield builds
+    pool.shutdown(cancel_futures=True)
 
 
-@pytest.fixture(scope="session", params=BACKENDS)
-def backend(request, builds: dict[str, Future]) -> ctypes.CDLL:
-    return loaded(builds["cuda" if request.param == "cuda" else "cpu"].result(), request.param)
+@pytest.fixture(scope="session")
+def backend(request, builds: Builds) -> ctypes.CDLL:
+    return loaded(builds[request.param], request.param)
 
 
 def loaded(path: Path, name: str) -> ctypes.CDLL:
@@ -455,23 +537,28 @@ class Layer:
 # ---- the specification
 
 
-@every_case
-@every_kernel
+@every_layer
 def test_forward_is_right(backend, dtype, activation, shape):
     layer = Layer(backend, dtype, activation, shape)
     layer.assert_forward(layer.forward())
 
 
-@every_case
-@every_kernel
+@every_layer
 def test_backward_is_right(backend, dtype, activation, shape):
     layer = Layer(backend, dtype, activation, shape)
     layer.assert_backward(layer.backward())
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("activation", ["silu", "tanh"])
-@every_kernel
+@cases(
+    ["backend", "dtype", "activation", "shape"],
+    [(*kernel, *case) for kernel in KERNELS for case in itertools.product(["silu", "tanh"], SHAPES)],
+    lambda backend, dtype, *case: (
+        backend in QUICK
+        and case
+        in [("silu", (65, 67, 33)), ("tanh", (3, 5, 7)), ("tanh", (300, 40, 600))][: 3 - (backend == "cuda")]
+    ),
+    ids=str,
+)
 def test_a_layer_may_be_given_its_x_as_what_it_is_the_activation_of(backend, dtype, activation, shape):
     layer = Layer(backend, dtype, "relu", shape)
     layer.x_activation = activation
@@ -481,6 +568,7 @@ def test_a_layer_may_be_given_its_x_as_what_it_is_the_activation_of(backend, dty
 sizes = st.one_of(st.integers(0, 20), st.sampled_from([63, 64, 65, 129]))
 
 
+@every_sweep
 @every_kernel
 @settings(max_examples=25, deadline=None, database=None)
 @given(
@@ -490,16 +578,18 @@ sizes = st.one_of(st.integers(0, 20), st.sampled_from([63, 64, 65, 129]))
     bias=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_shape_and_stride_is_right(backend, dtype, activation, shape, gaps, bias, seed):
+def test_any_shape_and_stride_is_right(backend, dtype, sweep, activation, shape, gaps, bias, seed):
     layer = Layer(backend, dtype, activation, shape, shape[2] + gaps[0], shape[2] + gaps[1], bias, seed)
     layer.check(variant=seed)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(OLDEST) is None, reason=f"needs {OLDEST}")
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "cuda"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_compilers_and_what_they_optimise_change_no_bit(builds, name, dtype):
-    libraries = [loaded(builds[build].result(), name) for build in ("cpu", OLDEST)]
+@pytest.mark.parametrize("build", [f"{name} {OLDEST}" for name in INSTRUCTION_SETS])
+def test_compilers_and_what_they_optimise_change_no_bit(builds, build, dtype):
+    name = build.split()[0]
+    libraries = [loaded(builds[each], name) for each in (name, build)]
     shapes = [(65, 67, 33), (300, 40, 600), (3, 5, 7)]
     for activation, shape in [("relu", shapes[1]), *itertools.product(ACTIVATIONS, shapes[::2])]:
         layers = [Layer(library, dtype, activation, shape) for library in libraries]
@@ -519,15 +609,23 @@ def test_bias_can_be_missing(backend, dtype):
     layer.assert_forward(layer.forward())
 
 
-@pytest.mark.parametrize("activation", ["identity", "relu"])
-@pytest.mark.parametrize("wanted", [c for n in range(4) for c in itertools.combinations(EVERYTHING, n)])
+WANTED = [some for count in range(4) for some in itertools.combinations(EVERYTHING, count)]
+
+
+@cases(
+    ["backend", "activation", "wanted"],
+    itertools.product(BACKENDS, ["identity", "relu"], WANTED),
+    lambda backend, activation, wanted: backend in (BEST, "cuda") and activation == "relu",
+    ids=str,
+)
 def test_each_gradient_can_be_had_alone_from_the_inputs_it_needs(backend, wanted, activation):
     layer = Layer(backend, "float32", activation, (300, 5, 9))
     everything, some = layer.backward(), layer.backward(wanted=wanted)
     assert all((some[name] == everything[name]).all() for name in wanted)
 
 
-@pytest.mark.parametrize("variant", [1, 2, 3, 6])
+@every_variant
+@every_backend()
 def test_neither_the_number_of_threads_nor_their_order_changes_a_bit(backend, variant):
     layer = Layer(backend, "float32", "silu", (260, 66, 20))
     layer.x_activation = "silu"
@@ -536,10 +634,21 @@ def test_neither_the_number_of_threads_nor_their_order_changes_a_bit(backend, va
     assert all((gradients[name] == again[name]).all() for name in gradients)
 
 
-@pytest.mark.parametrize("activations", [["relu"] * 4 + ["identity"], MIXED], ids=["relu", "mixed"])
-@pytest.mark.parametrize(("batch", "sizes"), NETWORKS, ids=str)
-@every_kernel
-def test_a_network_gives_the_bits_of_its_layers(backend, dtype, batch, sizes, activations):
+QUICK_NETWORKS = [(NETWORKS[1], "relu"), (NETWORKS[3], "mixed"), (NETWORKS[2], "mixed")]
+
+
+@cases(
+    ["backend", "dtype", "network", "kind"],
+    [(*kernel, *case) for kernel in KERNELS for case in itertools.product(NETWORKS, NETWORK_ACTIVATIONS)],
+    lambda backend, dtype, *case: (
+        backend in QUICK
+        and case in QUICK_NETWORKS
+        and (backend != "cuda" or dtype == ("float32" if case == QUICK_NETWORKS[2] else "bfloat16"))
+    ),
+    ids=str,
+)
+def test_a_network_gives_the_bits_of_its_layers(backend, dtype, network, kind):
+    (batch, sizes), activations = network, NETWORK_ACTIVATIONS[kind]
     shapes = [(batch, n, k) for k, n in itertools.pairwise(sizes)]
     chosen = activations[-len(shapes) :]
     layers = [Layer(backend, dtype, g, shape, seed=shape[1]) for g, shape in zip(chosen, shapes, strict=True)]
@@ -578,6 +687,7 @@ def test_a_network_gives_the_bits_of_its_layers(backend, dtype, batch, sizes, ac
         assert (together[index][name].float64() == alone[index][name].float64()).all()
 
 
+@every_backend()
 def test_float32_is_multiplied_in_less_precision_where_that_is_allowed_and_faster(backend):
     layer = Layer(backend, "float32", "relu", (40, 50, 61))
     exact = {"y": layer.forward(), **layer.backward()}
@@ -590,6 +700,7 @@ def test_float32_is_multiplied_in_less_precision_where_that_is_allowed_and_faste
     assert (reduced["grad_bias"] == exact["grad_bias"]).all()
 
 
+@every_backend(slow={"cuda"})
 def test_bias_gradient_of_a_large_batch_is_as_accurate_as_a_blocked_sum(backend):
     layer = Layer(backend, "float32", "identity", (65536, 1, 0))
     layer.grad_y = Buffer("float32", (65536, 1), np.full(65536, 0.1))
@@ -606,7 +717,13 @@ def sweep() -> np.ndarray:
     return np.concatenate([np.float32([np.nan]), z, -z])
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@cases(
+    ["backend", "activation"],
+    itertools.product(BACKENDS, ACTIVATIONS),
+    lambda backend, activation: (  # where they are the same lines, one that reads y and one that reads z
+        backend in (BEST, "portable") or (backend in QUICK and activation in ("tanh", "gelu"))
+    ),
+)
 def test_an_activation_is_as_exact_as_torch_and_the_same_where_it_is_not_finite(backend, activation):
     """Both errors, of g and of g', in units in the last place of the float64 result, from range to range."""
     z = sweep()
@@ -715,6 +832,7 @@ class Loss:
             assert (np.abs(actual_grad - grad / total) < grad_error).all()
 
 
+@every_sweep
 @every_kernel
 @settings(max_examples=40, deadline=None, database=None)
 @given(
@@ -727,7 +845,7 @@ class Loss:
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_cross_entropy_is_right(
-    backend, dtype, reduction, rows, count, weighted, ignore_index, smoothing, seed
+    backend, dtype, sweep, reduction, rows, count, weighted, ignore_index, smoothing, seed
 ):
     loss = Loss(dtype, reduction, rows, count, weighted, ignore_index, smoothing, seed)
     if reduction == "mean":
@@ -735,7 +853,8 @@ def test_any_cross_entropy_is_right(
     loss.check(backend, variant=seed)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@cases(["reduction"], [(each,) for each in REDUCTIONS], lambda reduction: reduction == "mean")
+@every_backend()
 def test_cross_entropy_of_more_rows_than_blocks_is_right(backend, reduction):
     Loss("float32", reduction, 5000, 3, weighted=True, ignore_index=1).check(backend, variant=3)
 
@@ -746,8 +865,9 @@ def test_cross_entropy_without_its_gradient_is_the_same(backend, dtype):
     assert loss.run(backend)[0] == loss.run(backend, wants_grad=False)[0]
 
 
-@pytest.mark.parametrize("variant", [1, 2, 3, 6])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_variant
+@cases(["reduction"], [(each,) for each in REDUCTIONS], lambda reduction: reduction == "mean")
+@every_backend()
 def test_neither_threads_nor_their_order_change_a_bit_of_cross_entropy(backend, reduction, variant):
     loss = Loss("float32", reduction, 1100, 10, weighted=True)
     for one, other in zip(loss.run(backend), loss.run(backend, variant), strict=True):
@@ -755,6 +875,7 @@ def test_neither_threads_nor_their_order_change_a_bit_of_cross_entropy(backend, 
 
 
 @pytest.mark.parametrize("rows", [0, 3])
+@every_backend()
 def test_the_mean_over_no_row_is_nan_and_has_no_gradient(backend, rows):
     loss = Loss("float32", "mean", rows, 4, ignore_index=2)
     loss.target[:] = 2
@@ -763,9 +884,8 @@ def test_the_mean_over_no_row_is_nan_and_has_no_gradient(backend, rows):
     assert not grad.any()
 
 
-@pytest.mark.parametrize("label", [-1, 4, 2**40])
-@pytest.mark.parametrize(("rows", "at"), [(5, 3), (3000, 2000)])
-@pytest.mark.parametrize("backend", BACKENDS[:-1], indirect=True)  # on CUDA an assertion fails
+@pytest.mark.parametrize(("rows", "at", "label"), [(5, 3, -1), (5, 3, 2**40), (3000, 2000, 4)])
+@every_backend(INSTRUCTION_SETS)  # on CUDA an assertion fails
 def test_a_label_out_of_bounds_is_found_and_nothing_is_written(backend, rows, at, label):
     loss = Loss("float32", "mean", rows, 4)
     loss.target[[at, rows - 1]] = label
@@ -862,12 +982,19 @@ class Step:
         return [after, (m, m_size)][: 1 + len(states)]
 
 
-@pytest.mark.parametrize("options", STEPS.values(), ids=list(STEPS))
-@every_kernel
-def test_a_step_of_an_optimizer_is_right(backend, dtype, options):
-    Step(dtype, [500, 0, 1, 9000, 67], **options).check(backend)
+@cases(
+    ["backend", "dtype", "name"],
+    [(*kernel, name) for kernel in KERNELS for name in STEPS],
+    lambda backend, dtype, name: (
+        backend in QUICK
+        and (name in ("nesterov", "amsgrad") or (dtype == "float32" and backend in (BEST, "cuda")))
+    ),
+)
+def test_a_step_of_an_optimizer_is_right(backend, dtype, name):
+    Step(dtype, [500, 0, 1, 9000, 67], **STEPS[name]).check(backend)
 
 
+@every_sweep
 @every_kernel
 @settings(max_examples=25, deadline=None, database=None)
 @given(
@@ -876,15 +1003,16 @@ def test_a_step_of_an_optimizer_is_right(backend, dtype, options):
     guard=st.integers(57, 64),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_a_step_of_any_sizes_and_alignment_is_right(backend, dtype, options, sizes, guard, seed):
+def test_a_step_of_any_sizes_and_alignment_is_right(backend, dtype, sweep, options, sizes, guard, seed):
     Step(dtype, sizes, seed, guard, **options).check(backend, variant=seed)
 
 
+@every_backend()
 def test_a_step_of_more_tensors_than_a_launch_takes_is_right(backend):
     Step("float32", [*range(60), *[0] * 70, *range(60)], **STEPS["amsgrad"]).check(backend)
 
 
-@pytest.mark.parametrize("variant", [1, 2, 3, 6])
+@every_variant
 @every_kernel
 def test_neither_the_number_of_threads_nor_their_order_changes_a_bit_of_a_step(backend, dtype, variant):
     steps = [Step(dtype, [100, 7, 3000], **STEPS["nesterov"]) for _ in range(2)]
@@ -895,6 +1023,7 @@ def test_neither_the_number_of_threads_nor_their_order_changes_a_bit_of_a_step(b
             assert (one.elements == other.elements).all()
 
 
+@every_backend()
 def test_without_weight_decay_an_infinite_parameter_stays_infinite(backend):
     step = Step("float32", [20])
     step.params[0].elements[:] = np.inf
@@ -936,12 +1065,13 @@ class Clipped:
             assert (np.abs(actual - right) <= 1.01 * error + UNDERFLOW[self.dtype]).all()
 
 
-@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+@cases(["max_norm"], [(0.5,), (1e6,)], lambda max_norm: max_norm < 1)
 @every_kernel
 def test_gradients_are_clipped_by_the_norm_of_all(backend, dtype, max_norm):
     Clipped(dtype, [500, 0, 1, 9000, 67]).check(backend, max_norm)
 
 
+@every_sweep
 @every_kernel
 @settings(max_examples=25, deadline=None, database=None)
 @given(
@@ -950,20 +1080,24 @@ def test_gradients_are_clipped_by_the_norm_of_all(backend, dtype, max_norm):
     max_norm=st.one_of(st.just(0.0), st.floats(1e-3, 100)),  # whose factor is not subnormal
     seed=st.integers(0, 2**32 - 1),
 )
-def test_gradients_of_any_sizes_and_alignment_are_clipped(backend, dtype, sizes, guard, max_norm, seed):
+def test_gradients_of_any_sizes_and_alignment_are_clipped(
+    backend, dtype, sweep, sizes, guard, max_norm, seed
+):
     Clipped(dtype, sizes, seed, guard).check(backend, max_norm, variant=seed)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-44, 1e30])
+@every_backend()
 def test_no_square_of_a_gradient_overflows_or_vanishes(backend, scale):
     Clipped("float32", [1000, 70], scale=scale).check(backend, scale)
 
 
+@every_backend()
 def test_more_gradients_than_a_launch_takes_are_clipped_together(backend):
     Clipped("float32", [*range(160), *[0] * 170, *range(160)]).check(backend, 1)
 
 
-@pytest.mark.parametrize("variant", [1, 2, 3, 6])
+@every_variant
 @every_kernel
 def test_neither_the_number_of_threads_nor_their_order_changes_a_bit_of_a_norm(backend, dtype, variant):
     runs = [Clipped(dtype, [100, 7, 30000]) for _ in range(2)]
@@ -973,8 +1107,8 @@ def test_neither_the_number_of_threads_nor_their_order_changes_a_bit_of_a_norm(b
         assert (one.elements == other.elements).all()
 
 
-@pytest.mark.parametrize("only_finite", [False, True])
-@pytest.mark.parametrize("value", [np.inf, np.nan, 3e38])
+@pytest.mark.parametrize(("value", "only_finite"), [(np.inf, False), (np.nan, True), (3e38, True)])
+@every_backend()
 def test_a_norm_that_is_not_finite_changes_gradients_only_where_it_may(backend, value, only_finite):
     clipped = Clipped("float32", [20, 3000])
     clipped.grads[0].elements[:2] = value  # 3e38 twice is more than float32 holds
@@ -989,27 +1123,14 @@ def test_a_norm_that_is_not_finite_changes_gradients_only_where_it_may(backend, 
 # ---- the checks checked
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_address_sanitizer_finds_nothing(builds, name):
-    driver = builds["cuda driver" if name == "cuda" else "cpu driver"].result()
-    result = subprocess.run([driver, name], capture_output=True, text=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [f"{name} sanitized" for name in BACKENDS])
+def test_address_sanitizer_finds_nothing(builds, build):
+    name = build.split()[0]
+    result = subprocess.run([builds[build], name], capture_output=True, text=True)
     if result.returncode == 2:
         pytest.skip(f"this processor has no {name}")
     assert result.returncode == 0, result.stdout + result.stderr
-
-
-def assert_noticed(builds, name, check):
-    broken = loaded(builds[name].result(), "cuda")
-    with pytest.raises(AssertionError):
-        check(broken)
-    *_, said = BROKEN[name]
-    assert said in complaint(broken)
-    assert bool(said) == bool(complaint(broken))
-
-
-@pytest.mark.parametrize("name", list(BROKEN)[:-2])
-def test_a_broken_product_is_noticed(builds, name):
-    assert_noticed(builds, name, lambda broken: Layer(broken, "bfloat16", "relu", (70, 70, 140)).check())
 
 
 def network(backend, dtype, batch, sizes):
@@ -1020,18 +1141,38 @@ def network(backend, dtype, batch, sizes):
     return [layer.forward_arguments(*end) for layer, end in zip(layers, ends, strict=True)], (layers, y)
 
 
-def test_a_broken_chain_is_noticed(builds):
-    def check(broken):
-        arguments, _buffers = network(broken, "bfloat16", 70, (20, 70, 30))
-        run(broken, 0, *arguments)
+def check_product(broken):
+    Layer(broken, "bfloat16", "relu", (70, 70, 140)).check()
 
-    assert_noticed(builds, list(BROKEN)[-2], check)
+
+def check_chain(broken):
+    arguments, _buffers = network(broken, "bfloat16", 70, (20, 70, 30))
+    run(broken, 0, *arguments)
+
+
+def check_cross_entropy(broken):
+    Loss("float32", "mean", 20, 40, smoothing=0.1).check(broken)  # two sums follow one another
+
+
+CHECKS = {"product.cuh": check_product, "tensor_core.cuh": check_product}
+CHECKS |= {"chain.cuh": check_chain, "across.cuh": check_cross_entropy}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", BROKEN)
+def test_a_broken_kernel_is_noticed(builds, build):
+    broken = loaded(builds[build], "cuda")
+    file, *_, said = BROKEN[build]
+    with pytest.raises(AssertionError):
+        CHECKS[file](broken)
+    assert said in complaint(broken)
+    assert bool(said) == bool(complaint(broken))
 
 
 @pytest.mark.parametrize(("sizes", "expected"), [((64,) * 5, 1), ((7, 128, 128, 3), 1), ((64, 129, 8), 2)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@cases(["dtype"], [(dtype,) for dtype in DTYPES], lambda dtype: dtype == "bfloat16")
 def test_the_layers_of_a_narrow_network_are_one_launch(builds, dtype, sizes, expected):
-    library = loaded(builds["cuda"].result(), "cuda")
+    library = loaded(builds["cuda"], "cuda")
     library.launches.restype = ctypes.c_uint64
     before = library.launches()
     arguments, _buffers = network(library, dtype, 40, sizes)
@@ -1039,13 +1180,8 @@ def test_the_layers_of_a_narrow_network_are_one_launch(builds, dtype, sizes, exp
     assert library.launches() - before == expected
 
 
-def test_a_broken_cross_entropy_is_noticed(builds):
-    loss = Loss("float32", "mean", 20, 40, smoothing=0.1)  # two sums follow one another
-    assert_noticed(builds, list(BROKEN)[-1], loss.check)
-
-
 def test_no_matrix_meets_a_bank_conflict_on_its_way_to_tensor_cores(builds):
-    library = loaded(builds["cuda"].result(), "cuda")
+    library = loaded(builds["cuda"], "cuda")
     for dtype in DTYPES:
         layer = Layer(library, dtype, "relu", (130, 140, 150))
         layer.reduced = True

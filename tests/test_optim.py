@@ -125,17 +125,16 @@ def test_any_number_of_parameters_of_any_shape_is_updated(options, shapes, seed)
     assert_same(*both(lambda: parameters(*shapes, seed=seed), steps=2, **options))
 
 
-@pytest.mark.parametrize("threads", [2, 3])
-def test_the_number_of_threads_does_not_change_a_bit(instruction_set, threads):
+def test_the_number_of_threads_does_not_change_a_bit(instruction_set):
     results = []
     before = torch.get_num_threads()
-    for count in (1, threads):
+    for count in (1, 2, 3):
         torch.set_num_threads(count)
         params = parameters((300, 301), (7,), (100, 999))
         take_steps(fastmlp.SGD(params, **OPTIONS["nesterov"]), params)
         results.append(params)
     torch.set_num_threads(before)
-    assert all(map(torch.equal, *results))
+    assert all(torch.equal(one, other) for one, *others in zip(*results, strict=True) for other in others)
 
 
 @pytest.mark.parametrize("name", ["momentum", "Adam"])
@@ -203,7 +202,7 @@ def test_infinities_and_nan_spread_as_in_torch(name):
 
 
 @pytest.mark.parametrize("name", ["nesterov", "Adam with all", "AdamW"])
-def test_ten_thousand_steps_stay_as_close_to_the_exact_ones_as_torchs(kernel_calls, name):
+def test_two_thousand_steps_stay_as_close_to_the_exact_ones_as_torchs(kernel_calls, name):
     options = dict(OPTIONS[name], lr=1e-3)
     kinds = KINDS[options.pop("kind", "SGD")]
     runs = []
@@ -211,12 +210,12 @@ def test_ten_thousand_steps_stay_as_close_to_the_exact_ones_as_torchs(kernel_cal
         generator = torch.Generator().manual_seed(0)
         param = nn.Parameter(torch.ones(64, dtype=dtype))
         optimizer = kind([param], **options)
-        for _ in range(10_000):
+        for _ in range(2_000):
             param.grad = torch.randn(64, generator=generator).to(dtype)
             optimizer.step()
         runs.append(param.detach().double())
     ours, stock, exact = runs
-    assert kernel_calls == [True] * 10_000
+    assert kernel_calls == [True] * 2_000
     assert (ours - exact).abs().max() <= 1.5 * (stock - exact).abs().max()
 
 
@@ -323,7 +322,7 @@ UNCOVERED = {
 }
 
 
-@pytest.mark.parametrize("name", ["plain", "momentum", "Adam"])
+@pytest.mark.parametrize("name", ["momentum", "Adam"])
 @pytest.mark.parametrize("make", UNCOVERED.values(), ids=list(UNCOVERED))
 def test_what_the_kernel_does_not_cover_gets_the_bits_of_torch(kernel_calls, make, name):
     steps = 1 if make in (with_one_gradient, sparse) else 4
@@ -445,10 +444,11 @@ def test_a_compiled_training_step_learns_as_in_torch():
 # ---- habits
 
 
-@every_option
+# The state of each kind: none, a momentum, and with Adam's means.
+@pytest.mark.parametrize("name", ["plain", "nesterov", "Adam of tensors", "Adam with all", "AdamW"])
 @pytest.mark.parametrize("order", [1, -1], ids=["ours first", "torch's first"])
-def test_a_checkpoint_of_one_goes_on_in_the_other(options, order):
-    options = dict(options)
+def test_a_checkpoint_of_one_goes_on_in_the_other(name, order):
+    options = dict(OPTIONS[name])
     kinds = KINDS[options.pop("kind", "SGD")][::order]
     params = parameters((5, 3), (4,))
     optimizer = kinds[0](params, **options)
@@ -627,7 +627,9 @@ def torchs_own(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str
+)
 def test_the_inputs_of_pytorchs_own_tests_give_what_torch_gives(instruction_set, dtype, kind):
     for case in torchs_own(kind).optim_inputs_func("cpu", dtype):
         assert_same(*both(lambda: parameters(*SHAPES, dtype=dtype), kind=kind, **case.kwargs))
@@ -725,12 +727,3 @@ def test_wrong_arguments_are_named_and_change_nothing(arguments, words):
 def test_a_step_on_meta_tensors_is_left_to_torch():
     tensors = [torch.ones(3, device="meta")]
     assert not torch.ops.fastmlp.optimize_("sgd", tensors, tensors, [], [], SGD)
-
-
-@pytest.mark.parametrize(("name", "options"), [("sgd", SGD), ("adam", ADAM)])
-def test_the_op_keeps_to_its_schema(name, options):
-    params, grads = [torch.randn(3), torch.randn(4, 5)], [torch.randn(3), torch.randn(4, 5)]
-    states = [torch.rand_like(p) for p in params * (1 if name == "sgd" else 3)]
-    counts = [] if name == "sgd" else [torch.zeros(()), torch.zeros(())]
-    arguments = (name, params, grads, states, counts, options)
-    torch.library.opcheck(torch.ops.fastmlp.optimize_.default, arguments, test_utils=("test_schema",))

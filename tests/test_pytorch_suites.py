@@ -1,7 +1,8 @@
 """PyTorch's own test material, tried on ours: what its suites try on nn.Linear, F.linear and F.cross_entropy.
 
 The inputs come with torch; the generic tests that its suites run them through do not, and are written anew.
-The end of a test run tells how many samples of each suite were tried.
+Every test tries one sample; the others, and other dtypes, are slow tests. The end of a test run tells how
+many samples of each suite were tried.
 """
 
 import copy
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import KINDS, gradients
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -26,13 +28,28 @@ from torch.testing._internal import composite_compliance
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
-ACTIVATIONS = [None, "relu", "sigmoid", "tanh", "silu"]  # whose derivatives read nothing, y and z
-MODULE = next(info for info in module_db if info.module_cls is nn.Linear)
+MODULE, LOSS = (
+    next(info for info in module_db if info.module_cls is cls) for cls in (nn.Linear, nn.CrossEntropyLoss)
+)
 INFOS = {info.name.removeprefix("nn.functional."): info for info in op_db}
 FLOATS = [torch.float32, torch.bfloat16, torch.float64]
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2, torch.float64: 1e-9}
 
-every_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+
+def first_quick(values):
+    """The values of a parameter, slow but for the first."""
+    first, *others = values
+    return [first, *(pytest.param(value, marks=pytest.mark.slow) for value in others)]
+
+
+every_activation = pytest.mark.parametrize("activation", first_quick(reversed(KINDS)), ids=str)
+every_float = pytest.mark.parametrize("dtype", first_quick(FLOATS), ids=str)
+
+
+@pytest.fixture
+def activation():
+    """That of the tests where it does not matter, which is not none, so that it may get lost."""
+    return KINDS[-1]
 
 
 def activated(z: Tensor, activation: str | None) -> Tensor:
@@ -42,13 +59,6 @@ def activated(z: Tensor, activation: str | None) -> Tensor:
 def assert_close(actual, expected, dtype=torch.float32):
     tolerance = TOLERANCES.get(dtype, 1e-5)
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-def gradients(call, tensors):
-    """The result, and the gradients of those tensors that require one."""
-    y = call()
-    leaves = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
-    return y, *torch.autograd.grad(y, leaves, torch.linspace(0, 1, y.numel(), dtype=y.dtype).view(y.shape))
 
 
 # ---- ModuleInfo of nn.Linear
@@ -78,14 +88,14 @@ class Case(NamedTuple):
         return layer(**dict.fromkeys(self.kwargs, input)) if self.kwargs else layer(input)
 
 
-@pytest.fixture(params=[torch.float32, torch.float64], ids=str)
+@pytest.fixture(params=first_quick([torch.float32, torch.float64]), ids=str)
 def dtype(request):
     return request.param
 
 
-@pytest.fixture(params=range(len(module_inputs(torch.float32))))
+@pytest.fixture(params=first_quick(range(len(module_inputs(torch.float32)))))
 def case(request, tried, dtype, activation):
-    tried("ModuleInfo of nn.Linear, 4 activations")
+    tried("ModuleInfo of nn.Linear")
     torch.manual_seed(0)
     sample = module_inputs(dtype)[request.param]
     constructor, forward = sample.constructor_input, sample.forward_input
@@ -103,13 +113,12 @@ def test_the_suites_have_samples():
     assert len(samples("cross_entropy", torch.float32)) >= 10
 
 
-@every_activation
 class TestModule:
     """The generic tests of torch's test_modules.py."""
 
-    @pytest.mark.parametrize("training", [True, False])
-    def test_forward(self, case, dtype, training):
-        layer = case.make(dtype=dtype).train(training)
+    @every_activation
+    def test_forward(self, case, dtype, activation):
+        layer = case.make(dtype=dtype)
         assert_close(case.call(layer), case.reference(layer), dtype)
 
     def test_the_default_dtype_is_that_of_the_parameters(self, case, dtype):
@@ -152,9 +161,9 @@ class TestModule:
         other.load_state_dict(stock.state_dict())
         assert torch.equal(case.call(other), case.call(layer))
 
-    @pytest.mark.parametrize("of_parameters", [True, False])
-    @pytest.mark.parametrize("of_input", [True, False])
-    def test_what_is_not_contiguous_gives_the_same(self, case, dtype, of_input, of_parameters):
+    @every_activation
+    @pytest.mark.parametrize(("of_input", "of_parameters"), [(True, True), (True, False), (False, True)])
+    def test_what_is_not_contiguous_gives_the_same(self, case, dtype, activation, of_input, of_parameters):
         layer, other = (case.make(dtype=dtype) for _ in range(2))
         other.load_state_dict(layer.state_dict())
         x = case.input.detach().clone().requires_grad_()
@@ -163,13 +172,13 @@ class TestModule:
             for parameter in other.parameters():
                 parameter.data = apart(parameter.data)
         results = [
-            gradients(lambda a=a, b=b: case.call_on(a, b), [b, *a.parameters()])
-            for a, b in ((layer, x), (other, strided))
+            gradients(case.call_on(a, b), b, *a.parameters()) for a, b in ((layer, x), (other, strided))
         ]
         assert_close(results[1], results[0], dtype)
 
+    @every_activation
     @pytest.mark.parametrize("dtype", [torch.float64], ids=str)
-    def test_first_and_second_derivatives_are_right(self, case, dtype):
+    def test_first_and_second_derivatives_are_right(self, case, dtype, activation):
         layer, x = case.make(dtype=dtype), case.input.detach().requires_grad_()
         names = list(dict(layer.named_parameters()))
 
@@ -232,9 +241,9 @@ def samples(name, dtype, requires_grad=False):
     return list(INFOS[name].sample_inputs("cpu", dtype, requires_grad=requires_grad))
 
 
-@pytest.fixture(params=range(len(samples("linear", torch.float32))))
+@pytest.fixture(params=first_quick(range(len(samples("linear", torch.float32)))))
 def number(request, tried):
-    tried("OpInfo of nn.functional.linear, 4 activations")
+    tried("OpInfo of nn.functional.linear")
     return request.param
 
 
@@ -252,22 +261,24 @@ def pair(activation):
     )
 
 
-@every_activation
 class TestLinear:
     """The generic tests of torch's test_ops.py, and of its tests of function transforms."""
 
+    @every_activation
+    @every_float
     @pytest.mark.parametrize("contiguous", [True, False])
-    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
     def test_values_and_gradients(self, number, dtype, activation, contiguous):
         sample = samples("linear", dtype, True)[number]
         sample = sample if contiguous else sample.noncontiguous()
         tensors = [sample.input, *sample.args]
         ours, stock = pair(activation)
-        results = [gradients(lambda f=f: f(*tensors), tensors) for f in (ours, stock)]
+        results = [gradients(f(*tensors), *tensors) for f in (ours, stock)]
         assert [t.dtype for t in results[0]] == [t.dtype for t in results[1]]
         assert_close(*results, dtype)
 
-    @pytest.mark.parametrize("dtype", sorted(INFOS["linear"].dtypes - set(FLOATS), key=str), ids=str)
+    @pytest.mark.parametrize(
+        "dtype", first_quick(sorted(INFOS["linear"].dtypes - set(FLOATS), key=str)), ids=str
+    )
     def test_every_other_dtype_gives_stocks_result_or_type_of_error(self, number, dtype, activation):
         tensors = tensors_of(number, dtype)
         ours, stock = pair(activation)
@@ -279,12 +290,14 @@ class TestLinear:
         else:
             torch.testing.assert_close(ours(*tensors), expected)
 
+    @every_activation
     def test_derivatives(self, number, activation):
         tensors = tensors_of(number, torch.float64, True)
         ours, _ = pair(activation)
         assert gradcheck(ours, tensors, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
         assert gradgradcheck(ours, tensors, check_fwd_over_rev=True, fast_mode=True)
 
+    @every_activation
     def test_function_transforms(self, number, activation):
         tensors = tuple(tensors_of(number, torch.float32))
         every = tuple(range(len(tensors)))
@@ -307,6 +320,7 @@ class TestLinear:
         ours, stock = map(transformed, pair(activation))
         torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
 
+    @every_activation
     def test_a_tensor_subclass_in_the_place_of_any_argument_changes_nothing(self, number, activation):
         ours, _ = pair(activation)
         tensors = tensors_of(number, torch.float32, True)
@@ -323,7 +337,7 @@ class TestLinear:
         negated = [torch._neg_view(-t.detach()).requires_grad_() for t in tensors]
         assert all(t.is_neg() for t in negated)
         ours, stock = pair(activation)
-        assert_close(gradients(lambda: ours(*negated), negated), gradients(lambda: stock(*tensors), tensors))
+        assert_close(gradients(ours(*negated), *negated), gradients(stock(*tensors), *tensors))
 
     def test_a_lazy_copy_is_not_made_real(self, number, activation):
         tensors = [torch._lazy_clone(t).requires_grad_() for t in tensors_of(number, torch.float32)]
@@ -334,67 +348,29 @@ class TestLinear:
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("number", range(len(samples("cross_entropy", torch.float32))))
+@every_float
+@pytest.mark.parametrize("number", first_quick(range(len(samples("cross_entropy", torch.float32)))))
 def test_cross_entropy_has_stocks_values_and_gradients(tried, number, dtype, contiguous):
     tried("OpInfo of nn.functional.cross_entropy")
     sample = samples("cross_entropy", dtype, True)[number]
     sample = sample if contiguous else sample.noncontiguous()
     tensors = [sample.input, *sample.args, *sample.kwargs.values()]
     results = [
-        gradients(lambda f=f: f(sample.input, *sample.args, **sample.kwargs), tensors)
+        gradients(f(sample.input, *sample.args, **sample.kwargs), *tensors)
         for f in (cross_entropy, F.cross_entropy)
     ]
     torch.testing.assert_close(*results, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype], equal_nan=True)
 
 
-# ---- torch.library.opcheck
+LOSS_INPUTS = LOSS.module_inputs_func(LOSS, "cpu", torch.float32, True, True)
 
 
-def x(*shape, grad=False):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_(grad)
-
-
-def network(grad=False):
-    """Input, weights and biases of a network with one hidden layer."""
-    return x(4, 3, grad=grad), [x(5, 3, grad=grad), x(2, 5, grad=grad)], [x(5, grad=grad), x(2, grad=grad)]
-
-
-TARGET = torch.arange(4) % 2
-NOT_TRACED = ("test_schema",)  # what a step changes is nothing that a graph could hold
-NO_TENSOR = ("test_schema", "test_autograd_registration", "test_faketensor")  # in the result, that is
-CALLS = {
-    "network": lambda grad: (*network(grad), ["tanh", "elu"], [2.0]),
-    "network_forward": lambda grad: (*network(), ["tanh", "elu"], [2.0]),
-    "network_backward": lambda grad: (
-        *(x(4, 2), *network()[:2], [x(4, 5), x(4, 2)], ["elu", "tanh"], [2.0], [0, 1, 2, 3, 4]),
-    ),
-    "cross_entropy": lambda grad: (x(4, 3, grad=grad), TARGET),
-    "cross_entropy_forward": lambda grad: (x(4, 3), TARGET, None, "mean", -100, 0.0),
-    "why_not_fused": lambda grad: (x(4, 3, grad=grad), x(5, 3, grad=grad)),
-    "optimize_": lambda grad: ("sgd", [x(4, 3)], [x(4, 3)], [], [], [0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
-    "clip_grad_norm_": lambda grad: ([x(4, 3), x(5)], 0.5),
-    "train_step_": lambda grad: (
-        *(x(4, 3), TARGET, [x(5, 3), x(5), x(2, 5)], [torch.empty(0)] * 3, [], torch.empty(0).byte()),
-        *([1, 0], ["tanh", "identity"], [], "cross_entropy", True, None, None, -100, 0.0),
-        *("sgd", [0.1, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0] * 3, [1] * 3, [], torch.empty(()), 1.0),
-    ),
-}
-CHECKS = {"why_not_fused": NO_TENSOR}
-CHECKS |= dict.fromkeys(("optimize_", "clip_grad_norm_", "train_step_"), NOT_TRACED)
-DIFFERENTIATED = {"network", "cross_entropy", "why_not_fused"}  # the others are called beneath autograd
-
-
-def test_every_op_is_checked():
-    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastmlp::")}
-    assert registered == {f"fastmlp::{name}" for name in CALLS}
-
-
-@pytest.mark.parametrize(
-    ("op", "grad"),
-    [(op, grad) for op in CALLS for grad in ((False, True) if op in DIFFERENTIATED else (False,))],
-)
-def test_every_op_passes_opcheck(tried, op, grad):
-    tried("opcheck")
-    checks = {"test_utils": CHECKS[op]} if op in CHECKS else {}
-    torch.library.opcheck(getattr(torch.ops.fastmlp, op).default, CALLS[op](grad), **checks)
+@pytest.mark.parametrize("example", first_quick(LOSS_INPUTS), ids=[each.desc for each in LOSS_INPUTS])
+def test_every_example_of_the_loss_gives_stocks_results(tried, instruction_set, example):
+    tried("ModuleInfo of nn.CrossEntropyLoss")
+    constructor, forward, results = example.constructor_input, example.forward_input, []
+    for make in (fastmlp.CrossEntropyLoss, nn.CrossEntropyLoss):
+        arguments = [t.detach().requires_grad_(t.requires_grad) for t in forward.args]
+        loss = make(*constructor.args, **constructor.kwargs)(*arguments, **forward.kwargs)
+        results.append(gradients(loss, *arguments))
+    torch.testing.assert_close(*results, equal_nan=True)

@@ -29,6 +29,7 @@ def reports(tmp_path_factory):
         yield {architecture: pool.submit(compiled, architecture) for architecture in ARCHITECTURES}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_kernel_spills_a_register(reports, architecture):

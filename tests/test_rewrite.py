@@ -262,6 +262,47 @@ def test_what_is_no_layer_is_called_between_two_ops(ops):
     assert ops == [("relu",), ("tanh", None)]
 
 
+# ---- a forward that is a part of another's chain
+
+
+class TanhFirst(nn.Module):
+    """A chain, which begins by an activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(12, 12)
+
+    def forward(self, x):
+        return self.fc(torch.tanh(x))
+
+
+class Counting(TanhFirst):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.fc(torch.tanh(x))
+
+
+def test_a_chain_within_a_chain_is_in_its_op_until_a_part_is_hooked(ops):
+    stock, x = nn.Sequential(nn.Linear(12, 12), TanhFirst()), inputs()
+    ours = fastmlp.fuse(copy.deepcopy(stock))
+    assert_same(ours, stock, x)
+    ops.clear()
+    ours(x)
+    assert ops == [("tanh", None)]
+    for model in (ours, stock):
+        model[1].fc.register_forward_hook(lambda module, args, y: 2 * y)
+    assert_same(ours, stock, x)  # which takes the tanh once
+
+
+def test_what_a_forward_does_besides_a_chain_it_does_within_another_too():
+    model = fastmlp.fuse(nn.Sequential(nn.Linear(12, 12), Counting(), nn.Linear(12, 4)))
+    for _ in range(3):
+        model(inputs())
+    assert model[1].calls == 3
+
+
 # ---- what happens during a call happens when it does
 
 

@@ -1,0 +1,175 @@
+# ruff: noqa: E501
+"""Plants faults in the sources, one after the other, and tells which ones the quick tests do not find.
+
+    python tests/mutants.py             all of them
+    python tests/mutants.py cuda optim  those whose file has such a word in its path
+
+Each fault is a replacement in one file, in a copy of the tree, and the tests named for it must fail there.
+Kernels are compiled by tests/test_kernels.py itself, for one instruction set; the extension is built only for
+faults in csrc/torch, the first time as a whole, then the one file. The status is 1 if a fault was not found.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PORTABLE = "tests/test_kernels.py -k portable"
+CUDA = "tests/test_kernels.py -k cuda"
+
+
+class Fault(NamedTuple):
+    """What stands in a file, what is to stand there, and what finds it: arguments of pytest."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = [
+    # What the backends share: activations, optimizers.
+    Fault("csrc/activation.h", "return y <= 0.0f ? V{} : dy;", "return y < 0.0f ? V{} : dy;", PORTABLE),
+    Fault("csrc/activation.h", "dy * fused(-y, y, 1.0f)", "dy * fused(-y, y, 1.001f)", PORTABLE),
+    Fault("csrc/activation.h", "(y > low) & (y < high)", "(y > low) & (y <= high)", PORTABLE),
+    Fault("csrc/activation.h", "x > threshold ? z :", "x > 2.0f * threshold ? z :", PORTABLE),
+    Fault("csrc/activation.h", "return size < 1.25f ?", "return size < 1.75f ?", PORTABLE),
+    Fault("csrc/optimizer.h", "if (maximize) g = -g;\n    if (weight_decay != 0) g = fused(V{} + weight_decay, w, g);  //", "if (weight_decay != 0) g = fused(V{} + weight_decay, w, g);  //", PORTABLE),
+    Fault("csrc/optimizer.h", "if (weight_decay != 0) g = fused(V{} + weight_decay, w, g);  //", "g = fused(V{} + weight_decay, w, g);  //", PORTABLE),
+    Fault("csrc/optimizer.h", "return (a != a) | (a > b) ? a : b;", "return (a != a) | (a < b) ? a : b;", PORTABLE),
+    Fault("csrc/optimizer.h", "c.max_norm / (norm + 1e-6)", "c.max_norm / (norm + 1e-2)", PORTABLE),
+    # The CPU's kernels.
+    Fault("csrc/cpu/isa/inner.inc", "if (k < K) inner_step", "if (k + 1 < K) inner_step", PORTABLE),
+    Fault("csrc/cpu/isa/inner.inc", "if (z) activate(Identity{}, sums", "if (z) activate(activation, sums", PORTABLE),
+    Fault("csrc/cpu/isa/outer.inc", "p.accumulate || chunk > 0, sums", "p.accumulate, sums", PORTABLE),
+    Fault("csrc/cpu/isa/outer.inc", "if (t.adds) add_tile", "if (t.adds && last == width) add_tile", PORTABLE),
+    Fault("csrc/cpu/isa/outer.inc", "return is_relu || p.bias ||", "return is_relu ||", PORTABLE),
+    Fault("csrc/cpu/isa/packing.inc", "sums, bool accumulate) {", "sums, bool) {\n  constexpr bool accumulate = false;", PORTABLE),
+    Fault("csrc/cpu/isa/update.inc", "s < Row::states; ++s) store(", "s + 1 < Row::states; ++s) store(", PORTABLE),
+    Fault("csrc/cpu/isa/update.inc", "row, param, grad + i, states, r * ld + i, n - i);", "row, param, grad + i, states, r * ld + i, n - i - 1);", PORTABLE),
+    Fault("csrc/cpu/isa/clip.inc", "i < n; i += width) even.add(load(g + i, n - i))", "i + width <= n; i += width) even.add(load(g + i, n - i))", PORTABLE),
+    Fault("csrc/cpu/isa/softmax.inc", "exponential(load(z + c) - top)", "exponential(load(z + c))", PORTABLE),
+    Fault("csrc/cpu/isa/softmax.inc", "if (counts) grad[t] -=", "grad[t < 0 ? 0 : t] -=", PORTABLE),
+    Fault("csrc/cpu/isa/avx2.cpp", "if (n & 1) _mm_store_ss(p, rest);", "if (n & 3) _mm_store_ss(p, rest);", "tests/test_kernels.py -k avx2"),
+    Fault("csrc/cpu/network.cpp", "first > rows.begin, nullptr, 0, 1)", "false, nullptr, 0, 1)", PORTABLE),
+    Fault("csrc/cpu/loss.cpp", "if (t < 0 || t >= p.C)", "if (t < 0 || t > p.C)", PORTABLE),
+    Fault("csrc/cpu/loss.cpp", "if (sums.wrong < 0) sums.wrong = b->wrong;", "sums.wrong = b->wrong;", PORTABLE),
+    # CUDA's kernels, on the emulator.
+    Fault("csrc/cuda/product.cuh", "if (whole) partials[at + 1] = second;", "if (whole) partials[at + 1] = first;", CUDA),
+    Fault("csrc/cuda/product.cuh", "split < result.splits; ++split) sum +=", "split + 1 < result.splits; ++split) sum +=", CUDA),
+    Fault("csrc/cuda/product.cuh", "start(step + stages - 1);\n    math", "math", CUDA),
+    Fault("csrc/cuda/product.cuh", "recent[e] += to_float(dz.elements[e]);", "recent[e] += to_float(saved[i].elements[e]);", CUDA),
+    Fault("csrc/cuda/chain.cuh", "const bool last = i + 1 == links.count;", "const bool last = i == links.count;", CUDA),
+    Fault("csrc/cuda/tensor_core.cuh", "f(row + 8, column, sums[i][j][2]", "f(row + 8, column, sums[i][j][0]", CUDA),
+    Fault("csrc/cuda/simt.cuh", "sums[i][j] += left[i][k] * right", "sums[i][j] += left[i][0] * right", CUDA),
+    Fault("csrc/cuda/softmax.cuh", "if (counts && smooths) gradient -=", "if (smooths) gradient -=", CUDA),
+    Fault("csrc/cuda/softmax.cuh", "if (t == p.ignore_index) return 0.0f;", "", CUDA),
+    Fault("csrc/cuda/update.cuh", "const bool aligned = is_aligned<T>(addresses);", "const bool aligned = true;", CUDA),
+    Fault("csrc/cuda/clip.cuh", "own += blocks;", "", CUDA),
+    Fault("csrc/cuda/backend.cu", "link.activation_of_saved = layers[i + 1].activation;", "link.activation_of_saved = layers[i].activation;", CUDA),
+    # Python.
+    Fault("fastmlp/layers.py", 'or own["_forward_pre_hooks"]\n                or own["_backward_hooks"]', 'or own["_backward_hooks"]', "tests/test_fuse.py tests/test_mlp.py"),
+    Fault("fastmlp/layers.py", 'elif name == "identity" or (name == "dropout" and _drops(own) is False):', 'elif name in ("identity", "dropout"):', "tests/test_fuse.py"),
+    Fault("fastmlp/layers.py", "if weights and activations[-1] is None and", "if weights and", "tests/test_fuse.py"),
+    Fault("fastmlp/layers.py", "        and F.linear is _linear\n", "", "tests/test_rewrite.py tests/test_fuse.py"),
+    Fault("fastmlp/layers.py", "        layers[2][count - len(last) :] = last\n", "", "tests/test_fuse.py tests/test_rewrite.py"),
+    Fault("fastmlp/functional.py", "all(type(mode) is DeviceContext for mode in modes)", "True", "tests/test_autograd.py -k function_mode"),
+    Fault("fastmlp/fuse.py", "run_by_others.update(module.children())", "pass", "tests/test_fuse.py"),
+    Fault("fastmlp/fuse.py", "model = copy.deepcopy(model)", "model = copy.copy(model)", "tests/test_fuse.py"),
+    Fault("fastmlp/fuse.py", "return original_class(self)\n", "return type(self)\n", "tests/test_fuse.py tests/test_rewrite.py"),
+    Fault("fastmlp/rewrite.py", "            and len(self.ending.statements) == count\n", "", "tests/test_fuse.py tests/test_rewrite.py"),
+    Fault("fastmlp/rewrite.py", 'raise Refused("is a generator")', "pass", "tests/test_fuse.py tests/test_rewrite.py"),
+    Fault("fastmlp/optim.py", 'group["momentum"], group["dampening"]', 'group["dampening"], group["momentum"]', "tests/test_optim.py"),
+    Fault("fastmlp/optim.py", "if len(new) < len(params):", "if False:", "tests/test_optim.py"),
+    Fault("fastmlp/optim.py", '            or group["fused"] is False\n', "", "tests/test_optim.py"),
+    Fault("fastmlp/optim.py", 'or getattr(self, "found_inf", None) is not None', "or False", "tests/test_optim.py"),
+    Fault("fastmlp/optim.py", "if norm_type == 2 and", "if", "tests/test_clip.py"),
+    Fault("fastmlp/step.py", "value / self.accumulate if self.accumulate > 1 else value", "value", "tests/test_step.py -k accumulat"),
+    Fault("fastmlp/step.py", "parameter.grad /= size", "pass", "tests/test_step.py -k processes"),
+    Fault("fastmlp/step.py", "own + other\n", "own\n", "tests/test_step.py -k any_loss"),
+    Fault("fastmlp/step.py", "if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:", "if False:", "tests/test_step.py -k kernels_do_not_know"),
+    Fault("fastmlp/step.py", "number, keys = -1, ()", "keys = ()", "tests/test_step.py -k frozen"),
+    Fault("fastmlp/step.py", "first = result if first is None else first", "first = result", "tests/test_step.py -k lbfgs"),
+    Fault("fastmlp/nn.py", "label_smoothing=self.label_smoothing", "label_smoothing=0.0", "tests/test_cross_entropy.py"),
+    # The ops; these build the extension.
+    Fault("csrc/torch/clip.cpp", "if (error_if_nonfinite && !std::isfinite", "if (!std::isfinite", "tests/test_clip.py"),
+    Fault("csrc/torch/clip.cpp", "  return !overlap(std::move(memories));", "  return true;", "tests/test_clip.py"),
+    Fault("csrc/torch/cross_entropy.cpp", "const Tensor z = input.contiguous()", "const Tensor z = input", "tests/test_cross_entropy.py"),
+    Fault("csrc/torch/cross_entropy.cpp", "q = w * (q * (1 - label_smoothing)", "q = w * (q", "tests/test_autograd.py -k derivatives"),
+    Fault("csrc/torch/autograd.cpp", "ctx->needs_input_grad(i)) wanted.push_back", "true) wanted.push_back", "tests/test_linear.py"),
+    Fault("csrc/torch/cross_entropy.cpp", "return at::empty_symint(reduces ?", "return at::empty_symint(!reduces ?", "tests/test_autograd.py -k opcheck"),
+]  # fmt: skip
+
+
+def copied(folder: Path) -> None:
+    """The files that git knows or would add, and the built extension."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split("\0")  # fmt: skip
+    extensions = [str(path.relative_to(ROOT)) for path in ROOT.glob("fastmlp/_C*.so")]
+    for name in [*filter(None, listed), *extensions]:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def build(folder: Path) -> None:
+    result = run(folder, "setup.py", "--quiet", "build_ext", "--inplace")
+    if result.returncode:
+        sys.exit(result.stdout + result.stderr)
+
+
+def outcome(folder: Path, fault: Fault) -> str:
+    """What becomes of the fault: "found", "NOT FOUND", or why it is none."""
+    path = folder / fault.file
+    text = path.read_text()
+    if text.count(fault.old) != 1 or fault.old == fault.new:
+        return f"STALE: its text is there {text.count(fault.old)} times"
+    is_built = fault.file.startswith("csrc/torch")
+    path.write_text(text.replace(fault.old, fault.new))
+    try:
+        if is_built:
+            build(folder)
+        result = run(folder, "-m", "pytest", "-x", "-p", "no:cacheprovider", *fault.tests.split(" ", 3))
+    finally:
+        path.write_text(text)
+    if "CalledProcessError" in result.stdout:
+        return "STALE: it does not compile"
+    if result.returncode == 1 or result.returncode < 0:  # a test has failed, or crashed
+        return "found"
+    return f"STALE: pytest exits with {result.returncode}" if result.returncode else "NOT FOUND"
+
+
+def main() -> None:
+    chosen = [f for f in FAULTS if not sys.argv[1:] or any(word in f.file for word in sys.argv[1:])]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copied(folder)
+        if any(fault.file.startswith("csrc/torch") for fault in chosen):
+            build(folder)
+        outcomes = []
+        for number, fault in enumerate(chosen, 1):
+            begin = time.monotonic()
+            outcomes.append(outcome(folder, fault))
+            spent = time.monotonic() - begin
+            first = fault.old.strip().splitlines()[0]
+            print(f"{number:3d} {spent:4.0f} s  {outcomes[-1]}  {fault.file}: {first}", flush=True)
+    print(f"{outcomes.count('found')} of {len(chosen)} faults found")
+    sys.exit(outcomes.count("found") < len(chosen))
+
+
+if __name__ == "__main__":
+    main()
