@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -136,6 +137,18 @@ def test_a_batch_of_ignored_rows_has_stocks_loss_and_no_gradient(instruction_set
     options = {"reduction": reduction, "label_smoothing": label_smoothing}
     assert_as_stock(input, target, **options)
     assert not results(cross_entropy, input, target, **options)[1].any()
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("above", [math.inf, math.nan])
+def test_ignored_rows_have_no_gradient_where_it_is_not_finite(above, label_smoothing):
+    gradients = []
+    for function in (cross_entropy, torch.nn.functional.cross_entropy):
+        input = logits(3, 5).detach().requires_grad_()
+        loss = function(input, torch.tensor([1, -100, 2]), label_smoothing=label_smoothing)
+        loss.backward(torch.tensor(above))
+        gradients.append(input.grad.isfinite())
+    assert torch.equal(gradients[0].any(1), gradients[1].any(1))
 
 
 @every_reduction
