@@ -91,7 +91,7 @@ wheels:
 		environment=.venv-wheels-$$python folder=build/wheels/$$python; \
 		$(MAKE) PYTHON=$$python $$environment/installed; \
 		rm -rf $$folder/dist; \
-		$$environment/bin/python wheels.py --quiet build --build-base $$folder bdist_wheel --dist-dir $$folder/dist; \
+		$$environment/bin/python -W ignore wheels.py --quiet build --build-base $$folder bdist_wheel --dist-dir $$folder/dist; \
 		PATH="$(CURDIR)/$$environment/bin:$$PATH" auditwheel repair --wheel-dir dist \
 			--exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libgomp*' $$folder/dist/*.whl; \
 	done

@@ -136,7 +136,7 @@ def main() -> int:
     binding = Path(_C.__file__).relative_to(Path(fastmlp.__file__).parent)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     if torch.version.cuda and not info["cuda"]:
-        gpu += "; PyTorch's own operations run there, a build from source has CUDA kernels"
+        gpu += "; this build has no CUDA kernels, a build from source has: GPUs run PyTorch's own"
     print(f"fastmlp   {fastmlp.__version__}, built with {info['compiler']}, {built}")
     print(f"torch     {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"binding   {binding}")
