@@ -12,6 +12,8 @@
 #                 the same with models and trainers of other libraries, in an environment of its own
 #   make docs     the site of README and docs/, in build/site; a broken link fails
 #   make wheel    a wheel in dist/, for the torch release of the environment
+#   make wheels   wheels in dist/ without CUDA, for all supported releases of torch and every Python that is here;
+#                 fewer by: make wheels PYTHONS=python3.12 TORCHES="2.13 2.14"
 #   make cuda     build the CUDA side against a CUDA torch, in an environment of its own; needs nvcc, no GPU
 #
 # To use an environment that is already there, with torch and what the target needs, name its Python. Nothing is
@@ -22,6 +24,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_CUDA ?= torch==2.11.0
+PYTHONS ?= python3.11 python3.12 python3.13
+TORCHES ?= 2.11 2.12 2.13 2.14 2.15
 export PYTHONPATH := $(CURDIR)
 
 ifdef ENV
@@ -37,7 +41,7 @@ endif
 
 cpp = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all test-slow mutants test-integrations lint format bench bench-peers bench-integrations docs extension wheel cuda clean
+.PHONY: demo test test-all test-slow mutants test-integrations lint format bench bench-peers bench-integrations docs extension wheel wheels cuda clean
 
 demo: extension
 	$(python) benchmarks/steps.py --only seed@64 rl@1 rl@64 tabular@128 --no-compile
@@ -93,6 +97,19 @@ extension: $(environment)
 wheel: $(environment)  # for the GPUs of others: none is in sight
 	CUDA_VISIBLE_DEVICES= $(python) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 
+wheels: export TORCHES := $(TORCHES)
+wheels: export PYENV_VERSION = $(shell pyenv versions --bare 2>/dev/null | paste -sd:)  # or it would show one Python
+wheels:
+	set -e; for python in $(PYTHONS); do \
+		$$python --version || continue; \
+		environment=.venv-wheels-$$python folder=build/wheels/$$python; \
+		$(MAKE) PYTHON=$$python $$environment/installed; \
+		rm -rf $$folder/dist; \
+		$$environment/bin/python -W ignore wheels.py --quiet build --build-base $$folder bdist_wheel --dist-dir $$folder/dist; \
+		PATH="$(CURDIR)/$$environment/bin:$$PATH" auditwheel repair --wheel-dir dist \
+			--exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libgomp*' $$folder/dist/*.whl; \
+	done
+
 cuda: .venv-cuda/installed
 	FASTMLP_CUDA=1 .venv-cuda/bin/python setup.py --quiet build --build-base build/cuda --build-lib build/cuda/lib
 	cd build/cuda/lib && PYTHONPATH= $(CURDIR)/.venv-cuda/bin/python -m fastmlp
@@ -102,7 +119,9 @@ cuda: .venv-cuda/installed
 .venv-cuda/installed: packages := '$(TORCH_CUDA)' --group build --group test
 .venv-integrations/installed: packages := '$(TORCH)' --group integrations
 .venv-docs/installed: packages := --group docs
-.venv/installed $(foreach name,peers cuda integrations docs,.venv-$(name)/installed): pyproject.toml
+.venv-wheels-%/installed: packages := --group wheels
+environments := .venv $(foreach name,peers cuda integrations docs $(PYTHONS:%=wheels-%),.venv-$(name))
+$(environments:%=%/installed): pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'  # the first to know dependency groups
 	$(@D)/bin/python -m pip install $(packages)

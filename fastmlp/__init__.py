@@ -6,10 +6,21 @@ torch.Size([64, 10])
 """
 
 import os
+from pathlib import Path
 
 import torch
 
 __version__ = "0.1.0"
+
+# A wheel has an extension for each torch, in a folder of its own. A build from source has one, right here.
+if _folders := {path.name: path for path in sorted(Path(__file__).parent.glob("torch_*"))}:
+    _folder = "torch_{}_{}".format(*torch.__version__.split("."))
+    if _folder not in _folders:
+        _known = ", ".join(name.removeprefix("torch_").replace("_", ".") for name in _folders)
+        raise ImportError(
+            f"this wheel of fastmlp runs with torch {_known}, and found torch {torch.__version__}"
+        )
+    __path__.append(str(_folders[_folder]))
 
 try:
     from fastmlp import _C

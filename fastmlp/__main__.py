@@ -5,6 +5,7 @@ Exit status 1 where a kernel's result is wrong.
 
 import platform
 import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -132,9 +133,13 @@ def main() -> int:
     built = (
         f"CUDA {info['cuda']} for {info['cuda_architectures']}" if info["cuda"] else "without CUDA kernels"
     )
+    binding = Path(_C.__file__).relative_to(Path(fastmlp.__file__).parent)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    if torch.version.cuda and not info["cuda"]:
+        gpu += "; this build has no CUDA kernels, a build from source has: GPUs run PyTorch's own"
     print(f"fastmlp   {fastmlp.__version__}, built with {info['compiler']}, {built}")
     print(f"torch     {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"binding   {binding}")
     print(f"python    {platform.python_version()}")
     print(f"cpu       runs {info['cpu']} of {info['cpu_supported']}")
     print(f"gpu       {gpu}")

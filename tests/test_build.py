@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import fastmlp
+from fastmlp import _C
+from fastmlp import __main__ as self_check
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -167,3 +169,96 @@ def test_an_extension_of_another_torch_is_refused_with_the_command_to_type(tmp_p
     last = err.strip().splitlines()[-1]
     assert last.startswith(f"ImportError: fastmlp's extension is not built for torch {torch.__version__}")
     assert "pip install --force-reinstall --no-deps ." in last
+
+
+WHEEL_TORCHES = ["2.13", "2.14"]
+builds_wheels = pytest.mark.skipif(
+    os.environ.get("FASTMLP_TEST_WHEELS") != "1",
+    reason="FASTMLP_TEST_WHEELS=1 builds for two releases of torch, and downloads both: gigabytes",
+)
+
+
+@pytest.fixture(scope="module")
+def wheel_of_many_torches():
+    python = "python{}.{}".format(*sys.version_info)
+    variables = [f"PYTHONS={python}", f"TORCHES={' '.join(WHEEL_TORCHES)}"]
+    made = subprocess.run(["make", "wheels", *variables], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (built,) = (ROOT / f"build/wheels/{python}/dist").glob("*.whl")
+    return max((ROOT / "dist").glob(f"{built.stem.rpartition('-')[0]}-*.whl"), key=os.path.getmtime)
+
+
+@builds_wheels
+def test_a_wheel_of_many_torches_has_the_kernels_once_and_a_binding_for_each(wheel_of_many_torches):
+    with zipfile.ZipFile(wheel_of_many_torches) as archive:
+        libraries = {re.sub(r"\.cpython\S*", "", name) for name in archive.namelist() if ".so" in name}
+        metadata = archive.read(f"fastmlp-{fastmlp.__version__}.dist-info/METADATA").decode()
+    assert libraries == {"fastmlp/libfastmlp_cpu.so", "fastmlp/torch_2_13/_C", "fastmlp/torch_2_14/_C"}
+    assert re.findall(r"^Requires-Dist: torch(.*)$", metadata, re.M) == ["<2.15,>=2.13"]
+
+
+@builds_wheels
+@pytest.mark.parametrize("release", WHEEL_TORCHES)
+def test_a_wheel_of_many_torches_runs_with_each_of_them_without_a_compiler(
+    wheel_of_many_torches, release, tmp_path
+):
+    code, _, err = run("-m", "venv", tmp_path)
+    assert code == 0, err
+    python = tmp_path / "bin/python"
+    environment = {"PATH": str(python.parent), "HOME": os.environ["HOME"]}
+
+    def fresh(*arguments):
+        command = [python, *arguments]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    fresh("-m", "pip", "install", "--quiet", f"torch=={release}.*", wheel_of_many_torches)
+    report = fresh("-m", "fastmlp")
+    assert f"binding   torch_{release.replace('.', '_')}/_C." in report
+    assert "every kernel is right" in report
+    fresh(
+        "-c",
+        """
+import torch, fastmlp
+model = fastmlp.MLP(20, 30, 5)
+step = fastmlp.TrainStep(model, fastmlp.CrossEntropyLoss(), fastmlp.SGD(model.parameters(), lr=0.1))
+x, target = torch.randn(64, 20), torch.randint(5, (64,))
+losses = [float(step(x, target)) for _ in range(20)]
+assert losses[-1] < losses[0], losses
+mapped = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}
+assert len(mapped) == 1 and "/torch/lib/" in mapped.pop(), mapped
+""",
+    )
+
+
+def test_a_torch_that_a_wheel_has_no_binding_for_is_told_in_one_sentence(tmp_path):
+    package = tmp_path / "fastmlp"
+    for release in ("2_11", "2_12"):
+        (package / f"torch_{release}").mkdir(parents=True)
+    (package / "__init__.py").write_text((ROOT / "fastmlp/__init__.py").read_text())
+    code, _, err = run("-c", "import fastmlp", PYTHONPATH=str(tmp_path), cwd=tmp_path)
+    assert code == 1
+    assert err.count("Error: ") == 1
+    assert err.strip().splitlines()[-1] == (
+        f"ImportError: this wheel of fastmlp runs with torch 2.11, 2.12, and found torch {torch.__version__}"
+    )
+
+
+def test_wheels_are_compiled_with_the_flags_of_a_build_from_source():
+    source, wheels = (
+        re.findall(r"^flags = (\[.*\])", (ROOT / name).read_text(), re.M)
+        for name in ("setup.py", "wheels.py")
+    )
+    assert len(source) == 1
+    assert source == wheels
+
+
+def test_the_self_check_tells_who_has_a_cuda_torch_that_there_are_no_cuda_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_C, "cuda", None)
+    monkeypatch.setattr(_C, "instruction_sets", list)  # checks none
+    assert self_check.main() == 0
+    said = capsys.readouterr().out
+    assert "without CUDA kernels" in said
+    assert "this build has no CUDA kernels, a build from source has: GPUs run PyTorch's own" in said
