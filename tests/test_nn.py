@@ -168,7 +168,7 @@ def test_two_hundred_steps_of_sgd_follow_stocks(instruction_set, activation, mom
             loss.backward()
             optimizer.step()
             curve.append(loss.item())
-    assert curves[1][-1] < 0.5 * curves[1][0]
+    assert curves[1][-1] < 0.9 * curves[1][0]
     torch.testing.assert_close(curves[1], curves[0], rtol=1e-3, atol=1e-4)
     for a, b in zip(ours.parameters(), stock.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
