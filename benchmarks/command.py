@@ -18,7 +18,7 @@ import timing
 
 RESULTS = Path(__file__).parent / "results"
 PART = Path("demo")  # a part of the grid must not replace the results of the whole
-WIDTH = 110
+WIDTH = 110  # characters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -29,9 +29,8 @@ struct Work {
   Work(const Layer* layers, int64_t count, double products) {
     for (const Layer* p = layers; p != layers + count; ++p) {
       weights += p->N * p->K;
-      const int64_t rows =
-          p->M == 1 ? 2 : p->M;  // of a single row, half the time goes into reading the weights
-      multiply_adds += products * double(rows) * double(p->N) * double(p->K + 1);
+      const double uses = double(p->M) + 1;  // of a weight: reading it costs about one more
+      multiply_adds += products * uses * double(p->N) * double(p->K + 1);
     }
   }
 };

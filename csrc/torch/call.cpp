@@ -7,6 +7,7 @@
 #include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -24,6 +25,10 @@ c10::ArrayRef<PyObject*> items_of(PyObject* list) {
 
 // Other tensor types carry semantics of their own, which torch's functions in Python know.
 bool is_plain(PyObject* o) { return THPVariable_CheckExact(o); }
+bool are_plain(PyObject* list) {
+  const auto items = items_of(list);
+  return std::all_of(items.begin(), items.end(), is_plain);
+}
 
 OptionalTensor tensor_or_none(PyObject* o) {
   return o == Py_None ? std::nullopt : OptionalTensor(THPVariable_Unpack(o));
@@ -83,10 +88,8 @@ PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   c10::SmallVector<Tensor, 4> weights;
   OptionalTensors biases;
   biases.reserve(PySequence_Fast_GET_SIZE(arguments[2]));
-  for (PyObject* const weight : items_of(arguments[1])) {
-    if (!is_plain(weight)) Py_RETURN_NOTIMPLEMENTED;
-    weights.push_back(THPVariable_Unpack(weight));
-  }
+  if (!are_plain(arguments[1])) Py_RETURN_NOTIMPLEMENTED;
+  for (PyObject* const weight : items_of(arguments[1])) weights.push_back(THPVariable_Unpack(weight));
   for (PyObject* const bias : items_of(arguments[2])) {
     if (bias != Py_None && !is_plain(bias)) Py_RETURN_NOTIMPLEMENTED;
     biases.push_back(tensor_or_none(bias));
@@ -109,8 +112,7 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     TORCH_CHECK_TYPE(is_list(arguments[list]), "train_step: expected a list for argument ", list);
   if (!is_plain(arguments[0]) || !is_plain(arguments[1])) Py_RETURN_NOTIMPLEMENTED;
   for (const int list : {2, 3, 4})
-    for (PyObject* const t : items_of(arguments[list]))
-      if (!is_plain(t)) Py_RETURN_NOTIMPLEMENTED;
+    if (!are_plain(arguments[list])) Py_RETURN_NOTIMPLEMENTED;
   const std::vector<Tensor> params = tensors(arguments[2]), states = tensors(arguments[3]),
                             counts = tensors(arguments[4]);
   OptionalTensors left;
@@ -171,8 +173,7 @@ PyObject* optimize(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   for (int list = 1; list < 6; ++list)
     TORCH_CHECK_TYPE(is_list(arguments[list]), "optimize: expected a list for argument ", list);
   for (int list = 1; list < 5; ++list)
-    for (PyObject* const t : items_of(arguments[list]))
-      if (!is_plain(t)) Py_RETURN_FALSE;
+    if (!are_plain(arguments[list])) Py_RETURN_FALSE;
   const std::string name = string_of(arguments[0]);
   const std::vector<Tensor> params = tensors(arguments[1]), grads = tensors(arguments[2]),
                             states = tensors(arguments[3]), counts = tensors(arguments[4]);

@@ -183,14 +183,14 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const Tensor &g = grad_outputs[0], &v = grad_outputs[1], &grad = saved[0];
     const auto dtype = ctx->saved_data["dtype"].toScalarType();
     variable_list grads(6);
-    const auto options = ctx->saved_data["options"].to<Options>();
+    const auto options = [&] { return ctx->saved_data["options"].to<Options>(); };
     if (g.defined() && is_given_away(g, grad)) grads[0] = grad.detach();
     else if (g.defined()) {
-      const Tensor ignored = saved[1].eq(std::get<1>(options)).unsqueeze(-1);  // 0, whatever it is times
+      const Tensor ignored = saved[1].eq(std::get<1>(options())).unsqueeze(-1);  // 0, whatever it is times
       grads[0] = (grad * g.unsqueeze(-1)).to(dtype).masked_fill(ignored, 0);
     }
     if (v.defined()) {  // by dz's derivative, Σ_c q_c (diag(p) - p pᵀ)
-      const Tensor q = weighed_target(grad, saved[1], saved[2], options), sum = q.sum(-1, true);
+      const Tensor q = weighed_target(grad, saved[1], saved[2], options()), sum = q.sum(-1, true);
       const Tensor p_sum = grad + q, p = p_sum / sum.masked_fill(sum.eq(0), 1);
       const Tensor more = (p_sum * (v - (p * v).sum(-1, true))).to(dtype);
       grads[0] = grads[0].defined() ? grads[0] + more : more;
