@@ -245,6 +245,42 @@ int clip(const Clip&, const Gradient* gradients, int64_t count, void* workspace,
 int64_t cross_entropy_workspace(const CrossEntropy&);
 int cross_entropy(const CrossEntropy&, void* workspace, void* stream);
 
+// ---- whose the products are
+//
+// A product is a kernel's, or torch's library's, with the passes around it that torch has too. So it is never slower than
+// torch's own where that was not measured. All products of a narrow network in one kernel count as one.
+
+// C [rows, columns] = A [rows, K] B [K, columns] (+ bias), on the current device and stream. Strides are in elements.
+struct Product {
+  Dtype dtype;
+  int64_t rows, columns, K;
+  const void* a;
+  int64_t a_strides[2];
+  const void* b;
+  int64_t b_strides[2];
+  const void* bias;  // [columns], or null
+  void* c;           // without gaps
+};
+using Library = void (*)(const Product&);
+
+enum class Kind : int { forward, dW, dx, chain_forward, chain_backward };
+enum class Owner : int { table, kernels, library };
+
+// A row of the table: for an architecture (90), and from 2^size operations up to twice as many.
+struct Measured {
+  int architecture;
+  Dtype dtype;
+  bool reduced;
+  Kind kind;
+  int size;
+  Owner owner;
+};
+
+// Whose all products are from now on; by the table, what it does not know is the library's from 0.1 GFLOP on. Without a
+// library all are the kernels'. To be called once, before the first product.
+void set_products(Library library, Owner owner, const Measured* table, int64_t count);
+Owner owner_of(Kind kind, Dtype dtype, bool reduced, double operations);  // on the current device
+
 }  // namespace cuda
 
 }  // namespace fastmlp

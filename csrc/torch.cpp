@@ -6,6 +6,9 @@
 #include "torch/checks.cpp"
 #include "torch/clip.cpp"
 #include "torch/cross_entropy.cpp"
+#ifdef FASTMLP_WITH_CUDA
+#include "torch/library.cpp"
+#endif
 #include "torch/lookup.cpp"
 #include "torch/module.cpp"
 #include "torch/network.cpp"

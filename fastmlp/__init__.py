@@ -39,12 +39,15 @@ if _asked := os.environ.get("FASTMLP_CPU"):
 from fastmlp import (
     flops,  # noqa: F401  importing it registers the formulas
     functional,
+    products,
 )
 from fastmlp.fuse import fuse, unfuse
 from fastmlp.nn import MLP, CrossEntropyLoss, Linear, LinearReLU
 from fastmlp.optim import SGD, Adam, AdamW, clip_grad_norm_
 from fastmlp.reasons import why_not_fused
 from fastmlp.step import TrainStep
+
+products.choose(os.environ.get("FASTMLP_PRODUCTS", "table"))
 
 __all__ = [
     "MLP",

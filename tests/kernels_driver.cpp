@@ -6,12 +6,16 @@
 
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
 #include "../csrc/activation.h"
 #include "../csrc/kernels.h"
 #include "cuda_emulator.h"
+#ifdef FASTMLP_EMULATE
+#include "../csrc/cuda/launch.cuh"
+#endif
 
 #ifndef FASTMLP_EMULATE
 #include "../csrc/cpu/backend.h"
@@ -25,6 +29,30 @@ const Kernels avx512bf16_kernels{}, avx512_kernels{}, avx2_kernels{}, portable_k
 
 using namespace fastmlp;
 
+#ifdef FASTMLP_EMULATE
+// In the place of torch's library. It writes nothing that it need not, and counts its calls.
+static int64_t library_calls = 0;
+template <class T>
+static void multiply(const cuda::Product& p) {
+  const T *a = static_cast<const T*>(p.a), *b = static_cast<const T*>(p.b),
+          *bias = static_cast<const T*>(p.bias);
+  ++library_calls;
+  for (int64_t m = 0; m < p.rows; ++m)
+    for (int64_t n = 0; n < p.columns; ++n) {
+      double sum = bias ? cuda::to_float(bias[n]) : 0;
+      for (int64_t k = 0; k < p.K; ++k)
+        sum += double(cuda::to_float(a[m * p.a_strides[0] + k * p.a_strides[1]])) *
+               cuda::to_float(b[k * p.b_strides[0] + n * p.b_strides[1]]);
+      cuda::store(static_cast<T*>(p.c) + m * p.columns + n, float(sum));
+    }
+}
+static void library(const cuda::Product& p) {
+  if (p.dtype == Dtype::bfloat16) multiply<__nv_bfloat16>(p);
+  else if (p.dtype == Dtype::float16) multiply<__half>(p);
+  else multiply<float>(p);
+}
+#endif
+
 // `variant` is what must not change a bit: the order of the emulator's threads, or how many the CPU's are.
 [[maybe_unused]] static int threads(unsigned variant) { return int(1 + variant % 7); }
 
@@ -35,7 +63,18 @@ const char* activations() {
 }
 int reads_z(const Activation* activation) { return reads(*activation) == Reads::z; }
 #ifdef FASTMLP_EMULATE
-int use(const char*) { return true; }
+int use(const char* backend) {  // "cuda", or "cuda library" for one that leaves all products to the library
+  const bool all = std::strcmp(backend, "cuda library") == 0;
+  cuda::set_products(library, all ? cuda::Owner::library : cuda::Owner::kernels, nullptr, 0);
+  return true;
+}
+int64_t calls_of_library() { return library_calls; }
+void use_table(const cuda::Measured* rows, int64_t count) {
+  cuda::set_products(library, cuda::Owner::table, rows, count);
+}
+int owner_of(int kind, int dtype, int reduced, double operations) {
+  return int(cuda::owner_of(cuda::Kind(kind), Dtype(dtype), reduced, operations));
+}
 const char* complaint() { return emulator::complaint; }
 uint64_t bank_conflicts() { return emulator::bank_conflicts; }
 uint64_t launches() { return emulator::launches; }

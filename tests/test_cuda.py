@@ -29,6 +29,17 @@ ACTIVATIONS = {
 }
 
 
+@pytest.fixture(params=fastmlp.products.OWNERS[:2])
+def owner(request):
+    """Runs the test with products that are all the kernels' own, and all the library's."""
+    fastmlp.products.choose(request.param)
+    yield request.param
+    fastmlp.products.choose("table")
+
+
+both_owners = pytest.mark.usefixtures("owner")
+
+
 def inputs(shape, dtype=torch.float32, device="cuda"):
     """x, weight and bias that ask for gradients, and grad_y; z is of the order of 1."""
     M, N, K = shape
@@ -67,12 +78,14 @@ def product_of(names, *lists):
     return cases(names, itertools.product(*lists), lambda *case: case in chosen, ids=str)
 
 
+@both_owners
 @product_of(["dtype", "activation", "shape"], [*TOLERANCE], [*ACTIVATIONS], SHAPES)
 def test_output_and_gradients_are_right(dtype, activation, shape):
     parameters, grad_y = inputs(shape, dtype)
     assert_right(results(parameters, grad_y, activation), parameters, grad_y, activation)
 
 
+@both_owners
 @pytest.mark.parametrize("shape", [(64, 500, 784), (2048, 1024, 1024), (1000, 1001, 1003)], ids=str)
 def test_float32_is_multiplied_as_tf32_where_torchs_setting_asks_for_it(shape, monkeypatch):
     parameters, grad_y = inputs(shape)
@@ -84,6 +97,7 @@ def test_float32_is_multiplied_as_tf32_where_torchs_setting_asks_for_it(shape, m
     assert not torch.equal(actual[0], exact[0])
 
 
+@both_owners
 @pytest.mark.parametrize("shape", [(0, 4, 3), (4, 0, 3), (4, 3, 0)], ids=str)
 def test_sizes_of_zero_work_as_in_torch(shape):
     parameters, grad_y = inputs(shape)
@@ -110,6 +124,7 @@ LAYOUTS = {
 }
 
 
+@both_owners
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_inputs_of_any_layout_work(layout):
     x = LAYOUTS[layout](torch.randn(65, 40, device="cuda"))
@@ -120,11 +135,23 @@ def test_inputs_of_any_layout_work(layout):
     )
 
 
+@both_owners
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_every_run_gives_the_same_bits(dtype):
     parameters, grad_y = inputs((5000, 130, 70), dtype)
     runs = [results(parameters, grad_y, "tanh") for _ in range(2)]
     assert all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"), [((64, 64, 64), None), ((2048, 1024, 1024), "torch's library")], ids=str
+)
+def test_one_is_told_whose_products_are_the_librarys(shape, reason, request):
+    request.addfinalizer(lambda: fastmlp.products.choose("table"))
+    fastmlp._C.use_products("table", [])
+    (x, weight, bias), _ = inputs(shape)
+    told = fastmlp.functional.why_composite(x, weight, bias)
+    assert told is None if reason is None else reason in told
 
 
 def test_work_goes_to_the_current_stream():
@@ -139,6 +166,7 @@ def test_work_goes_to_the_current_stream():
     assert_right(actual, parameters, grad_y, "relu")
 
 
+@both_owners
 def test_a_cuda_graph_captures_forward_and_backward():
     parameters, grad_y = inputs((64, 500, 784))
     side = torch.cuda.Stream()
@@ -155,6 +183,7 @@ def test_a_cuda_graph_captures_forward_and_backward():
     assert_right(actual, parameters, grad_y, "sigmoid")
 
 
+@both_owners
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_tensors_on_another_than_the_current_device_work():
     parameters, grad_y = inputs((64, 10, 500), device="cuda:1")
@@ -166,6 +195,7 @@ def test_tensors_on_another_than_the_current_device_work():
 NETWORKS = [(784, 500, 300, 10), (64, 64, 64, 64, 16), (7, 128, 9, 100, 5)]
 
 
+@both_owners
 @product_of(["dtype", "batch", "sizes"], [*TOLERANCE], [1, 65, 65536], NETWORKS)
 def test_a_whole_network_gives_what_its_layers_give_one_by_one(dtype, batch, sizes):
     model = fastmlp.MLP(*sizes, activation="tanh", device="cuda", dtype=dtype)

@@ -50,6 +50,8 @@ def every_backend(backends=BACKENDS, slow=()):
 KERNELS = [
     (backend, dtype) for backend in BACKENDS for dtype in DTYPES if backend == "cuda" or dtype != "float16"
 ]
+# CUDA's passes around products that torch's library computes; in its place is a loop of kernels_driver.cpp.
+OF_THE_LIBRARY = [("cuda library", dtype) for dtype in DTYPES]
 every_kernel = cases(["backend", "dtype"], KERNELS, lambda backend, _: backend in QUICK)
 every_sweep = cases(["sweep"], [(number,) for number in range(4)], lambda number: number == 0)
 every_variant = cases(["variant"], [(1,), (2,), (3,), (6,)], lambda variant: variant == 3)
@@ -127,7 +129,11 @@ CASES += [*itertools.product(ACTIVATIONS.keys() - {*DIFFERENT}, [(3, 5, 7), (65,
 
 def is_quick(backend, dtype, activation, shape):
     """Few of those that hardly differ, and that the emulator takes long for."""
-    if backend not in QUICK or (activation, shape) not in CHOSEN:
+    if (activation, shape) not in CHOSEN:
+        return False
+    if backend == "cuda library":
+        return dtype == "bfloat16" or shape == (65, 67, 33)
+    if backend not in QUICK:
         return False
     if backend == "cuda":
         small = shape in [(3, 5, 7), (65, 67, 33)]
@@ -139,7 +145,7 @@ def is_quick(backend, dtype, activation, shape):
 
 every_layer = cases(
     ["backend", "dtype", "activation", "shape"],
-    [(*kernel, *case) for kernel in KERNELS for case in sorted(CASES)],
+    [(*kernel, *case) for kernel in [*KERNELS, *OF_THE_LIBRARY] for case in sorted(CASES)],
     is_quick,
     ids=str,
 )
@@ -167,6 +173,9 @@ BROKEN = {
         "chain.cuh", f"{BARRIER}  // A has", "// A has", "a race"
     ),
     "the values are overwritten while in use": ("across.cuh", f"{BARRIER}\n  values", "values", "a race"),
+    "sums are added before all threads have theirs": (
+        "elementwise.cuh", f"{BARRIER}\n  if (threadIdx.x >= wide", "if (threadIdx.x >= wide", "a race"
+    ),
 }  # fmt: skip
 
 
@@ -550,11 +559,15 @@ def test_backward_is_right(backend, dtype, activation, shape):
 
 @cases(
     ["backend", "dtype", "activation", "shape"],
-    [(*kernel, *case) for kernel in KERNELS for case in itertools.product(["silu", "tanh"], SHAPES)],
+    [
+        (*kernel, *case)
+        for kernel in [*KERNELS, *OF_THE_LIBRARY]
+        for case in itertools.product(["silu", "tanh"], SHAPES)
+    ],
     lambda backend, dtype, *case: (
-        backend in QUICK
+        backend in (*QUICK, "cuda library")
         and case
-        in [("silu", (65, 67, 33)), ("tanh", (3, 5, 7)), ("tanh", (300, 40, 600))][: 3 - (backend == "cuda")]
+        in [("silu", (65, 67, 33)), ("tanh", (3, 5, 7)), ("tanh", (300, 40, 600))][: 3 - ("cuda" in backend)]
     ),
     ids=str,
 )
@@ -568,7 +581,11 @@ sizes = st.one_of(st.integers(0, 20), st.sampled_from([63, 64, 65, 129]))
 
 
 @every_sweep
-@every_kernel
+@cases(
+    ["backend", "dtype"],
+    [*KERNELS, *OF_THE_LIBRARY],
+    lambda backend, dtype: backend in QUICK or (backend, dtype) == OF_THE_LIBRARY[1],
+)
 @settings(max_examples=25, deadline=None, database=None)
 @given(
     activation=st.sampled_from(sorted(ACTIVATIONS)),
@@ -638,11 +655,15 @@ QUICK_NETWORKS = [(NETWORKS[1], "relu"), (NETWORKS[3], "mixed"), (NETWORKS[2], "
 
 @cases(
     ["backend", "dtype", "network", "kind"],
-    [(*kernel, *case) for kernel in KERNELS for case in itertools.product(NETWORKS, NETWORK_ACTIVATIONS)],
+    [
+        (*kernel, *case)
+        for kernel in [*KERNELS, *OF_THE_LIBRARY]
+        for case in itertools.product(NETWORKS, NETWORK_ACTIVATIONS)
+    ],
     lambda backend, dtype, *case: (
-        backend in QUICK
+        backend in (*QUICK, "cuda library")
         and case in QUICK_NETWORKS
-        and (backend != "cuda" or dtype == ("float32" if case == QUICK_NETWORKS[2] else "bfloat16"))
+        and ("cuda" not in backend or dtype == ("float32" if case == QUICK_NETWORKS[2] else "bfloat16"))
     ),
     ids=str,
 )
@@ -1154,7 +1175,14 @@ def check_cross_entropy(broken):
 
 
 CHECKS = {"product.cuh": check_product, "tensor_core.cuh": check_product}
-CHECKS |= {"chain.cuh": check_chain, "across.cuh": check_cross_entropy}
+
+
+def check_passes(broken):
+    broken.use(b"cuda library")
+    Layer(broken, "bfloat16", "relu", (70, 70, 140)).check()
+
+
+CHECKS |= {"chain.cuh": check_chain, "across.cuh": check_cross_entropy, "elementwise.cuh": check_passes}
 
 
 @pytest.mark.slow
@@ -1166,6 +1194,59 @@ def test_a_broken_kernel_is_noticed(builds, build):
         CHECKS[file](broken)
     assert said in complaint(broken)
     assert bool(said) == bool(complaint(broken))
+
+
+# The kinds of products in kernels.h, and whose they are.
+FORWARD, DW, DX, CHAIN_FORWARD, CHAIN_BACKWARD = range(5)
+BY_TABLE, OURS, THE_LIBRARYS = range(3)
+
+
+class Measured(ctypes.Structure):
+    _fields_ = [("architecture", ctypes.c_int), ("dtype", ctypes.c_int), ("reduced", ctypes.c_bool)]
+    _fields_ += [(name, ctypes.c_int) for name in ("kind", "size", "owner")]
+
+
+@pytest.fixture
+def with_table(builds):
+    """The CUDA backend with a table of whose products are whose; the emulator's architecture is 90."""
+    library = loaded(builds["cuda"], "cuda")
+    library.owner_of.argtypes = [*[ctypes.c_int] * 3, ctypes.c_double]
+    rows = [
+        Measured(90, DTYPES.index("bfloat16"), False, FORWARD, 30, OURS),
+        Measured(90, DTYPES.index("float32"), True, FORWARD, 20, THE_LIBRARYS),
+        Measured(80, DTYPES.index("bfloat16"), False, DX, 30, OURS),
+    ]
+    library.use_table((Measured * len(rows))(*rows), ctypes.c_int64(len(rows)))
+    yield library
+    library.use(b"cuda")
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "reduced", "operations", "owner"),
+    [
+        (FORWARD, "bfloat16", False, 2.0**30, OURS),  # from a power of two
+        (FORWARD, "bfloat16", True, 2.0**31 - 1, OURS),  # to the next; TF32 is of float32 alone
+        (FORWARD, "bfloat16", False, 2.0**31, THE_LIBRARYS),  # what the table does not know
+        (FORWARD, "float16", False, 2.0**30, THE_LIBRARYS),
+        (DX, "bfloat16", False, 2.0**30, THE_LIBRARYS),  # known of another architecture
+        (FORWARD, "float32", True, 2.0**20, THE_LIBRARYS),
+        (FORWARD, "float32", False, 2.0**20, OURS),
+        (CHAIN_BACKWARD, "float32", False, 0.999e8, OURS),
+        (CHAIN_BACKWARD, "float32", False, 1e8, THE_LIBRARYS),
+        (DW, "float32", False, 0.0, OURS),
+    ],
+)
+def test_a_table_tells_whose_a_product_is(with_table, kind, dtype, reduced, operations, owner):
+    assert with_table.owner_of(kind, DTYPES.index(dtype), reduced, operations) == owner
+
+
+def test_a_products_owner_computes_it(with_table):
+    calls = with_table.calls_of_library
+    calls.restype = ctypes.c_int64
+    for shape, expected in [((512, 512, 512), 3), ((64, 64, 64), 0)]:
+        before = calls()
+        Layer(with_table, "float16", "tanh", shape).check()
+        assert calls() - before == expected
 
 
 @pytest.mark.parametrize(("sizes", "expected"), [((64,) * 5, 1), ((7, 128, 128, 3), 1), ((64, 129, 8), 2)])

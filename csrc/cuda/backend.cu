@@ -1,10 +1,13 @@
 // The CUDA backend: picks the kernels for a call and enqueues them.
 #include <algorithm>
+#include <cmath>
+#include <vector>
 
 #include "../activation.h"
 #include "../kernels.h"
 #include "chain.cuh"
 #include "clip.cuh"
+#include "elementwise.cuh"
 #include "launch.cuh"
 #include "product.cuh"
 #include "simt.cuh"
@@ -72,6 +75,7 @@ using Small = Tiling<64, 64, 32, 32, 4, 3>;
 #define FASTMLP_MULTIPROCESSORS 128
 #endif
 constexpr int64_t multiprocessors = FASTMLP_MULTIPROCESSORS;
+constexpr int64_t blocks_of_sums = 4 * multiprocessors;
 
 // How a product is cut: into large or small tiles, and splits of its sum.
 struct Cut {
@@ -127,6 +131,30 @@ cudaError_t multiply(const A& a, const B& b, Result<typename A::T> result, int64
                    : multiply<TensorCore, Small>(a, b, result, K, stream);
 }
 
+// ---- whose a product is
+
+struct {
+  Library library = nullptr;
+  Owner owner = Owner::kernels;
+  std::vector<Measured> table;
+} products;
+
+int architecture() {
+  int device = 0, major = 0, minor = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
+  return known ? 10 * major + minor : 0;
+}
+
+template <class Layer>
+bool is_librarys(Kind kind, const Layer& layer) {
+  const double operations = 2.0 * layer.M * layer.N * layer.K;
+  return owner_of(kind, layer.dtype, layer.reduced, operations) == Owner::library;
+}
+bool is_any_librarys(const Backward& b) { return is_librarys(Kind::dW, b) || is_librarys(Kind::dx, b); }
+
 // ---- narrow networks
 //
 //   all widths up to 64, or 128    the layers as one chain, where two weights or all fit in shared memory
@@ -161,9 +189,12 @@ int64_t widest(const Layer* layers, int64_t count) {
 }
 
 template <class Layer>
-bool is_chain(const Layer* layers, int64_t count) {
+bool is_chain(Kind kind, const Layer* layers, int64_t count) {
   const int64_t width = widest(layers, count);
   if (count < 2 || count > most_links || width > LessNarrow::n) return false;
+  double operations = 0;
+  for (int64_t i = 0; i < count; ++i) operations += 2.0 * layers[i].M * layers[i].N * layers[i].K;
+  if (owner_of(kind, layers->dtype, layers->reduced, operations) == Owner::library) return false;
   return with_dtype(layers->dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     return (width <= Narrow::n ? slots<T, Narrow>(count) : slots<T, LessNarrow>(count)) >= 2;
@@ -244,33 +275,118 @@ Result<T> grad_x_of(const Backward& b) {
 
 template <class T>
 cudaError_t forward(const Forward& f, float* partials, cudaStream_t stream) {
+  if (is_librarys(Kind::forward, f)) {
+    void* const z = f.z ? f.z : f.y;
+    products.library({.dtype = f.dtype,
+                      .rows = f.M,
+                      .columns = f.N,
+                      .K = f.K,
+                      .a = f.x,
+                      .a_strides = {f.ldx, 1},
+                      .b = f.weight,
+                      .b_strides = {1, f.ldw},
+                      .bias = f.bias,
+                      .c = z});
+    if (z == f.y && f.activation == Activation::identity) return cudaSuccess;
+    return elementwise::activate<T>(z, f.y, f.M * f.N, f.activation, stream);
+  }
   Result<T> result = y_of<T>(f);
   result.partials = partials;
   return multiply(x_of<T>(f), weight_of<T>(f), result, f.K, cut(f.dtype, f.M, f.N, f.K), f.reduced, stream);
 }
 
+bool is_dW_librarys(const Backward& b) {
+  const bool is_found =
+      b.x_activation == Activation::identity || b.ldx == b.K;  // where x is to be found, without gaps
+  return b.grad_weight && is_found && is_librarys(Kind::dW, b);
+}
+
 // dW and db.
 template <class T>
-cudaError_t backward_of_parameters(const Backward& b, float* partials, cudaStream_t stream) {
+cudaError_t backward_of_parameters(const Backward& b, void* memory, cudaStream_t stream) {
   if (!b.grad_weight && !b.grad_bias) return cudaSuccess;
+  if (is_dW_librarys(b)) {
+    const void* x = b.x;
+    int64_t ldx = b.ldx;
+    if (b.x_activation != Activation::identity) {
+      const cudaError_t error = elementwise::activate<T>(b.x, memory, b.M * b.K, b.x_activation, stream);
+      if (error != cudaSuccess) return error;
+      x = memory, ldx = b.K;
+    }
+    products.library({.dtype = b.dtype,
+                      .rows = b.N,
+                      .columns = b.K,
+                      .K = b.M,
+                      .a = b.grad_y,
+                      .a_strides = {1, b.N},
+                      .b = x,
+                      .b_strides = {ldx, 1},
+                      .bias = nullptr,
+                      .c = b.grad_weight});
+    return cudaSuccess;
+  }
   const Result<T> result{.c = static_cast<T*>(b.grad_weight),
                          .row_sums = static_cast<T*>(b.grad_bias),
                          .rows = b.N,
                          .columns = b.K,
-                         .partials = partials};
+                         .partials = static_cast<float*>(memory)};
   auto x = b.grad_weight ? plain<true, T>(b.x, b.ldx, b.K) : plain<true, T>(b.grad_y, 0, 0);
   x.activation = b.x_activation;
   return multiply(dz_of<true, T>(b), x, result, b.M, cut(b.dtype, b.N, b.K, b.M), b.reduced, stream);
 }
 
+// A layer without dx: a chain has computed it. dz is formed before a product of the library, in `dz`.
 template <class T>
-cudaError_t backward(const Backward& b, float* partials, cudaStream_t stream) {
-  const cudaError_t error = backward_of_parameters<T>(b, partials, stream);
-  if (error != cudaSuccess || !b.grad_x) return error;
+cudaError_t backward(Backward b, bool has_dx, void* dz, void* memory, cudaStream_t stream) {
+  if (is_dW_librarys(b) || (has_dx && b.grad_x && is_librarys(Kind::dx, b))) {
+    void* const own = b.activation == Activation::identity ? nullptr : dz;
+    const cudaError_t error =
+        elementwise::differentiate<T>(b, own, static_cast<float*>(memory), blocks_of_sums, stream);
+    if (error != cudaSuccess) return error;
+    if (own) b.grad_y = own;
+    b.activation = {}, b.grad_bias = nullptr;
+  }
+  const cudaError_t error = backward_of_parameters<T>(b, memory, stream);
+  if (error != cudaSuccess || !has_dx || !b.grad_x) return error;
+  if (is_librarys(Kind::dx, b)) {
+    products.library({.dtype = b.dtype,
+                      .rows = b.M,
+                      .columns = b.K,
+                      .K = b.N,
+                      .a = b.grad_y,
+                      .a_strides = {b.N, 1},
+                      .b = b.weight,
+                      .b_strides = {b.ldw, 1},
+                      .bias = nullptr,
+                      .c = b.grad_x});
+    return cudaSuccess;
+  }
   Result<T> result = grad_x_of<T>(b);
-  result.partials = partials;
+  result.partials = static_cast<float*>(memory);
   return multiply(dz_of<false, T>(b), weight_of<T>(b), result, b.N, cut(b.dtype, b.M, b.K, b.N), b.reduced,
                   stream);
+}
+
+// Of the last layer's dz: those of the others take the place of dy.
+int64_t dz_bytes(const Backward& last) {
+  return last.activation != Activation::identity && is_any_librarys(last)
+             ? matrix_bytes(last.dtype, last.M, last.N)
+             : 0;
+}
+
+// What one layer after the other works in: for the splits' sums, for those of db, and for x.
+int64_t bytes_to_work_in(const Backward* layers, int64_t count) {
+  int64_t bytes = largest_split(layers, count);
+  for (const Backward* b = layers; b != layers + count; ++b) {
+    if (!is_any_librarys(*b)) continue;
+    with_dtype(b->dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      bytes = std::max(bytes, elementwise::workspace<T>(b->M, b->N, blocks_of_sums));
+    });
+    if (b->grad_weight && b->x_activation != Activation::identity)
+      bytes = std::max(bytes, matrix_bytes(b->dtype, b->M, b->K));
+  }
+  return bytes;
 }
 
 // ---- the layers of a narrow network
@@ -316,14 +432,16 @@ const char* toolkit() { return FASTMLP_TEXT(__CUDACC_VER_MAJOR__) "." FASTMLP_TE
 const char* architectures() { return FASTMLP_TEXT(__CUDA_ARCH_LIST__); }
 
 int64_t forward_workspace(const Forward* layers, int64_t count) {
-  return is_chain(layers, count) ? 0 : 2 * between_bytes(layers, count) + largest_split(layers, count);
+  return is_chain(Kind::chain_forward, layers, count)
+             ? 0
+             : 2 * between_bytes(layers, count) + largest_split(layers, count);
 }
 
 int forward(const Forward* layers, int64_t count, void* workspace, void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   return with_dtype(layers->dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    if (is_chain(layers, count)) return forward_chain<T>(layers, count, stream);
+    if (is_chain(Kind::chain_forward, layers, count)) return forward_chain<T>(layers, count, stream);
     char* const between = static_cast<char*>(workspace);
     const int64_t bytes = between_bytes(layers, count);
     float* const partials = reinterpret_cast<float*>(between + 2 * bytes);
@@ -339,16 +457,17 @@ int forward(const Forward* layers, int64_t count, void* workspace, void* stream_
 }
 
 int64_t backward_workspace(const Backward* layers, int64_t count) {
-  const bool chained = is_chain(layers, count);
-  return grad_x_offset(layers, count, chained, count - 1) + largest_split(layers, count);
+  const bool chained = is_chain(Kind::chain_backward, layers, count);
+  return grad_x_offset(layers, count, chained, count - 1) + dz_bytes(*layers) +
+         bytes_to_work_in(layers, count);
 }
 
 int backward(const Backward* layers, int64_t count, void* workspace, void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   char* const between = static_cast<char*>(workspace);
-  const bool chained = is_chain(layers, count);  // asks the driver, so once
-  float* const partials =
-      reinterpret_cast<float*>(between + grad_x_offset(layers, count, chained, count - 1));
+  const bool chained = is_chain(Kind::chain_backward, layers, count);  // asks the driver, so once
+  char* const dz = between + grad_x_offset(layers, count, chained, count - 1);
+  char* const memory = dz + dz_bytes(*layers);
   const auto with_buffers = [&](int64_t i) {
     Backward b = layers[i];
     if (i > 0) b.grad_y = between + grad_x_offset(layers, count, chained, i - 1);
@@ -363,11 +482,29 @@ int backward(const Backward* layers, int64_t count, void* workspace, void* strea
       for (int64_t i = 0; i < count; ++i) all[i] = with_buffers(i);
       error = backward_chain<T>(all, count, stream);
     }
-    for (int64_t i = 0; i < count && error == cudaSuccess; ++i)
-      error = chained ? backward_of_parameters<T>(with_buffers(i), partials, stream)
-                      : backward<T>(with_buffers(i), partials, stream);
+    for (int64_t i = 0; i < count && error == cudaSuccess; ++i) {
+      const Backward b = with_buffers(i);
+      error = backward<T>(b, !chained, i ? const_cast<void*>(b.grad_y) : dz, memory, stream);
+    }
     return error;
   });
+}
+
+void set_products(Library library, Owner owner, const Measured* table, int64_t count) {
+  products.library = library;
+  products.owner = library ? owner : Owner::kernels;
+  products.table.assign(table, table + count);
+}
+
+Owner owner_of(Kind kind, Dtype dtype, bool reduced, double operations) {
+  if (products.owner != Owner::table) return products.owner;
+  const int own = products.table.empty() ? 0 : architecture();
+  const int size = operations > 0 ? std::ilogb(operations) : 0;
+  for (const Measured& m : products.table)
+    if (m.architecture == own && m.dtype == dtype && m.reduced == (reduced && dtype == Dtype::float32) &&
+        m.kind == kind && m.size == size)
+      return m.owner;
+  return operations < 1e8 ? Owner::kernels : Owner::library;
 }
 
 int64_t cross_entropy_workspace(const CrossEntropy& p) { return softmax::workspace(p); }

@@ -2,12 +2,21 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <iterator>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "../kernels.h"
 #include "activations.h"
 #include "call.h"
+#include "library.h"
 #include "lookup.h"
+
+#ifdef FASTMLP_WITH_CUDA
+#include <c10/cuda/CUDAFunctions.h>
+#endif
 
 namespace py = pybind11;
 
@@ -25,6 +34,41 @@ void use(const std::string& name) {
     throw py::value_error("instruction set: expected one of " + names(", ") +
                           " that this processor has, got '" + name + "'");
 }
+
+#ifdef FASTMLP_WITH_CUDA
+namespace cuda = fastmlp::cuda;
+
+// The number of a name among those that are known.
+template <size_t count>
+int number(const char* what, const std::string& name, const char* const (&names)[count]) {
+  const auto found = std::find(names, names + count, name);
+  if (found == std::end(names)) throw py::value_error(what + (": unknown name '" + name + "'"));
+  return int(found - names);
+}
+
+using MeasuredRow = std::tuple<int, std::string, std::string, int, std::string>;
+
+void use_products(const std::string& owner, const std::vector<MeasuredRow>& rows) {
+  static constexpr const char* owners[] = {"table", "own", "library"};
+  static constexpr const char* dtypes[] = {"float32", "bfloat16", "float16", "tf32"};
+  static constexpr const char* kinds[] = {"forward", "dW", "dx", "chain forward", "chain backward"};
+  std::vector<cuda::Measured> table;
+  for (const auto& [architecture, dtype, kind, size, choice] : rows) {
+    const int number_of_dtype = number("dtype", dtype, dtypes);
+    table.push_back({.architecture = architecture,
+                     .dtype = fastmlp::Dtype(number_of_dtype % 3),
+                     .reduced = number_of_dtype == 3,
+                     .kind = cuda::Kind(number("product", kind, kinds)),
+                     .size = size,
+                     .owner = cuda::Owner(number("choice", choice, owners))});
+  }
+  const auto library = [](const cuda::Product& p) {
+    fastmlp::multiply(p, c10::Device(c10::kCUDA, c10::cuda::current_device()));
+  };
+  cuda::set_products(library, cuda::Owner(number("products", owner, owners)), table.data(),
+                     int64_t(table.size()));
+}
+#endif
 
 PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
@@ -59,6 +103,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("activations") = activations;
   m.attr("compiler") = "gcc " __VERSION__;
 #ifdef FASTMLP_WITH_CUDA
+  m.def("use_products", use_products, py::arg("owner"), py::arg("rows"));
   m.attr("cuda") = fastmlp::cuda::toolkit();
   m.attr("cuda_architectures") = fastmlp::cuda::architectures();
 #else

@@ -284,6 +284,21 @@ Tensor network_autocast(const Network& n) {
 
 // ---- registration
 
+// Whether all products of a layer are left to torch's library, with passes of the kernels around them.
+bool is_librarys([[maybe_unused]] const Tensor& input, [[maybe_unused]] const Tensor& weight) {
+#ifdef FASTMLP_WITH_CUDA
+  if (!input.is_cuda()) return false;
+  const c10::DeviceGuard guard(input.device());
+  const double operations = 2.0 * rows_of(input) * weight.size(0) * weight.size(1);
+  const auto is_its = [&](cuda::Kind kind) {
+    return cuda::owner_of(kind, dtype_of(input), is_reduced(input), operations) == cuda::Owner::library;
+  };
+  return is_its(cuda::Kind::forward) && is_its(cuda::Kind::dW) && is_its(cuda::Kind::dx);
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 TORCH_LIBRARY(fastmlp, m) {
@@ -300,6 +315,8 @@ TORCH_LIBRARY(fastmlp, m) {
         [](const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
           const char* reason =
               why_not_fused({input, weight, OptionalTensors({bias}), std::string("identity"), {}});
+          if (!reason && is_librarys(input, weight))
+            reason = "torch's library computes products of this size";
           return std::string(reason ? reason : "");
         });
 }
