@@ -2,8 +2,8 @@
 #
 #   make demo     train on real digits, stock PyTorch and fastmlp side by side
 #   make test     every behaviour once; make test-all adds what is slow: every instruction set, under sanitizers too,
-#                 PyTorch's own suites, sweeps of the emulators, other compilers, twenty times as many random forwards;
-#                 make test-slow is that alone
+#                 PyTorch's own suites, sweeps of the emulators, builds, other compilers, twenty times as many random
+#                 forwards; make test-slow is that alone
 #   make mutants  plants faults in the sources, one after the other, and tells which ones the tests do not find
 #   make lint     what CI checks besides; make format mends what can be mended
 #   make bench    measure again: benchmarks/results/ and the figures of README and docs
@@ -39,6 +39,9 @@ peers_environment := .venv-peers/installed
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 endif
 
+# On all cores, each file on one of them. Threads that wait must not keep those of another process from working.
+pytest = OMP_WAIT_POLICY=passive $(python) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
 cpp = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-all test-slow mutants test-integrations lint format bench bench-peers bench-integrations docs extension wheel wheels cuda clean
@@ -48,13 +51,13 @@ demo: extension
 	$(python) benchmarks/train.py
 
 test: extension
-	$(python) -m pytest
+	$(pytest)
 
 test-all: extension
-	$(python) -m pytest -m ""
+	$(pytest) -m ""
 
 test-slow: extension
-	$(python) -m pytest -m slow
+	$(pytest) -m slow
 
 mutants: extension
 	$(python) tests/mutants.py

@@ -15,6 +15,7 @@ from fastmlp import _C
 from fastmlp import __main__ as self_check
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow  # each imports torch in a process of its own, or builds
 
 
 def run(*arguments, cwd=ROOT, **environment):
@@ -32,7 +33,6 @@ def wheel(request, tmp_path_factory):
     return next(folder.glob("*.whl"))
 
 
-@pytest.mark.slow
 def test_a_wheel_imports_where_it_is_installed(wheel, tmp_path):
     code, out, err = run("-m", "pip", "install", "--no-deps", "--target", tmp_path, wheel)
     assert code == 0, out + err
@@ -42,7 +42,6 @@ def test_a_wheel_imports_where_it_is_installed(wheel, tmp_path):
     assert out.strip() == str(tmp_path / "fastmlp/__init__.py")
 
 
-@pytest.mark.slow
 def test_a_wheel_holds_the_package_and_runs_with_the_torch_it_was_built_for(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())

@@ -23,7 +23,11 @@ def finished(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("name", "result"),
-    [("mnist", r" loss (\S+),"), ("tabular", r" loss (\S+),"), ("coordinates", r" PSNR (\S+) dB")],
+    [
+        ("mnist", r" loss (\S+),"),
+        pytest.param("tabular", r" loss (\S+),", marks=pytest.mark.slow),
+        pytest.param("coordinates", r" PSNR (\S+) dB", marks=pytest.mark.slow),
+    ],
 )
 def test_a_model_becomes_what_stock_makes_of_it(name, result, finished):
     stock, fused = figures(result, finished(name)[1])
@@ -35,6 +39,7 @@ def test_answers_are_those_of_stock(finished):
     assert difference < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tabular", "coordinates"])
 def test_pictures_are_saved(name, finished):
     assert (finished(name)[0] / "demo" / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n")

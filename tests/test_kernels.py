@@ -2,8 +2,8 @@
 
 The sources are compiled by g++ as they are: cuda_emulator.h gives CUDA's part of the language its meaning,
 avx512_emulator.h the intrinsics of AVX-512, for processors that lack them. The processor's best instruction
-set, AVX2, the portable one and CUDA are tried on a few shapes. Slow tests try the others, more shapes, all
-parameters together, and sanitizers: what is compiled for a run with slow tests looks for undefined behaviour.
+set and CUDA are tried on a few shapes. Slow tests try the others, more shapes, all parameters together, and
+sanitizers: what is compiled for a run with slow tests looks for undefined behaviour.
 """
 
 import ctypes
@@ -33,7 +33,7 @@ DTYPES = ["float32", "bfloat16", "float16"]
 INSTRUCTION_SETS = ["avx512bf16", "avx512", "avx2", "portable"]
 BACKENDS = [*INSTRUCTION_SETS, "cuda"]
 BEST = _C.instruction_sets()[0]  # of the processor
-QUICK = {BEST, "avx2", "portable", "cuda"}
+QUICK = {BEST, "cuda"}  # the self-check, a test too, runs the others as they are in the extension
 
 
 def cases(names, values, is_quick, **options):
@@ -741,7 +741,7 @@ def sweep() -> np.ndarray:
     ["backend", "activation"],
     itertools.product(BACKENDS, ACTIVATIONS),
     lambda backend, activation: (  # where they are the same lines, one that reads y and one that reads z
-        backend in (BEST, "portable") or (backend in QUICK and activation in ("tanh", "gelu"))
+        backend == BEST or (backend in QUICK and activation in ("tanh", "gelu"))
     ),
 )
 def test_an_activation_is_as_exact_as_torch_and_the_same_where_it_is_not_finite(backend, activation):
@@ -1243,9 +1243,9 @@ def test_a_table_tells_whose_a_product_is(with_table, kind, dtype, reduced, oper
 def test_a_products_owner_computes_it(with_table):
     calls = with_table.calls_of_library
     calls.restype = ctypes.c_int64
-    for shape, expected in [((512, 512, 512), 3), ((64, 64, 64), 0)]:
+    for shape, expected in [((370, 370, 370), 3), ((64, 64, 64), 0)]:
         before = calls()
-        Layer(with_table, "float16", "tanh", shape).check()
+        Layer(with_table, "float32", "tanh", shape).check()
         assert calls() - before == expected
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from reference import cases
 
@@ -97,6 +98,7 @@ print(torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.nn.Li
 """
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing_of_torch():
     code = GRAPHS + STATE
     without, with_import = python("-c", code), python("-c", "import fastmlp\n" + code)

@@ -118,6 +118,7 @@ def test_the_sides_learn_the_same(finished):
         assert float(summary["loss_difference"]) == pytest.approx(largest, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_losses(finished, tmp_path):
     folder, _ = finished
     assert train(*SMALL, "--seed", 0, "--output", tmp_path).returncode == 0
@@ -247,6 +248,7 @@ def test_a_damaged_idx_file_is_named_with_what_was_expected(script, idx_folder, 
     assert message in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_on_idx_files_succeeds_and_stops_at_a_damaged_one(idx_folder, tmp_path):
     arguments = ["--data", idx_folder, "--sizes", "16,8,10", "--threads", 1, "--output", tmp_path / "results"]
     assert train(*arguments).returncode == 0
@@ -259,6 +261,7 @@ def test_a_run_on_idx_files_succeeds_and_stops_at_a_damaged_one(idx_folder, tmp_
     assert f"argument --data: {idx_folder / IMAGES}: truncated" in process.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_the_results_as_they_were(tmp_path):
     (tmp_path / "train.csv").write_text("of an earlier run")
     process = start("--epochs", 100000, "--threads", 1, "--output", tmp_path)
@@ -271,6 +274,7 @@ def test_an_interrupted_run_leaves_the_results_as_they_were(tmp_path):
     assert (tmp_path / "train.csv").read_text() == "of an earlier run"
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_the_run_before_the_training(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
