@@ -13,4 +13,5 @@
 #include "torch/module.cpp"
 #include "torch/network.cpp"
 #include "torch/optimizer.cpp"
+#include "torch/predictor.cpp"
 #include "torch/step.cpp"

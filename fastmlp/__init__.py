@@ -44,6 +44,7 @@ from fastmlp import (
 from fastmlp.fuse import fuse, unfuse
 from fastmlp.nn import MLP, CrossEntropyLoss, Linear, LinearReLU
 from fastmlp.optim import SGD, Adam, AdamW, clip_grad_norm_
+from fastmlp.predictor import Predictor
 from fastmlp.reasons import why_not_fused
 from fastmlp.step import TrainStep
 
@@ -57,6 +58,7 @@ __all__ = [
     "CrossEntropyLoss",
     "Linear",
     "LinearReLU",
+    "Predictor",
     "TrainStep",
     "build_info",
     "clip_grad_norm_",

@@ -14,12 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from fastmlp import _C, functional
-from fastmlp.layers import ROLES, Fused, Role, apply_sequential, is_called_plainly, is_unwatched, role_of
+from fastmlp.layers import (
+    ROLES,
+    Fused,
+    Layers,
+    Role,
+    apply_sequential,
+    is_called_plainly,
+    is_unwatched,
+    role_of,
+    walk,
+)
 from fastmlp.nn import Linear
 from fastmlp.optim import fuse_optimizer, unfuse_optimizer
-from fastmlp.rewrite import Refused, Rewritten, rewrite
+from fastmlp.rewrite import Pending, Refused, Rewritten, rewrite
 
-__all__ = ["fuse", "is_sequential", "plan", "rewritten_forward", "unfuse"]
+__all__ = ["fuse", "plan", "unfuse", "walk_to_the_end"]
 
 Model = TypeVar("Model", bound=nn.Module | torch.optim.Optimizer)
 
@@ -372,6 +382,44 @@ def rewritten_forward(module: nn.Module, known: dict[Any, Rewritten]) -> Rewritt
     if cls not in known or not known[cls].holds(cls, "forward"):
         known[cls] = _fused_class(cls).__fastmlp__.methods["forward"]
     return known[cls]
+
+
+def walk_to_the_end(model: Any, x: Any, layers: Layers, known: dict[Any, Rewritten]) -> Any:
+    """Collects the layers that the model ends by, where x is unwatched, and calls all before them.
+
+    Args:
+        model: the model.
+        x: its input.
+        layers: where they go.
+        known: forwards that are rewritten already, and those that will be.
+
+    Returns:
+        What comes to the layers; where the model ends by none, its output.
+    """
+
+    def other(module: Any, x: Any, layers: Layers) -> Any:
+        if is_sequential(module) and is_called_plainly(module):
+            return walk(module._modules.values(), x, layers, other)
+        if layers[0]:
+            x = functional.network(x, *layers)
+            for each in layers:
+                each.clear()
+        if not isinstance(module, nn.Module) or not module._modules or type(module) in ROLES:
+            return module(x)
+        if not is_called_plainly(module) or type(module).__call__ is not nn.Module.__call__:
+            return module(x)
+        try:
+            rewritten = rewritten_forward(module, known)
+        except Refused:
+            return module(x)
+        if rewritten.ending is None or rewritten.later is None:
+            return module(x)
+        output = rewritten.as_original(later=True)(module, x)
+        if type(output) is not Pending:
+            return output
+        return walk(output.callables, output.input, layers, other)
+
+    return walk((model,), x, layers, other)
 
 
 def original_class(module: Any) -> Any:

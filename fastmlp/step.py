@@ -12,12 +12,12 @@ from torch._compile import _disable_dynamo
 
 from . import _C, functional
 from .activations import resolved
-from .fuse import is_sequential, rewritten_forward
+from .fuse import walk_to_the_end
 from .graph import Graphs
-from .layers import ROLES, Layers, Role, is_called_plainly, is_unwatched, parameters_of, walk
+from .layers import Layers, Role, is_called_plainly, is_unwatched, parameters_of
 from .nn import CrossEntropyLoss
 from .optim import clip_grad_norm_, drop_gradients, has_step_hooks, rule_of, take_step
-from .rewrite import Pending, Refused, Rewritten
+from .rewrite import Rewritten
 
 __all__ = ["TrainStep"]
 
@@ -248,7 +248,7 @@ class TrainStep:
                 raise _Slower(
                     "hooks for all modules, a mode, torch.export or x itself are to see the modules"
                 )
-            x = walk((self.model,), x, layers, self._other)
+            x = walk_to_the_end(self.model, x, layers, self._rewritten)
             self._check_options()
             return self._fast_step(x, targets, layers)
         except _Slower as slower:
@@ -295,29 +295,6 @@ class TrainStep:
         if loss.reduction not in ("mean", "sum"):
             return None
         return known.name, loss.reduction == "mean", *known.options(loss)
-
-    def _other(self, module: Any, x: Any, layers: Layers) -> Any:
-        """What a module that is no layer makes of the layers before it; or the layers that it ends by."""
-        if is_sequential(module) and is_called_plainly(module):
-            return walk(module._modules.values(), x, layers, self._other)
-        if layers[0]:
-            x = functional.network(x, *layers)
-            for each in layers:
-                each.clear()
-        if not isinstance(module, nn.Module) or not module._modules or type(module) in ROLES:
-            return module(x)
-        if not is_called_plainly(module) or type(module).__call__ is not nn.Module.__call__:
-            return module(x)
-        try:
-            rewritten = rewritten_forward(module, self._rewritten)
-        except Refused:
-            return module(x)
-        if rewritten.ending is None or rewritten.later is None:
-            return module(x)
-        output = rewritten.as_original(later=True)(module, x)
-        if type(output) is not Pending:
-            return output
-        return walk(output.callables, output.input, layers, self._other)
 
     # ---- in calls of kernels
 

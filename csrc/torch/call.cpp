@@ -1,71 +1,22 @@
 // The ops called from Python as torch's own functions are: tensors are unpacked and the dispatcher is called, with
 // nothing converted. Through torch.ops, which graphs hold, the conversion of a small network's arguments takes longer
 // than the network.
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
-#include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "call.h"
-#include "ops.h"
 
 namespace fastmlp {
 namespace {
 
-// A list or tuple of Python.
-bool is_list(PyObject* o) { return PyList_Check(o) || PyTuple_Check(o); }
-c10::ArrayRef<PyObject*> items_of(PyObject* list) {
-  return {PySequence_Fast_ITEMS(list), size_t(PySequence_Fast_GET_SIZE(list))};
-}
-
-// Other tensor types carry semantics of their own, which torch's functions in Python know.
-bool is_plain(PyObject* o) { return THPVariable_CheckExact(o); }
 bool are_plain(PyObject* list) {
   const auto items = items_of(list);
   return std::all_of(items.begin(), items.end(), is_plain);
-}
-
-OptionalTensor tensor_or_none(PyObject* o) {
-  return o == Py_None ? std::nullopt : OptionalTensor(THPVariable_Unpack(o));
-}
-
-std::string string_of(PyObject* o) {
-  Py_ssize_t size = 0;
-  const char* const text = PyUnicode_AsUTF8AndSize(o, &size);
-  if (!text) throw python_error();
-  return {text, size_t(size)};
-}
-
-// The activations of a list, as the ops take them.
-struct Activations {
-  explicit Activations(PyObject* list) {
-    for (PyObject* const activation : items_of(list)) {
-      c10::SmallVector<double, 2> given;
-      if (PyTuple_Check(activation) && PyTuple_GET_SIZE(activation) > 0) {
-        names.push_back(string_of(PyTuple_GET_ITEM(activation, 0)));
-        for (PyObject* const number : items_of(activation).slice(1))
-          given.push_back(PyFloat_AsDouble(number));
-        if (PyErr_Occurred()) throw python_error();
-      } else {
-        names.push_back(activation == Py_None ? "identity" : string_of(activation));
-      }
-      const Numbers own = parameters_of(names.back(), given);
-      parameters.append(own.begin(), own.end());
-    }
-  }
-  c10::SmallVector<std::string, 4> names;
-  c10::SmallVector<double, 4> parameters;
-};
-
-std::vector<Tensor> tensors(PyObject* list) {
-  std::vector<Tensor> result;
-  for (PyObject* const t : items_of(list)) result.push_back(THPVariable_Unpack(t));
-  return result;
 }
 
 // The numbers of a list, as `convert` has them.
@@ -94,7 +45,7 @@ PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     if (bias != Py_None && !is_plain(bias)) Py_RETURN_NOTIMPLEMENTED;
     biases.push_back(tensor_or_none(bias));
   }
-  const Activations activations(arguments[3]);
+  const NamedActivations activations(arguments[3]);
   const Tensor& input = THPVariable_Unpack(arguments[0]);
   Tensor y;
   {
@@ -120,7 +71,7 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const std::vector<int64_t> has_bias = numbers(arguments[6], integer),
                              options_of = numbers(arguments[16], integer);
   const std::vector<double> options = numbers(arguments[15], PyFloat_AsDouble);
-  const Activations activations(arguments[7]);
+  const NamedActivations activations(arguments[7]);
   const Tensor &input = THPVariable_Unpack(arguments[0]), &target = THPVariable_Unpack(arguments[1]),
                &workspace = THPVariable_Unpack(arguments[5]);
   const std::string loss = string_of(arguments[8]), optimizer = string_of(arguments[14]);

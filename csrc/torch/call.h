@@ -23,4 +23,11 @@ PyObject* optimize(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 // NotImplemented too, and where the op gives None.
 PyObject* clip_grad_norm(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
+// snapshot(weights, biases, activations): a network for predict(), of float32 on the CPU, whose parameters have no gaps.
+PyObject* snapshot(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
+// predict(snapshot, x, out): what the network makes of x [..., K], in out or a new array of the kind of x. NotImplemented
+// where x is not float32 on the CPU with rows of adjacent elements. Raises ValueError where a shape does not fit.
+PyObject* predict(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
 }  // namespace fastmlp

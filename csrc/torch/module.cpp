@@ -81,6 +81,8 @@ PyMethodDef functions[] = {
     {"is_unchanged", fast(fastmlp::is_unchanged), METH_FASTCALL, nullptr},
     {"network", fast(fastmlp::network), METH_FASTCALL, nullptr},
     {"optimize", fast(fastmlp::optimize), METH_FASTCALL, nullptr},
+    {"predict", fast(fastmlp::predict), METH_FASTCALL, nullptr},
+    {"snapshot", fast(fastmlp::snapshot), METH_FASTCALL, nullptr},
     {"train_step", fast(fastmlp::train_step), METH_FASTCALL, nullptr},
     {"differentiate_down_to", fast(fastmlp::differentiate_down_to), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
