@@ -93,6 +93,13 @@ def test_x_may_be_of_any_form(form):
     assert (predict(array[::-1]) == expected.numpy()[::-1]).all()
 
 
+def test_rows_that_no_one_stride_leads_to_are_found():
+    predict, x = fastmlp.Predictor(sequential(8, 20, 3)), torch.randn(5, 4, 8)
+    for rows in (x[:, :3], x.transpose(0, 1), x[:, :1], x[:1, ::2]):
+        assert torch.equal(predict(rows), predict(rows.contiguous()))
+        assert (predict(rows.numpy()) == predict(rows).numpy()).all()
+
+
 def test_the_output_goes_where_it_is_asked_to():
     predict, x = fastmlp.Predictor(sequential(8, 20, 3)), torch.randn(10, 8)
     expected = predict(x)
