@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastmlp
-from fastmlp import _C
+from fastmlp import _C, functional
 
 _ops = torch.ops.fastmlp
 
@@ -133,10 +133,21 @@ def main() -> int:
     built = (
         f"CUDA {info['cuda']} for {info['cuda_architectures']}" if info["cuda"] else "without CUDA kernels"
     )
+def why_not_on_gpu() -> str | None:
+    """Why the GPU runs PyTorch's own operations; None where it runs the kernels, or there is none."""
+    if torch.version.cuda and not _C.cuda:
+        return "this build has no CUDA kernels, a build from source has"
+    if not torch.cuda.is_available():
+        return None
+    x = torch.zeros(1, 1, device="cuda")
+    return functional.why_composite(x, x)
+
+
     binding = Path(_C.__file__).relative_to(Path(fastmlp.__file__).parent)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    if torch.version.cuda and not info["cuda"]:
-        gpu += "; this build has no CUDA kernels, a build from source has: GPUs run PyTorch's own"
+    why_not = why_not_on_gpu()
+    if why_not:
+        gpu += f"; {why_not}: PyTorch's own operations run"
     print(f"fastmlp   {fastmlp.__version__}, built with {info['compiler']}, {built}")
     print(f"torch     {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"binding   {binding}")
@@ -147,9 +158,8 @@ def main() -> int:
 
     cpu = [(f"cpu {name}", "cpu", dtype, name) for name in _C.instruction_sets()
            for dtype in (torch.float32, torch.bfloat16)]  # fmt: skip
-    cuda = [
-        ("cuda", "cuda", dtype, None) for dtype in TOLERANCE if info["cuda"] and torch.cuda.is_available()
-    ]
+    has_cuda = torch.cuda.is_available() and not why_not
+    cuda = [("cuda", "cuda", dtype, None) for dtype in TOLERANCE if has_cuda]
     wrong = 0
     for name, device, dtype, instruction_set in cpu + cuda:
         if instruction_set is not None:
