@@ -79,9 +79,9 @@ def builds_cuda() -> bool:
 def architectures() -> str:
     """Those of the GPUs in sight; where none is, Ampere to Blackwell. With PTX for what comes after."""
     in_sight = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    # 9.0a by name: Hopper's own instructions need it. 8.6 and 8.9 run what is built for 8.0.
+    # 8.6 and 8.9 run what is built for 8.0.
     chosen = sorted(c for c in in_sight if c >= (8, 0)) or [(8, 0), (9, 0), (10, 0), (12, 0)]
-    return ";".join(f"{major}.{minor}{'a' * ((major, minor) == (9, 0))}" for major, minor in chosen) + "+PTX"
+    return ";".join(f"{major}.{minor}" for major, minor in chosen) + "+PTX"
 
 
 def refuse_other_compilers() -> None:

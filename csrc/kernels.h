@@ -229,6 +229,7 @@ namespace cuda {
 
 const char* toolkit();        // the version of the toolkit that built the kernels: "13.0"
 const char* architectures();  // what they were built for: "800,900"
+bool runs_on(int device);     // whether a GPU has code among them, or by their PTX; asked for once
 
 // The same for float32, bfloat16 and float16. Work is enqueued on `stream` (a cudaStream_t) of the current device;
 // nothing here allocates or synchronises, so a call can be captured in a graph. Returns a cudaError_t, 0 for

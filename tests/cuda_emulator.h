@@ -9,6 +9,7 @@
 //     the launch, whatever the values are. The compiler reports every access: the sources are compiled by
 //     -fsanitize=thread, and what it calls is defined here, in place of its library;
 //   - a barrier that the threads of a block do not all reach fails the launch, as does a misaligned row or copy;
+//   - a launch fails that has more dynamic shared memory than was asked for, or on a device that there is no code for;
 //   - the fibers run forward, reversed or shuffled.
 //
 // What went wrong is in emulator::complaint. Not thread-safe.
@@ -22,11 +23,14 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
+#include <map>
 #include <memory>
 #include <new>
 #include <numeric>
 #include <random>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -63,12 +67,28 @@ struct alignas(16) uint4 {
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidKernelImage = 200,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorInvalidPtx = 218,
+  cudaErrorJitCompilerNotFound = 221,
+  cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorJitCompilationDisabled = 223,
+  cudaErrorLaunchFailure = 719
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor
+};
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
 };
 using cudaStream_t = struct CUstream_st*;
 
@@ -123,7 +143,27 @@ inline uint64_t launches;
 
 constexpr unsigned lanes = 32, most_threads = 1024;
 constexpr size_t stack_bytes = 64 << 10;
-constexpr size_t most_dynamic_bytes = 227 << 10;  // of a block on sm_90
+
+// The GPUs that there are: what a block may have of shared memory where its kernel asks for it, what each kernel has of
+// it for variables, and whether there is code.
+struct Device {
+  size_t most_shared_bytes, variables_bytes;
+  bool has_code;
+};
+constexpr Device devices[] = {{227 << 10, 0, true},       // sm_90
+                              {163 << 10, 0, true},       // sm_80
+                              {99 << 10, 0, true},        // sm_86, sm_120
+                              {99 << 10, 8 << 10, true},  // the same of kernels with variables
+                              {64 << 10, 0, false}};      // sm_75
+constexpr size_t granted_bytes = 48 << 10;                // to a kernel that does not ask
+inline int device;                                        // the current one
+inline cudaError_t last_error;
+inline std::map<std::pair<int, const void*>, size_t> dynamic_bytes;  // that kernels have asked for, by device
+
+inline cudaError_t fail(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
 
 // What goes wrong first is kept, and fails the launch.
 template <class... Values>
@@ -552,23 +592,50 @@ __attribute__((weak, used)) UNSEEN void __tsan_read_range(void* p, long bytes) {
 __attribute__((weak, used)) UNSEEN void __tsan_write_range(void* p, long bytes) {
   emulator::touch(emulator::thread, p, bytes, true);
 }
+// Of the host: what kernels share is not atomic.
+__attribute__((weak, used)) UNSEEN char __tsan_atomic8_load(const volatile char* p, int) { return *p; }
+__attribute__((weak, used)) UNSEEN void __tsan_atomic8_store(volatile char* p, char value, int) {
+  *p = value;
+}
 __attribute__((weak, used)) void __tsan_init() {}
 __attribute__((weak, used)) void __tsan_func_entry(void*) {}
 __attribute__((weak, used)) void __tsan_func_exit(void*) {}
 }
 
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulator::device;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? int(emulator::most_dynamic_bytes)
-           : attribute == cudaDevAttrComputeCapabilityMajor     ? 9
-                                                                : 0;
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= int(std::size(emulator::devices)))
+    return emulator::fail(cudaErrorInvalidDevice);
+  emulator::device = device;
   return cudaSuccess;
 }
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin
+               ? int(emulator::devices[device].most_shared_bytes)
+           : attribute == cudaDevAttrComputeCapabilityMajor ? 9
+                                                            : 0;
+  return cudaSuccess;
+}
+template <class... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
+  const emulator::Device& device = emulator::devices[emulator::device];
+  if (!device.has_code) return emulator::fail(cudaErrorNoKernelImageForDevice);
+  attributes->sharedSizeBytes = device.variables_bytes;
+  return cudaSuccess;
+}
+// Fails for less than there was too, which another thread may be about to launch with.
+template <class... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
+  const emulator::Device& device = emulator::devices[emulator::device];
+  if (!device.has_code) return emulator::fail(cudaErrorNoKernelImageForDevice);
+  size_t& own = emulator::dynamic_bytes[{emulator::device, reinterpret_cast<const void*>(kernel)}];
+  if (bytes < 0 || size_t(bytes) < own || size_t(bytes) + device.variables_bytes > device.most_shared_bytes)
+    return emulator::fail(cudaErrorInvalidValue);
+  own = size_t(bytes);
   return cudaSuccess;
 }
 
@@ -580,8 +647,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const uint64_t threads = uint64_t{blockDim.x} * blockDim.y * blockDim.z;
   const uint64_t blocks = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
   if (blocks == 0 || threads == 0 || threads > emulator::most_threads || gridDim.x > INT32_MAX ||
-      gridDim.y > 65535 || gridDim.z > 65535 || config->dynamicSmemBytes > emulator::most_dynamic_bytes)
-    return cudaErrorInvalidConfiguration;
+      gridDim.y > 65535 || gridDim.z > 65535)
+    return emulator::fail(cudaErrorInvalidConfiguration);
+  const emulator::Device& device = emulator::devices[emulator::device];
+  if (!device.has_code) return emulator::fail(cudaErrorNoKernelImageForDevice);
+  const auto asked = emulator::dynamic_bytes.find({emulator::device, reinterpret_cast<const void*>(kernel)});
+  const size_t dynamic_bytes = asked != emulator::dynamic_bytes.end()
+                                   ? asked->second
+                                   : emulator::granted_bytes - device.variables_bytes;
+  if (config->dynamicSmemBytes > dynamic_bytes) return emulator::fail(cudaErrorInvalidValue);
   auto call = [&] { kernel(arguments...); };
   emulator::kernel_call = [](void* bound) { (*static_cast<decltype(call)*>(bound))(); };
   emulator::kernel_arguments = &call;
@@ -601,7 +675,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     if (emulator::run_block(unsigned(threads))) continue;
     emulator::fibers.clear();  // what they are in the middle of is abandoned
     for (emulator::Warp& warp : emulator::warps) warp.arrived = 0;
-    return cudaErrorLaunchFailure;
+    return emulator::fail(cudaErrorLaunchFailure);
   }
   return cudaSuccess;
 }

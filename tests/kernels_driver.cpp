@@ -78,6 +78,10 @@ int owner_of(int kind, int dtype, int reduced, double operations) {
 const char* complaint() { return emulator::complaint; }
 uint64_t bank_conflicts() { return emulator::bank_conflicts; }
 uint64_t launches() { return emulator::launches; }
+int set_device(int device) { return cudaSetDevice(device); }
+int device() { return emulator::device; }
+int last_error() { return cudaGetLastError(); }
+int runs_on(int device) { return cuda::runs_on(device); }
 int forward(const Forward* layers, int64_t count, void* workspace, unsigned variant) {
   emulator::order = variant;
   return cuda::forward(layers, count, workspace, nullptr);

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PORTABLE = "tests/test_kernels.py -k portable"
 CUDA = "tests/test_kernels.py -k cuda"
+GPU = "tests/test_kernels.py -k gpu"
 
 
 class Fault(NamedTuple):
@@ -68,6 +69,9 @@ FAULTS = [
     Fault("csrc/cuda/chain.cuh", "const bool last = i + 1 == links.count;", "const bool last = i == links.count;", CUDA),
     Fault("csrc/cuda/tensor_core.cuh", "f(row + 8, column, sums[i][j][2]", "f(row + 8, column, sums[i][j][0]", CUDA),
     Fault("csrc/cuda/simt.cuh", "sums[i][j] += left[i][k] * right", "sums[i][j] += left[i][0] * right", CUDA),
+    Fault("csrc/cuda/launch.cuh", "most_shared_memory() - static_cast<int64_t>(own.sharedSizeBytes)", "most_shared_memory()", GPU),
+    Fault("csrc/cuda/launch.cuh", "  if (error != cudaSuccess) cudaGetLastError();", "", GPU),
+    Fault("csrc/cuda/launch.cuh", "  cudaSetDevice(current);", "", GPU),
     Fault("csrc/cuda/softmax.cuh", "if (counts && smooths) gradient -=", "if (smooths) gradient -=", CUDA),
     Fault("csrc/cuda/softmax.cuh", "if (t == p.ignore_index) return 0.0f;", "", CUDA),
     Fault("csrc/cuda/update.cuh", "const bool aligned = is_aligned<T>(addresses);", "const bool aligned = true;", CUDA),

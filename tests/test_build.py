@@ -123,10 +123,10 @@ def test_a_failure_of_the_compiler_is_told_with_the_path_of_the_log(tmp_path):
 @pytest.mark.parametrize(
     ("in_sight", "expected"),
     [
-        ([], "8.0;9.0a;10.0;12.0+PTX"),
-        ([(7, 5)], "8.0;9.0a;10.0;12.0+PTX"),  # too old for the kernels
+        ([], "8.0;9.0;10.0;12.0+PTX"),
+        ([(7, 5)], "8.0;9.0;10.0;12.0+PTX"),  # too old for the kernels
         ([(8, 9), (8, 9)], "8.9+PTX"),
-        ([(9, 0), (8, 0)], "8.0;9.0a+PTX"),
+        ([(9, 0), (8, 0)], "8.0;9.0+PTX"),
     ],
 )
 def test_the_cuda_kernels_are_built_for_the_gpus_in_sight_or_for_all(in_sight, expected):
@@ -260,4 +260,17 @@ def test_the_self_check_tells_who_has_a_cuda_torch_that_there_are_no_cuda_kernel
     assert self_check.main() == 0
     said = capsys.readouterr().out
     assert "without CUDA kernels" in said
-    assert "this build has no CUDA kernels, a build from source has: GPUs run PyTorch's own" in said
+    assert "this build has no CUDA kernels, a build from source has: PyTorch's own operations run" in said
+
+
+def test_the_self_check_tells_who_has_a_gpu_that_the_build_has_no_code_for_and_checks_none_there(
+    monkeypatch, capsys
+):
+    reason = "the kernels are built for sm_80 and not for this GPU"
+    monkeypatch.setattr(_C, "cuda", "13.0")
+    monkeypatch.setattr(_C, "instruction_sets", list)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(self_check, "why_not_on_gpu", lambda: reason)
+    assert self_check.main() == 0
+    assert f"a GPU; {reason}: PyTorch's own operations run" in capsys.readouterr().out

@@ -668,7 +668,10 @@ QUICK_NETWORKS = [(NETWORKS[1], "relu"), (NETWORKS[3], "mixed"), (NETWORKS[2], "
     ids=str,
 )
 def test_a_network_gives_the_bits_of_its_layers(backend, dtype, network, kind):
-    (batch, sizes), activations = network, NETWORK_ACTIVATIONS[kind]
+    check_network(backend, dtype, *network, NETWORK_ACTIVATIONS[kind])
+
+
+def check_network(backend, dtype, batch, sizes, activations):
     shapes = [(batch, n, k) for k, n in itertools.pairwise(sizes)]
     chosen = activations[-len(shapes) :]
     layers = [Layer(backend, dtype, g, shape, seed=shape[1]) for g, shape in zip(chosen, shapes, strict=True)]
@@ -1258,6 +1261,59 @@ def test_the_layers_of_a_narrow_network_are_one_launch(builds, dtype, sizes, exp
     arguments, _buffers = network(library, dtype, 40, sizes)
     run(library, 0, *arguments)
     assert library.launches() - before == expected
+
+
+# ---- what a launch needs of its GPU
+
+# Of the emulator, by number; the first is the one that all other tests have.
+GPUS = ["sm_90", "sm_80", "sm_86", "sm_86, of kernels with shared variables"]
+WITHOUT_CODE = len(GPUS)
+NO_KERNEL_IMAGE = 209
+
+
+@pytest.fixture
+def on_gpu(builds):
+    """Makes one of the emulator's GPUs the current one and returns the library."""
+    library = loaded(builds["cuda"], "cuda")
+
+    def choose(number: int) -> ctypes.CDLL:
+        assert library.set_device(number) == 0
+        return library
+
+    yield choose
+    choose(0)
+    library.last_error()
+
+
+@cases(["dtype"], [(dtype,) for dtype in [*DTYPES, "tf32"]], lambda dtype: dtype == "float32")
+def test_every_product_has_the_shared_memory_that_it_needs_on_the_gpu_of_least(on_gpu, dtype):
+    def results(library: ctypes.CDLL) -> list[np.ndarray]:
+        results = []
+        for shape in [(260, 260, 260), (65, 67, 33)]:  # of large tiles and small
+            layer = Layer(library, "float32" if dtype == "tf32" else dtype, "tanh", shape)
+            layer.reduced = dtype == "tf32"
+            results += [layer.forward(), *layer.backward().values()]
+        return results
+
+    for other, first in zip(results(on_gpu(len(GPUS) - 1)), results(on_gpu(0)), strict=True):
+        assert (other == first).all()
+
+
+@cases(["gpu", "dtype"], itertools.product(range(len(GPUS)), DTYPES), lambda _, dtype: dtype == "float32")
+def test_chains_of_few_and_of_many_layers_follow_one_another_on_every_gpu(on_gpu, gpu, dtype):
+    for sizes in [(20, 60, 30), (64,) * 6, (20, 60, 30), (20, 128, 30), (100,) * 5]:
+        check_network(on_gpu(gpu), dtype, 40, sizes, NETWORK_ACTIVATIONS["relu"])
+
+
+def test_a_gpu_that_there_is_no_code_for_is_known_as_one_and_nobody_else_sees_the_error(on_gpu):
+    library = on_gpu(1)
+    for _ in range(2):  # and once it is known
+        assert [bool(library.runs_on(gpu)) for gpu in range(WITHOUT_CODE + 1)] == [True] * len(GPUS) + [False]
+    assert library.device() == 1
+    assert library.last_error() == 0
+    layer = Layer(on_gpu(WITHOUT_CODE), "float32", "relu", (3, 5, 7))
+    with pytest.raises(AssertionError, match=f"error {NO_KERNEL_IMAGE}"):  # what a launch there would give
+        layer.forward()
 
 
 def test_no_matrix_meets_a_bank_conflict_on_its_way_to_tensor_cores(builds):

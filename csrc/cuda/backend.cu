@@ -70,7 +70,7 @@ int64_t between_bytes(const Backward* layers, int64_t count) {
 using Large = Tiling<128, 128, 64, 32, 3, 1>;
 using Small = Tiling<64, 64, 32, 32, 4, 3>;
 
-// Of a large GPU. The number is fixed, so that a sum is split, and rounded, in the same way on every GPU.
+// Of a large GPU. The number is fixed, so that no sum is split in another way on another GPU.
 #ifndef FASTMLP_MULTIPROCESSORS
 #define FASTMLP_MULTIPROCESSORS 128
 #endif
@@ -164,21 +164,13 @@ bool is_any_librarys(const Backward& b) { return is_librarys(Kind::dW, b) || is_
 using Narrow = Tiling<64, 64, 32, 32, 1, 1>;
 using LessNarrow = Tiling<64, 128, 32, 32, 1, 1>;
 
-int64_t shared_memory_of_block() {
-  int device = 0, bytes = 0;
-  const bool known =
-      cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
-  return known ? bytes : 0;
-}
-
 // How many of `count` links' weights there is room for.
 template <class T, class Tiling>
 int slots(int64_t count) {
   const int64_t rows = Shared<T, false, Tiling>::bytes(0);
   const int64_t weight =
       std::max(Shared<T, false, Tiling>::bytes(1), Shared<T, true, Tiling>::bytes(1)) - rows;
-  return static_cast<int>(std::clamp<int64_t>((shared_memory_of_block() - rows) / weight, 0, count));
+  return static_cast<int>(std::clamp<int64_t>((most_shared_memory() - rows) / weight, 0, count));
 }
 
 template <class Layer>
@@ -207,9 +199,8 @@ cudaError_t run_chain(const First& first, Links<typename First::T, transposed> l
   using T = typename First::T;
   links.slots = slots<T, Tiling>(links.count);
   const int64_t blocks = std::min((M + Tiling::m - 1) / Tiling::m, 2 * multiprocessors);
-  return launch_with(Shared<T, transposed, Tiling>::bytes(links.slots),
-                     chain<Math, Tiling, First, transposed>, blocks, Tiling::threads, stream, first, links,
-                     M);
+  return launch_with<chain<Math, Tiling, First, transposed>>(
+      Shared<T, transposed, Tiling>::bytes(links.slots), blocks, Tiling::threads, stream, first, links, M);
 }
 
 template <class First, bool transposed>
@@ -430,6 +421,8 @@ int64_t grad_x_offset(const Backward* layers, int64_t count, bool chained, int64
 const char* toolkit() { return FASTMLP_TEXT(__CUDACC_VER_MAJOR__) "." FASTMLP_TEXT(__CUDACC_VER_MINOR__); }
 
 const char* architectures() { return FASTMLP_TEXT(__CUDA_ARCH_LIST__); }
+
+bool runs_on(int device) { return has_code<softmax::weigh>(device); }
 
 int64_t forward_workspace(const Forward* layers, int64_t count) {
   return is_chain(Kind::chain_forward, layers, count)

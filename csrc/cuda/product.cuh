@@ -7,7 +7,8 @@
 //   dW = dzᵀ x           A = dzᵀ     B = xᵀ     db[m] = Σ_k A(m, k)
 //
 // What computes the product of two tiles is a parameter: tensor_core.cuh, or simt.cuh. All sums are in float32 and in
-// an order that the shape alone decides, so the same input gives the same bits, on every GPU.
+// an order that the shape alone decides, so the same input gives the same bits on the same GPU. Tensor cores add up the
+// products of one instruction in ways that differ from generation to generation.
 #pragma once
 
 #include <algorithm>
@@ -436,10 +437,9 @@ cudaError_t multiply(const A& a, const B& b, const Result<typename A::T>& result
   // Without C, as where it has no columns, only db is wanted, which the first tile of each row sums.
   const int64_t tiles = (result.rows + Tiling::m - 1) / Tiling::m * (result.c && across ? across : 1);
   const int64_t steps = (K + depth<T> - 1) / depth<T>;
-  const cudaError_t error =
-      launch_with(sizeof(T) * std::max(stage * Tiling::stages, tile), product<Math, Tiling, A, B>,
-                  tiles * result.splits, Tiling::threads, stream, a, b, result, K,
-                  static_cast<int>((steps + result.splits - 1) / result.splits));
+  const cudaError_t error = launch_with<product<Math, Tiling, A, B>>(
+      sizeof(T) * std::max(stage * Tiling::stages, tile), tiles * result.splits, Tiling::threads, stream, a,
+      b, result, K, static_cast<int>((steps + result.splits - 1) / result.splits));
   if (error != cudaSuccess || result.splits == 1) return error;
   return launch(reduce<T>, (result.size() + result.rows + 255) / 256, 256, stream, result);
 }

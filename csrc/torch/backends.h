@@ -103,13 +103,6 @@ void run(const Layer* layers, int64_t count, const at::Tensor& like) {
   Device::run(layers, count, bytes ? workspace.mutable_data_ptr() : nullptr);
 }
 
-// Whether there are kernels for the dtype that compute element by element.
-template <class Device>
-bool covers(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kBFloat16 ||
-         (dtype == at::kHalf && !std::is_same_v<Device, Cpu>);
-}
-
 inline Dtype dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
     case at::kBFloat16:

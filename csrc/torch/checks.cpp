@@ -4,6 +4,7 @@
 #include <ATen/ops/_fw_primal.h>
 
 #include <ostream>
+#include <string>
 
 #include "backends.h"
 #include "network.h"
@@ -21,12 +22,32 @@ const char* why_not_plain(const Tensor& t) {
   return nullptr;
 }
 
+#ifdef FASTMLP_WITH_CUDA
+namespace {
+
+// That the kernels are built for other architectures: "800,900" are sm_80 and sm_90.
+const char* why_not_on_this_gpu() {
+  static const std::string reason = [] {
+    std::string names = "sm_";
+    for (const char* c = cuda::architectures(); *c; ++c) {
+      if (*c == ',') names += ", sm_";
+      else if (c[1] && c[1] != ',') names += *c;
+    }
+    return "the kernels are built for " + names + " and not for this GPU";
+  }();
+  return reason.c_str();
+}
+
+}  // namespace
+#endif
+
 const char* why_not_covered(const Tensor& t) {
   const auto dtype = t.scalar_type();
   if (t.is_cuda()) {
 #ifdef FASTMLP_WITH_CUDA
     if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf)
       return "the CUDA kernels cover float32, bfloat16 and float16";
+    if (!cuda::runs_on(t.get_device())) return why_not_on_this_gpu();
 #else
     return "this build has no CUDA kernels";
 #endif

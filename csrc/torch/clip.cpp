@@ -29,11 +29,10 @@ OptionalTensor call_clip_grad_norm(at::TensorList grads, double max_norm, bool e
 
 namespace {
 
-template <class Device>
 bool can_clip(at::TensorList grads) {
   const Tensor& first = grads[0];
   const at::ScalarType dtype = first.scalar_type();
-  if (!covers<Device>(dtype)) return false;
+  if (why_not_covered(first)) return false;
   // Autocast makes torch's norm float32 on CUDA.
   if (first.is_cuda() && dtype != at::kFloat && at::autocast::is_autocast_enabled(at::kCUDA)) return false;
   std::vector<Memory> memories;
@@ -50,7 +49,7 @@ bool can_clip(at::TensorList grads) {
 
 template <class Device>
 OptionalTensor clip_grad_norm_(at::TensorList grads, double max_norm, bool error_if_nonfinite) {
-  if (grads.empty() || !can_clip<Device>(grads)) return std::nullopt;
+  if (grads.empty() || !can_clip(grads)) return std::nullopt;
   const c10::DeviceGuard guard(grads[0].device());
   const Tensor norm = at::empty({}, grads[0].options());
   std::vector<Gradient> gradients;

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "backends.h"
+#include "checks.h"
 #include "ops.h"
 
 namespace fastmlp {
@@ -120,7 +121,7 @@ bool optimize_(std::string_view name, TensorList params, TensorList grads, Tenso
               states.size());
   for (const Tensor& count : counts)
     if (!is_count(count)) return false;
-  if (!covers<Device>(params[0].scalar_type())) return false;
+  if (why_not_covered(params[0])) return false;
   for (const TensorList tensors : {params, grads, states})
     if (!is_covered(params, tensors)) return false;
   std::vector<Memory> memories;
