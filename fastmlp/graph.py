@@ -91,17 +91,19 @@ class Graphs:
             raise Slower("x or target is on another device, or requires a gradient")
         if torch.cuda.is_current_stream_capturing():
             raise Slower("the caller captures a CUDA graph")
-        for p in weights + biases:
-            if p is not None and (p._backward_hooks or p._post_accumulate_grad_hooks):
-                raise Slower("model: a parameter has hooks")
         rule: Any = rule_of(optimizer)
-        groups = optimizer.param_groups
-        keys = [None if group["differentiable"] else rule.keys(group) for group in groups]
-        places = _C.places(weights, biases, known[2:4], *[group["params"] for group in groups])
+        keys: list[Any] = []
+        options: list[Any] = []
+        params: list[list[Tensor]] = []
+        for group in optimizer.param_groups:
+            keys.append(None if group["differentiable"] else rule.keys(group))
+            options += rule.options(group)
+            params.append(group["params"])
+        places = _C.places(weights, biases, known[2:4], *params)
         held = places, rule.name, keys, activations, known[:2], known[4:], max_norm
         if held != self._held:
             self._held = self._places = None
-            self._plan(layers, groups, keys, rule, max_norm)
+            self._plan(layers, params, keys, rule, max_norm)
             self._held = held
         states = _C.states(optimizer.state, self._trained, self._names)
         if states is None:
@@ -113,7 +115,6 @@ class Graphs:
             if not all(t.is_cpu for t in counts):
                 raise Slower("optimizer: it counts its steps on the GPU")
             self._places = places
-        options = [number for group in groups for number in rule.options(group)]
         if None in options:
             raise Slower("optimizer: an option is neither a number nor a tensor of one on the CPU")
 
@@ -138,7 +139,7 @@ class Graphs:
     def _plan(
         self,
         layers: Layers,
-        groups: list[dict[str, Any]],
+        params: list[list[Tensor]],
         keys: list[Any],
         rule: Rule,
         max_norm: float | None,
@@ -146,11 +147,13 @@ class Graphs:
         """Finds what is trained, and how."""
         if None in keys:
             raise Slower("optimizer: it is differentiable")
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters_of(layers)):
+            raise Slower("model: a parameter has hooks")
         own = {p for p in parameters_of(layers) if p.requires_grad}
         self._trained, self._parts, self._groups, self._names, self._counts = [], [], [], [], []
         counted = (rule.counter,) if rule.counter else ()
-        for number, (group, names) in enumerate(zip(groups, keys, strict=True)):
-            begin, found = len(self._trained), [p for p in group["params"] if p in own]
+        for number, (of_group, names) in enumerate(zip(params, keys, strict=True)):
+            begin, found = len(self._trained), [p for p in of_group if p in own]
             self._trained += found
             self._parts.append(_Part(begin, len(self._trained), len(names)))
             self._groups += [number] * len(found)

@@ -202,6 +202,8 @@ PyObject* count_up_numbers(PyObject*, PyObject* const* arguments, Py_ssize_t cou
 
 PyObject* places(PyObject*, PyObject* const* lists, Py_ssize_t count) {
   HANDLE_TH_ERRORS
+  static PyObject* const hooks[] = {PyUnicode_InternFromString("_backward_hooks"),
+                                    PyUnicode_InternFromString("_post_accumulate_grad_hooks")};
   c10::SmallVector<int64_t, 128> words{is_reduced_on(at::kCUDA), is_reduced_on(at::kCPU)};
   for (PyObject* const list : c10::ArrayRef<PyObject*>(lists, size_t(count))) {
     TORCH_CHECK_TYPE(is_list(list), "places: expected lists of tensors or None");
@@ -216,6 +218,12 @@ PyObject* places(PyObject*, PyObject* const* lists, Py_ssize_t count) {
       words.push_back(int64_t(t.scalar_type()) << 32 | int64_t(t.device().type()) << 24 |
                       int64_t(uint8_t(t.device().index())) << 16 | int64_t(t.layout()) << 8 |
                       int64_t(is_strided) << 1 | int64_t(t.requires_grad()));
+      for (PyObject* const name : hooks)
+        if (t.requires_grad()) {
+          THPObjectPtr own(PyObject_GetAttr(o, name));
+          if (!own) throw python_error();
+          words.push_back(PyObject_IsTrue(own));
+        }
       if (!is_strided) continue;
       words.push_back(int64_t(reinterpret_cast<intptr_t>(t.const_data_ptr())));
       words.push_back(t.dim());

@@ -23,8 +23,8 @@ PyObject* optimize(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 PyObject* count_up_numbers(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
 // places(*lists): bytes that are equal where tensors (or None) are the same ones, on the same device, of the same dtype,
-// sizes and strides, at the same address, and require gradients as before; and float32 is multiplied as before. What a
-// captured kernel depends on.
+// sizes and strides, at the same address, and require gradients and have hooks as before; and float32 is multiplied as
+// before. What a captured kernel depends on.
 PyObject* places(PyObject*, PyObject* const* lists, Py_ssize_t count);
 
 // batch(x, target, parameter): bytes that are equal where x and target are of the same shapes and dtypes. None where one is

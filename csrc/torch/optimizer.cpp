@@ -5,6 +5,7 @@
 // A step is not differentiated, whoever calls it: grad mode does not matter, as under torch.no_grad().
 #include "optimizer.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/DeviceGuard.h>
@@ -227,8 +228,8 @@ Tensor count_up_numbers(std::string_view name, at::ArrayRef<double> options, at:
                 "groups: expected those of options, ", row.options, " each, got ", group);
   for (const Tensor& count : counts)
     TORCH_CHECK(is_count(count), "counts: expected float32 or float64 of one element on the CPU");
-  const Tensor numbers = at::empty({int64_t(groups.size() * sizeof(StepNumbers))},
-                                   at::TensorOptions().dtype(at::kByte).pinned_memory(pinned));
+  const Tensor numbers =
+      at::detail::empty_cpu({int64_t(groups.size() * sizeof(StepNumbers))}, at::kByte, pinned);
   StepNumbers* to = static_cast<StepNumbers*>(numbers.mutable_data_ptr());
   for (size_t i = 0; i < groups.size(); ++i) {
     const at::ArrayRef<double> own = options.slice(row.options * size_t(groups[i]), row.options);
