@@ -171,10 +171,8 @@ class Graphs:
     def _captured(self, batch: bytes, step: "_Step", x: Tensor, target: Tensor) -> "_Graph":
         """The step as a graph; Slower, from now on, where there cannot be one."""
         pools = [graph.pool for graph in self._graphs.values() if graph is not None]
-        try:
-            pool = (
-                pools[0] if pools else torch.cuda.graph_pool_handle()
-            )  # torch takes none whose graphs are gone
+        try:  # torch takes no pool whose graphs are all gone
+            pool = pools[0] if pools else torch.cuda.graph_pool_handle()
             return _Graph(step, x, target, pool)
         except Slower as slower:
             why = str(slower)
