@@ -93,12 +93,20 @@ struct Optimizer {
   float weight_decay, momentum, undamped;
   float momentum_square, undamped_square, eps, kept;  // of adam alone; kept = 1 − lr · decoupled weight decay
   bool maximize, nesterov, first;                     // the last two of sgd alone
+  // On CUDA: the line above, and the floats, are read from each tensor's StepNumbers when the kernel runs.
+  bool in_memory = false;
 };
 
 // What depends on the learning rate, and on how often a tensor has been changed: for sgd rate = lr; for adam
 // lr / (1 − beta1ᵗ), and inverse_root = 1 / √(1 − beta2ᵗ).
 struct Rates {
   float rate, inverse_root;
+};
+
+// What a step of one tensor depends on beside it. In memory it may change from run to run of a kernel that is captured.
+struct StepNumbers {
+  Optimizer optimizer;
+  Rates rates;
 };
 
 inline constexpr int most_states = 3;
@@ -110,7 +118,10 @@ struct Update {
   void* states
       [most_states];  // [size] each, as many as the optimizer has; only written in the first step of sgd
   int64_t size;
-  Rates rates;
+  union {
+    Rates rates;
+    const StepNumbers* numbers;  // where they are in memory
+  };
 };
 
 // Gradients made no longer than max_norm together, as torch.nn.utils.clip_grad_norm_ does it:

@@ -427,9 +427,12 @@ def _set_class(optimizer: Optimizer, cls: Any) -> None:
     optimizer.step = step  # type: ignore[method-assign]
 
 
+_PLAIN = frozenset({float, int})
+
+
 def _numbers(values: list[Any]) -> list[float | None]:
     """What hyperparameters are as numbers; None for one that only torch can use, or that a GPU has."""
-    return values if {*map(type, values)} <= {float, int} else [*map(_number, values)]
+    return values if _PLAIN.issuperset(map(type, values)) else [*map(_number, values)]
 
 
 def _number(value: Any) -> float | None:

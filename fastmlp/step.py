@@ -1,7 +1,7 @@
 """The whole training step, forward, loss, backward and the optimizer's update, in one call."""
 
 import copy
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from . import _C, functional
 from .activations import resolved
 from .fuse import walk_to_the_end
-from .graph import Graphs
+from .graph import Graphs, Slower
 from .layers import Layers, Role, is_called_plainly, is_unwatched, parameters_of
 from .nn import CrossEntropyLoss
 from .optim import clip_grad_norm_, drop_gradients, has_step_hooks, rule_of, take_step
@@ -60,11 +60,7 @@ _FUNCTIONS: dict[Any, tuple[Any, ...]] = {
     F.huber_loss: ("huber", True, None, None, 0, 1.0),
     F.binary_cross_entropy_with_logits: ("bce_with_logits", True, None, None, 0, 0.0),
 }
-_CAPTURED = {"cuda"}  # the devices whose steps become graphs, with SGD
-
-
-class _Slower(Exception):
-    """Why a step is the standard loop."""
+_CAPTURED = {"cuda"}  # the devices whose steps become graphs
 
 
 class _Training(NamedTuple):
@@ -100,7 +96,7 @@ class TrainStep:
     - In the standard loop, with the last layers, clipping and the optimizer fused, for all else: other
       optimizers, models that are trained before or between their layers too (whose other layers
       ``fastmlp.fuse`` fuses), an x that requires a gradient, `accumulate`, `process_group`, autocast. On
-      a GPU the loop with SGD becomes a CUDA graph.
+      a GPU the loop becomes a CUDA graph where model, loss and optimizer are such as in the first way.
 
     A step prints which it is, and ``fastmlp.why_not_fused`` tells why. The first two change each weight
     while its gradient is in cache: no gradient outlives its layer (or, where many rows meet few weights, or
@@ -108,10 +104,12 @@ class TrainStep:
     that a step works in is kept for the next. Its state is in `optimizer.state` under torch's own keys,
     options are read at each call: checkpoints and learning-rate schedulers work as ever.
 
-    A CUDA graph is captured once a batch of the same shape comes again, with parameters and momentum in the
-    same place and the same options; the learning rate may change at every call. The graph keeps the memory of
-    a step, and its next replay overwrites the gradients. The step stays the loop while the caller captures a
-    graph, and where optimizer, loss or a parameter has hooks.
+    A CUDA graph is captured once a batch of the same shape comes again, with parameters and the optimizer's
+    states in the same place; the optimizer's numbers may change at every call. The last 16 shapes have one.
+    Graphs keep the memory of a step, and the next replay of any may overwrite the gradients. The step stays
+    the loop while the caller captures a graph, where a learning rate or Adam's counts of steps are on the GPU
+    (as `fused` and `capturable` have them), and where optimizer, loss or a parameter has hooks. It stays so
+    for a shape whose capture has failed, with a warning.
 
     Args:
         model: any module of one input.
@@ -178,7 +176,7 @@ class TrainStep:
     def _forget(self) -> None:
         """Drops what is kept for the next call alone."""
         self._rewritten: dict[Any, Rewritten] = {}
-        self._graphs: Graphs | None = None
+        self._graphs = Graphs()
         self._workspace = torch.empty(0, dtype=torch.uint8)  # as large as the largest batch has needed
         self._way: tuple[str, str | None] | None = None  # the last call's, and why it was no better
 
@@ -245,13 +243,11 @@ class TrainStep:
         try:
             if not is_unwatched(x):
                 x = self.model(x)
-                raise _Slower(
-                    "hooks for all modules, a mode, torch.export or x itself are to see the modules"
-                )
+                raise Slower("hooks for all modules, a mode, torch.export or x itself are to see the modules")
             x = walk_to_the_end(self.model, x, layers, self._rewritten)
             self._check_options()
             return self._fast_step(x, targets, layers)
-        except _Slower as slower:
+        except Slower as slower:
             why = str(slower)
         return self._standard_step(x, targets, layers, why)
 
@@ -263,24 +259,24 @@ class TrainStep:
     # ---- which way
 
     def _check_options(self) -> None:
-        """Raises _Slower where a step is the loop whatever the batch."""
+        """Raises Slower where a step is the loop whatever the batch."""
         if isinstance(self.optimizer, torch.optim.LBFGS):
-            raise _Slower(_LBFGS)
+            raise Slower(_LBFGS)
         if rule_of(self.optimizer) is None:
             name = type(self.optimizer).__name__
-            raise _Slower(f"optimizer: the kernels know SGD, Adam and AdamW, and not {name}")
+            raise Slower(f"optimizer: the kernels know SGD, Adam and AdamW, and not {name}")
         if has_step_hooks(self.optimizer):
-            raise _Slower("optimizer: it has step hooks")
+            raise Slower("optimizer: it has step hooks")
         if self.accumulate > 1:
-            raise _Slower("accumulate: gradients outlive a call")
+            raise Slower("accumulate: gradients outlive a call")
         if self.process_group is not None:
-            raise _Slower("process_group: processes share gradients")
+            raise Slower("process_group: processes share gradients")
 
     def _expected_way(self) -> tuple[str, str | None]:
         """What the first call will be, if the model lets it."""
         try:
             self._check_options()
-        except _Slower as slower:
+        except Slower as slower:
             return _LOOP, str(slower)
         return (_ONE_CALL, None) if self._known_loss() else (_TWO_CALLS, _NOT_KNOWN)
 
@@ -302,21 +298,26 @@ class TrainStep:
         """One step, from what comes to the last layers.
 
         Raises:
-            _Slower: with nothing changed, where it is to be the loop.
+            Slower: with nothing changed, where it is to be the loop.
         """
         if not layers[0]:
-            raise _Slower("model: it does not end by a chain of layers")
+            raise Slower("model: it does not end by a chain of layers")
         if type(x) not in functional.TENSORS or x.requires_grad:
-            raise _Slower("model: what comes to its last layers requires a gradient")
+            raise Slower("model: what comes to its last layers requires a gradient")
         weight = layers[0][0]
         device = "cpu" if weight.is_cpu else weight.device.type
         if torch.is_autocast_enabled(device):
-            raise _Slower(f"autocast is enabled on {device}")
+            raise Slower(f"autocast is enabled on {device}")
         known = self._known_loss() if len(targets) == 1 and type(targets[0]) in functional.TENSORS else None
-        if device in _CAPTURED and known and self.max_grad_norm is None:
-            return self._graph_step(x, targets[0], layers)
+        if device in _CAPTURED and known is not None:
+            value, self.grad_norm = self._graphs.step(
+                x, targets[0], layers, self.loss, known, self.optimizer, self.max_grad_norm
+            )
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
+            self._way = "as a CUDA graph", None
+            return value
         if device in _CAPTURED or device != "cpu":
-            raise _Slower(f"on {device} a step is the loop, or with SGD a CUDA graph")
+            raise Slower(f"on {device} a step is the loop, or with a loss that the kernels know a CUDA graph")
         training = self._training(layers)
         why = _NOT_KNOWN
         if known is not None:
@@ -331,20 +332,20 @@ class TrainStep:
         return self._step_around(x, targets, layers, training)
 
     def _training(self, layers: Layers) -> _Training:
-        """The parameters of the layers, as the optimizer has them; _Slower where no kernel has them so."""
+        """The parameters of the layers, as the optimizer has them; Slower where no kernel has them so."""
         optimizer, rule = self.optimizer, rule_of(self.optimizer)
         assert rule is not None  # _check_options has seen to that
         groups: dict[int, tuple[int, dict[str, Any], tuple[str, ...]]] = {}
         options: list[Any] = []
         for number, group in enumerate(optimizer.param_groups):
             if group["differentiable"]:
-                raise _Slower("optimizer: it is differentiable")
+                raise Slower("optimizer: it is differentiable")
             options += rule.options(group)
             known = number, group, rule.keys(group)
             for p in group["params"]:
                 groups[id(p)] = known
         if None in options:
-            raise _Slower("optimizer: an option is neither a number nor a tensor of one on the CPU")
+            raise Slower("optimizer: an option is neither a number nor a tensor of one on the CPU")
         params: list[Tensor] = []
         states: list[Tensor] = []
         counts: list[Tensor] = []
@@ -355,13 +356,13 @@ class TrainStep:
         nothing, does_count = [_NOTHING] * rule.most, rule.counter is not None
         for parameter in parameters_of(layers):
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                raise _Slower("model: a parameter has hooks")
+                raise Slower("model: a parameter has hooks")
             params.append(parameter)
             number, group, keys = groups.get(id(parameter), _UNKNOWN)
             if not parameter.requires_grad:
                 number, keys = -1, ()
             elif number < 0 and self.max_grad_norm is not None:
-                raise _Slower("optimizer: it does not know all gradients that are clipped together")
+                raise Slower("optimizer: it does not know all gradients that are clipped together")
             is_trained |= number >= 0
             if keys:
                 state: Any = optimizer.state.get(parameter)
@@ -384,7 +385,7 @@ class TrainStep:
                     counts.append(_NOTHING)
             numbers.append(number)
         if not is_trained:
-            raise _Slower("optimizer: it trains none of the last layers' parameters")
+            raise Slower("optimizer: it trains none of the last layers' parameters")
         return _Training(params, states, counts, options, numbers, made)
 
     def _call(
@@ -466,31 +467,6 @@ class TrainStep:
         self._finish_gradients()
         take_step(self.optimizer)
         return _detached(result)
-
-    def _graph_step(self, x: Tensor, target: Tensor, layers: Layers) -> Tensor:
-        """One step on a GPU as a CUDA graph, where it is one by now."""
-        if not isinstance(self.optimizer, torch.optim.SGD) or not isinstance(self.loss, nn.Module):
-            raise _Slower("on a GPU a step is the loop, or with SGD and a loss of torch's a CUDA graph")
-        if self._graphs is None or self._graphs.device != layers[0][0].device:
-            self._graphs = Graphs(self.optimizer, layers[0][0].device)
-        value = self._graphs.step(x, target, layers, self._loss_of, self._constants(layers))
-        if value is None:
-            raise _Slower("on a GPU a step is the loop, until it can be captured")
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
-        self._way = "as a CUDA graph", None
-        return value
-
-    def _constants(self, layers: Layers) -> Hashable:
-        """What the loss of a batch depends on, besides parameters."""
-        loss: Any = self.loss
-        weights = (weight.data_ptr() for weight in loss.buffers())
-        names = ("reduction", "ignore_index", "label_smoothing", "beta", "delta")
-        options = (getattr(loss, name, None) for name in names)
-        return type(loss), *layers[2], *(bias is None for bias in layers[1]), *options, *weights
-
-    def _loss_of(self, x: Tensor, target: Tensor, layers: Layers) -> Tensor:
-        value: Tensor = self.loss(functional.network(x, *layers), target)
-        return value
 
     # ---- the loop
 

@@ -390,7 +390,7 @@ void check_step(int64_t M, std::vector<int64_t> sizes, Loss loss, int states, in
   const int64_t L = int64_t(sizes.size()) - 1, C = sizes.back();
   const Optimizer optimizer = optimizer_with(states);
   const auto update_of = [&](std::vector<float>* p, const float* grad) {
-    Update u{p[0].data(), grad, {}, int64_t(p[0].size()), {0.5f, 2}};
+    Update u{p[0].data(), grad, {}, int64_t(p[0].size()), {{0.5f, 2}}};
     for (int k = 0; k < states; ++k) u.states[k] = p[1 + k].data();
     return u;
   };

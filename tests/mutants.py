@@ -105,6 +105,10 @@ FAULTS = [
     Fault("fastmlp/step.py", "if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:", "if False:", "tests/test_step.py -k kernels_do_not_know"),
     Fault("fastmlp/step.py", "number, keys = -1, ()", "keys = ()", "tests/test_step.py -k frozen"),
     Fault("fastmlp/step.py", "first = result if first is None else first", "first = result", "tests/test_step.py -k lbfgs"),
+    Fault("fastmlp/graph.py", "graph = self._graphs.pop(batch, None)", "graph = self._graphs.get(batch)", "tests/test_graph.py"),
+    Fault("fastmlp/graph.py", "pools[0] if pools else torch.cuda.graph_pool_handle()", "(0, 1)", "tests/test_graph.py"),
+    Fault("fastmlp/graph.py", "if counts or options != self._options:", "if self._options is None:", "tests/test_graph.py"),
+    Fault("fastmlp/graph.py", "with torch.cuda.stream(stream):", "if True:", "tests/test_graph.py"),
     Fault("fastmlp/nn.py", "label_smoothing=self.label_smoothing", "label_smoothing=0.0", "tests/test_cross_entropy.py"),
     # The ops; these build the extension.
     Fault("csrc/torch/clip.cpp", "if (error_if_nonfinite && !std::isfinite", "if (!std::isfinite", "tests/test_clip.py"),

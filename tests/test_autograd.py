@@ -473,6 +473,7 @@ TARGET = torch.arange(6) % 4
 WEIGHT = torch.ones(4)
 ADAM = [0.1, 0.9, 0.999, 1e-8, 0.0, 0.0, 0.0]
 SGD = [0.1, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0]
+NUMBERS = fastmlp._C.count_up_numbers("adam", ADAM, [0], [torch.zeros(())], False)
 CALLS = [  # of every op: each kind of shape, of activation, of option that tells what comes out
     *(
         ("network", one_layer(*shape, grad=grad))
@@ -504,6 +505,10 @@ CALLS = [  # of every op: each kind of shape, of activation, of option that tell
         "optimize_",
         ("adam", [x(4, 3)], [x(4, 3)], [x(4, 3), x(4, 3).abs()], [torch.zeros(())], ADAM),
     ),
+    (
+        "optimize_by_numbers_",
+        ("adam", [x(4, 3)], [x(4, 3)], [x(4, 3), x(4, 3).abs()], NUMBERS),
+    ),
     ("clip_grad_norm_", ([x(4, 3), x(5)], 0.5)),
     (
         "train_step_",
@@ -517,7 +522,7 @@ CALLS = [  # of every op: each kind of shape, of activation, of option that tell
 NOT_TRACED = ("test_schema",)  # what a step changes is nothing that a graph could hold
 NO_TENSOR = ("test_schema", "test_autograd_registration", "test_faketensor")  # in the result, that is
 CHECKS = {"why_not_fused": NO_TENSOR}
-CHECKS |= dict.fromkeys(("optimize_", "clip_grad_norm_", "train_step_"), NOT_TRACED)
+CHECKS |= dict.fromkeys(("optimize_", "optimize_by_numbers_", "clip_grad_norm_", "train_step_"), NOT_TRACED)
 
 
 def test_every_op_is_checked():

@@ -451,19 +451,31 @@ STEP_LOSSES = {
 class Twins:
     """A step and the standard loop beside it, from the same start; and how many graphs were captured."""
 
-    def __init__(self, monkeypatch, loss=STEP_LOSSES["cross_entropy"], device="cuda", **options):
-        self.captures, self.device = 0, torch.device(device)
+    def __init__(
+        self,
+        monkeypatch,
+        loss=STEP_LOSSES["cross_entropy"],
+        device="cuda",
+        kind="SGD",
+        sizes=(30, 70, 10),
+        max_norm=None,
+        **options,
+    ):
+        self.captures, self.pools, self.device = 0, set(), torch.device(device)
+        self.max_norm = max_norm
         self.loss = copy.deepcopy(loss).to(device)
-        self.model = fastmlp.MLP(30, 70, 10, device=device)
+        self.model = fastmlp.MLP(*sizes, device=device)
         self.other = copy.deepcopy(self.model)
         options = {"lr": 0.1, **options}
-        self.optimizer = fastmlp.SGD(self.model.parameters(), **options)
-        self.other_optimizer = torch.optim.SGD(self.other.parameters(), **options)
-        self.step = fastmlp.TrainStep(self.model, self.loss, self.optimizer)
+        self.optimizer = getattr(fastmlp, kind)(self.model.parameters(), **options)
+        self.other_optimizer = getattr(torch.optim, kind)(self.other.parameters(), **options)
+        self.optimizers = self.optimizer, self.other_optimizer
+        self.step = fastmlp.TrainStep(self.model, self.loss, self.optimizer, max_grad_norm=max_norm)
         graph = torch.cuda.graph
 
         def counted(*arguments, **options):
             self.captures += 1
+            self.pools.add(options.get("pool"))
             return graph(*arguments, **options)
 
         monkeypatch.setattr(torch.cuda, "graph", counted)
@@ -479,6 +491,9 @@ class Twins:
             value = self.loss(self.other(x), target)
             self.other_optimizer.zero_grad()
             value.backward()
+            if self.max_norm is not None:
+                norm = torch.nn.utils.clip_grad_norm_(self.other.parameters(), self.max_norm)
+                torch.testing.assert_close(self.step.grad_norm, norm)
             self.other_optimizer.step()
             torch.testing.assert_close(values[-1], value.detach(), rtol=1e-5, atol=1e-6)
             for own, right in zip(self.model.parameters(), self.other.parameters(), strict=True):
@@ -487,7 +502,11 @@ class Twins:
         return values
 
 
-@product_of(["name", "options"], [*STEP_LOSSES], [{}, SGD["nesterov"], SGD["dampening"]])
+STEP_OPTIONS = [{}, SGD["nesterov"], SGD["dampening"]]  # an eps that keeps Adam from steps of rounding alone
+STEP_OPTIONS += [{"kind": "Adam", "amsgrad": True, "eps": 1e-3}, {"kind": "AdamW", "lr": 0.01, "eps": 1e-3}]
+
+
+@product_of(["name", "options"], [*STEP_LOSSES], STEP_OPTIONS)
 def test_a_step_trains_as_the_standard_loop_does(monkeypatch, name, options):
     loss = STEP_LOSSES[name]
     twins = Twins(monkeypatch, loss, **options)
@@ -500,15 +519,91 @@ def test_a_step_has_a_graph_for_every_shape_of_batch(monkeypatch):
     twins = Twins(monkeypatch, momentum=0.9)
     twins.train(*[64, 64, 17] * 4)
     assert twins.captures == 2
+    assert len(twins.pools) == 1
 
 
-def test_a_step_takes_a_learning_rate_that_changes_at_every_call(monkeypatch):
+def test_a_step_keeps_the_shapes_that_were_used_last(monkeypatch):
+    monkeypatch.setattr(fastmlp.graph, "MOST", 1)
     twins = Twins(monkeypatch, momentum=0.9)
+    twins.train(*[64, 64, 17, 17, 17] * 3)
+    assert twins.captures == len(twins.pools) == 5
+
+
+@product_of(["kind"], ["SGD", "AdamW"])
+def test_a_step_takes_numbers_that_change_at_every_call(monkeypatch, kind):
+    options = {"momentum": 0.9} if kind == "SGD" else {"eps": 1e-3}
+    twins = Twins(monkeypatch, kind=kind, **options)
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9) for optimizer in twins.optimizers
+    ]
     for index in range(8):
-        for optimizer in (twins.optimizer, twins.other_optimizer):
-            optimizer.param_groups[0]["lr"] = 0.1 / (1 + index)
+        for optimizer, schedule in zip(twins.optimizers, schedules, strict=True):
+            optimizer.param_groups[0]["weight_decay"] = 0.1 * (index // 2)
+            if index:
+                schedule.step()
         twins.train(64)
     assert twins.captures == 1
+
+
+@product_of(["kind", "max_norm"], ["SGD", "Adam"], [0.05, 1e6])
+def test_a_step_clips_in_its_graph(monkeypatch, kind, max_norm):
+    twins = Twins(monkeypatch, kind=kind, max_norm=max_norm, **({"eps": 1e-3} if kind == "Adam" else {}))
+    twins.train(*[64] * 5)
+    first = twins.step.grad_norm
+    before = first.item()
+    twins.train(64)
+    assert first == before != twins.step.grad_norm
+    assert twins.captures == 1
+
+
+def test_a_step_whose_capture_fails_stays_the_loop(monkeypatch):
+    twins, network = Twins(monkeypatch, kind="Adam", eps=1e-3), fastmlp.graph.functional.network
+
+    def waiting(*arguments):
+        y = network(*arguments)
+        if torch.cuda.is_current_stream_capturing() and len(y) == 64:
+            y.sum().item()  # which no capture allows
+        return y
+
+    monkeypatch.setattr(fastmlp.graph.functional, "network", waiting)
+    current = torch.cuda.current_stream()
+    with pytest.warns(UserWarning, match="stays the standard loop") as warned:
+        twins.train(*[64] * 6)
+    assert len(warned) == twins.captures == 1
+    assert torch.cuda.current_stream() == current
+    twins.train(*[17, 64] * 4)
+    assert twins.captures == 2
+    assert "graph" not in repr(twins.step)
+    twins.train(17)
+    assert "graph" in repr(twins.step)
+
+
+def test_a_step_finds_parameters_that_are_laid_out_anew(monkeypatch):
+    twins = Twins(monkeypatch, sizes=(30, 30, 10), momentum=0.9)
+    twins.train(*[64] * 4)
+    for model in (twins.model, twins.other):
+        model[0].weight.data = model[0].weight.data.t()
+    twins.train(*[64] * 4)
+
+
+def test_a_step_that_counts_on_the_gpu_is_the_loop(monkeypatch):
+    twins = Twins(monkeypatch, kind="Adam", fused=True, eps=1e-3)
+    twins.train(*[64] * 4)
+    assert twins.captures == 0
+    assert "counts its steps on the GPU" in fastmlp.why_not_fused(twins.step)
+
+
+@product_of(["kind"], ["SGD", "Adam"])
+def test_a_step_does_not_wait_for_the_device(monkeypatch, kind):
+    twins = Twins(monkeypatch, kind=kind)
+    data = torch.randn(64, 30, device="cuda"), torch.randint(10, (64,), device="cuda")
+    for _ in range(4):
+        twins.step(*data)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        twins.step(*data)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_step_finds_parameters_and_momenta_that_have_moved(monkeypatch):

@@ -337,13 +337,17 @@ class Optimizer(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in ("kind", "dtype", "states")]
     _fields_ += [(name, ctypes.c_float) for name in ("weight_decay", "momentum", "undamped")]
     _fields_ += [(name, ctypes.c_float) for name in ("momentum_square", "undamped_square", "eps", "kept")]
-    _fields_ += [(name, ctypes.c_bool) for name in ("maximize", "nesterov", "first")]
+    _fields_ += [(name, ctypes.c_bool) for name in ("maximize", "nesterov", "first", "in_memory")]
 
 
 class Update(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("param", "grad")]
     _fields_ += [("states", 3 * ctypes.c_void_p), ("size", ctypes.c_int64)]
     _fields_ += [(name, ctypes.c_float) for name in ("rate", "inverse_root")]
+
+
+class Numbers(ctypes.Structure):
+    _fields_ = [("optimizer", Optimizer), ("rate", ctypes.c_float), ("inverse_root", ctypes.c_float)]
 
 
 class Clip(ctypes.Structure):
@@ -940,8 +944,17 @@ STEPS = {
 class Step:
     """A step of tensors of some sizes, drawn by a seed; guard bands of other lengths move their alignment."""
 
-    def __init__(self, dtype: str, sizes: list[int], seed: int = 0, guard: int = 64, **options: float):
+    def __init__(
+        self,
+        dtype: str,
+        sizes: list[int],
+        seed: int = 0,
+        guard: int = 64,
+        in_memory: bool = False,
+        **options: float,
+    ):
         self.dtype, self.options = dtype, {"kind": 0, "states": 0, "rate": 0.5, **options}
+        self.in_memory = in_memory
         random = np.random.default_rng(seed)
 
         def draw(is_square: bool = False) -> list[Buffer]:
@@ -966,6 +979,13 @@ class Step:
             updates[index] = Update(param.pointer, grad.pointer, size=param.size, **of_tensor)
             for kind, tensors in enumerate(self.states):
                 updates[index].states[kind] = tensors[index].pointer
+        if self.in_memory:  # each has its own there, and what is told of it here is no longer right
+            numbers = (Numbers * len(self.params))(*[Numbers(optimizer, **of_tensor)] * len(self.params))
+            for update, own in zip(updates, numbers, strict=True):
+                at = ctypes.c_void_p.from_buffer(update, Update.rate.offset)
+                at.value = ctypes.addressof(own)
+            told = {name: self.options[name] for name in ("kind", "states")}
+            optimizer = Optimizer(dtype=optimizer.dtype, in_memory=True, momentum=9, **told)
         error = backend.optimize(
             ctypes.byref(optimizer), updates, ctypes.c_int64(len(updates)), ctypes.c_uint(variant)
         )
@@ -1015,6 +1035,15 @@ class Step:
 )
 def test_a_step_of_an_optimizer_is_right(backend, dtype, name):
     Step(dtype, [500, 0, 1, 9000, 67], **STEPS[name]).check(backend)
+
+
+@cases(
+    ["backend", "dtype", "name"],
+    [("cuda", dtype, name) for dtype in DTYPES for name in STEPS],
+    lambda _, dtype, name: dtype == "float32" and name in ("nesterov", "amsgrad"),
+)
+def test_a_step_whose_numbers_are_in_memory_is_right(backend, dtype, name):
+    Step(dtype, [500, 0, 1, 9000, 67], in_memory=True, **STEPS[name]).check(backend)
 
 
 @every_sweep

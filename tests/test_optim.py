@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from itertools import chain
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fastmlp
-from fastmlp import optim
+from fastmlp import _C, optim
 
 KINDS = {name: (getattr(fastmlp, name), getattr(torch.optim, name)) for name in ("SGD", "Adam", "AdamW")}
 OPTIONS = {
@@ -727,3 +728,42 @@ def test_wrong_arguments_are_named_and_change_nothing(arguments, words):
 def test_a_step_on_meta_tensors_is_left_to_torch():
     tensors = [torch.ones(3, device="meta")]
     assert not torch.ops.fastmlp.optimize_("sgd", tensors, tensors, [], [], SGD)
+    assert not torch.ops.fastmlp.optimize_by_numbers_("sgd", tensors, tensors, [], torch.ones(1))
+
+
+@pytest.mark.parametrize(("name", "options", "kinds"), [("sgd", SGD, 1), ("adam", ADAM, 2)])
+def test_a_step_by_numbers_in_memory_is_that_of_their_options(name, options, kinds):
+    def drawn():
+        torch.manual_seed(0)
+        params, grads, *states = ([torch.rand(4, 3), torch.rand(5)] for _ in range(2 + kinds))
+        return params, grads, [*chain(*states)]
+
+    groups = [options, [0.2, *options[1:]]]
+    counts = [torch.tensor(3.0), torch.tensor(5.0, dtype=torch.float64)] if name == "adam" else []
+    ours, stock = drawn(), drawn()
+    for i, each in enumerate(groups):
+        own = [tensors[i::2] for tensors in stock]
+        assert torch.ops.fastmlp.optimize_(name, *own, [c.clone() for c in counts[i : i + 1]], each)
+    numbers = _C.count_up_numbers(name, [*chain(*groups)], [0, 1], counts, False)
+    assert torch.ops.fastmlp.optimize_by_numbers_(name, *ours, numbers)
+    torch.testing.assert_close(ours, stock, rtol=0, atol=0)
+    assert [count.item() for count in counts] == [4, 6][: len(counts)]
+
+
+@pytest.mark.parametrize(
+    ("groups", "counts", "words"),
+    [
+        ([0], [], "counts: expected 1 tensors, got 0"),
+        ([1], [COUNT], "groups: expected those of options, 7 each, got 1"),
+        ([0, 0], [COUNT, COUNT.to("meta")], "counts: expected float32 or float64 of one element on the CPU"),
+    ],
+)
+def test_numbers_of_wrong_arguments_are_none_and_count_nothing(groups, counts, words):
+    with pytest.raises(RuntimeError, match=f"^{words}"):
+        _C.count_up_numbers("adam", ADAM, groups, counts, False)
+    assert COUNT == 0
+
+
+def test_numbers_that_are_none_are_refused():
+    with pytest.raises(RuntimeError, match=r"^numbers: expected contiguous uint8 of \d+ elements beside"):
+        torch.ops.fastmlp.optimize_by_numbers_("sgd", [ONES], [ONES], [], torch.ones(3))

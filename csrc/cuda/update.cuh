@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(threads) step(const Updates table, const Optim
   const Update u = table.tensors[tensor];
   T* const param = static_cast<T*>(u.param);
   const T* const grad = static_cast<const T*>(u.grad);
-  const Row row(o, u.rates);
+  const Row row = o.in_memory ? Row(u.numbers->optimizer, u.numbers->rates) : Row(o, u.rates);
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   uintptr_t addresses = address(param) | address(grad);
   for (int k = 0; k < Row::states; ++k) addresses |= address(u.states[k]);

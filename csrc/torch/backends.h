@@ -116,14 +116,15 @@ inline Dtype dtype_of(const at::Tensor& t) {
 
 // Whether float32 may be multiplied in less precision: torch's own settings for its library's products, which are
 // bfloat16 on the CPU and TF32 on a GPU.
-inline bool is_reduced(const at::Tensor& t) {
+inline bool is_reduced_on(at::DeviceType device) {
   using at::Float32Backend, at::Float32Op, at::Float32Precision;
   const auto is_set = [](Float32Backend backend, Float32Precision precision) {
     return at::globalContext().float32Precision(backend, Float32Op::MATMUL) == precision;
   };
-  return t.is_cuda() ? is_set(Float32Backend::CUDA, Float32Precision::TF32)
-                     : t.is_cpu() && is_set(Float32Backend::MKLDNN, Float32Precision::BF16);
+  return device == at::kCUDA ? is_set(Float32Backend::CUDA, Float32Precision::TF32)
+                             : device == at::kCPU && is_set(Float32Backend::MKLDNN, Float32Precision::BF16);
 }
+inline bool is_reduced(const at::Tensor& t) { return is_reduced_on(t.device().type()); }
 
 // The tensor as a matrix [rows, columns] with adjacent columns: itself where its strides allow, else a copy.
 inline at::Tensor as_matrix(const at::Tensor& t, int64_t rows, int64_t columns) {

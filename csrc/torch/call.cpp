@@ -9,7 +9,9 @@
 #include <vector>
 
 #include "arguments.h"
+#include "backends.h"
 #include "call.h"
+#include "optimizer.h"
 
 namespace fastmlp {
 namespace {
@@ -135,6 +137,83 @@ PyObject* optimize(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     is_done = call_optimize(name, params, grads, states, counts, options);
   }
   return PyBool_FromLong(is_done);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* count_up_numbers(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(
+      count == 5 && is_list(arguments[1]) && is_list(arguments[2]) && is_list(arguments[3]),
+      "count_up_numbers: expected a name, lists of options, groups and counts, and whether it is pinned");
+  return THPVariable_Wrap(count_up_numbers(string_of(arguments[0]), numbers(arguments[1], PyFloat_AsDouble),
+                                           numbers(arguments[2], integer), tensors(arguments[3]),
+                                           PyObject_IsTrue(arguments[4])));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* places(PyObject*, PyObject* const* lists, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  static PyObject* const hooks[] = {PyUnicode_InternFromString("_backward_hooks"),
+                                    PyUnicode_InternFromString("_post_accumulate_grad_hooks")};
+  c10::SmallVector<int64_t, 128> words{is_reduced_on(at::kCUDA), is_reduced_on(at::kCPU)};
+  for (PyObject* const list : c10::ArrayRef<PyObject*>(lists, size_t(count))) {
+    TORCH_CHECK_TYPE(is_list(list), "places: expected lists of tensors or None");
+    words.push_back(PySequence_Fast_GET_SIZE(list));
+    for (PyObject* const o : items_of(list)) {
+      words.push_back(o != Py_None);
+      if (o == Py_None) continue;
+      TORCH_CHECK_TYPE(THPVariable_Check(o), "places: expected lists of tensors or None");
+      const Tensor& t = THPVariable_Unpack(o);
+      const bool is_strided = t.layout() == c10::kStrided && !t.unsafeGetTensorImpl()->is_nested();
+      words.push_back(int64_t(reinterpret_cast<intptr_t>(t.unsafeGetTensorImpl())));
+      words.push_back(int64_t(t.scalar_type()) << 32 | int64_t(t.device().type()) << 24 |
+                      int64_t(uint8_t(t.device().index())) << 16 | int64_t(t.layout()) << 8 |
+                      int64_t(is_strided) << 1 | int64_t(t.requires_grad()));
+      for (PyObject* const name : hooks)
+        if (t.requires_grad()) {
+          THPObjectPtr own(PyObject_GetAttr(o, name));
+          if (!own) throw python_error();
+          words.push_back(PyObject_IsTrue(own));
+        }
+      if (!is_strided) continue;
+      words.push_back(int64_t(reinterpret_cast<intptr_t>(t.const_data_ptr())));
+      words.push_back(t.dim());
+      words.append(t.sizes().begin(), t.sizes().end());
+      words.append(t.strides().begin(), t.strides().end());
+    }
+  }
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(words.data()),
+                                   Py_ssize_t(words.size() * sizeof(int64_t)));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* batch(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 3 && std::all_of(arguments, arguments + 3, THPVariable_Check),
+                   "batch: expected x, target and a parameter");
+  c10::SmallVector<int64_t, 8> words;
+  for (PyObject* const o : {arguments[0], arguments[1]}) {
+    const Tensor& t = THPVariable_Unpack(o);
+    if (t.device() != THPVariable_Unpack(arguments[2]).device() || t.requires_grad()) Py_RETURN_NONE;
+    words.append({int64_t(t.scalar_type()), t.dim()});
+    words.append(t.sizes().begin(), t.sizes().end());
+  }
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(words.data()),
+                                   Py_ssize_t(words.size() * sizeof(int64_t)));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* leave(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 3 && is_list(arguments[0]) && is_list(arguments[1]) && is_list(arguments[2]),
+                   "leave: expected lists of parameters, gradients and tensors");
+  const auto params = items_of(arguments[0]), grads = items_of(arguments[1]);
+  TORCH_CHECK_VALUE(params.size() == grads.size(), "leave: expected as many gradients as parameters");
+  for (size_t i = 0; i < params.size(); ++i)
+    THPVariable_Unpack(params[i]).mutable_grad() = THPVariable_Unpack(grads[i]);
+  for (PyObject* const t : items_of(arguments[2]))
+    THPVariable_Unpack(t).unsafeGetTensorImpl()->bump_version();
+  Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
 

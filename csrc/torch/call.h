@@ -19,6 +19,22 @@ PyObject* differentiate_down_to(PyObject*, PyObject* const* arguments, Py_ssize_
 // optimize(name, params, grads, states, counts, options): the op optimize_. False too where one is of a tensor type of its own.
 PyObject* optimize(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
+// count_up_numbers(name, options, groups, counts, pinned): see optimizer.h.
+PyObject* count_up_numbers(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
+// places(*lists): bytes that are equal where tensors (or None) are the same ones, on the same device, of the same dtype,
+// sizes and strides, at the same address, and require gradients and have hooks as before; and float32 is multiplied as
+// before. What a captured kernel depends on.
+PyObject* places(PyObject*, PyObject* const* lists, Py_ssize_t count);
+
+// batch(x, target, parameter): bytes that are equal where x and target are of the same shapes and dtypes. None where one is
+// on another device than the parameter, or requires a gradient.
+PyObject* batch(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
+// leave(parameters, gradients, tensors): what a replayed graph leaves, which autograd has not seen: the parameters'
+// gradients, and that tensors have been written.
+PyObject* leave(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
 // clip_grad_norm(parameters, max_norm, error_if_nonfinite): the op clip_grad_norm_ for the gradients of a list of tensors.
 // NotImplemented too, and where the op gives None.
 PyObject* clip_grad_norm(PyObject*, PyObject* const* arguments, Py_ssize_t count);

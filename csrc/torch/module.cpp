@@ -76,13 +76,18 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 
 PyMethodDef functions[] = {
     {"attribute", fast(fastmlp::attribute), METH_FASTCALL, nullptr},
+    {"batch", fast(fastmlp::batch), METH_FASTCALL, nullptr},
     {"clip_grad_norm", fast(fastmlp::clip_grad_norm), METH_FASTCALL, nullptr},
+    {"count_up_numbers", fast(fastmlp::count_up_numbers), METH_FASTCALL, nullptr},
     {"find", fast(fastmlp::find), METH_FASTCALL, nullptr},
     {"is_unchanged", fast(fastmlp::is_unchanged), METH_FASTCALL, nullptr},
+    {"leave", fast(fastmlp::leave), METH_FASTCALL, nullptr},
     {"network", fast(fastmlp::network), METH_FASTCALL, nullptr},
     {"optimize", fast(fastmlp::optimize), METH_FASTCALL, nullptr},
+    {"places", fast(fastmlp::places), METH_FASTCALL, nullptr},
     {"predict", fast(fastmlp::predict), METH_FASTCALL, nullptr},
     {"snapshot", fast(fastmlp::snapshot), METH_FASTCALL, nullptr},
+    {"states", fast(fastmlp::states), METH_FASTCALL, nullptr},
     {"train_step", fast(fastmlp::train_step), METH_FASTCALL, nullptr},
     {"differentiate_down_to", fast(fastmlp::differentiate_down_to), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
@@ -103,6 +108,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   for (const fastmlp::ActivationFormula& formula : fastmlp::formulas)
     activations[py::str(std::string(formula.name))] = py::tuple(py::cast(formula.defaults));
   m.attr("activations") = activations;
+  m.attr("size_of_numbers") = sizeof(fastmlp::StepNumbers);  // of a parameter, in bytes
   m.attr("compiler") = "gcc " __VERSION__;
 #ifdef FASTMLP_WITH_CUDA
   m.def("use_products", use_products, py::arg("owner"), py::arg("rows"));

@@ -32,4 +32,9 @@ bool is_count(const at::Tensor& t);
 double count_of(const at::Tensor& t);
 void count_up(const at::Tensor& t);
 
+// The StepNumbers of parameters, in uint8 on the CPU: of each the number of its options among all, and a count where the
+// optimizer has one, which is counted up.
+at::Tensor count_up_numbers(std::string_view name, at::ArrayRef<double> options, at::IntArrayRef groups,
+                            at::TensorList counts, bool pinned);
+
 }  // namespace fastmlp
