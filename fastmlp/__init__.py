@@ -48,7 +48,7 @@ from fastmlp.predictor import Predictor
 from fastmlp.reasons import why_not_fused
 from fastmlp.step import TrainStep
 
-products.choose(os.environ.get("FASTMLP_PRODUCTS", "table"))
+products.choose()
 
 __all__ = [
     "MLP",

@@ -6,6 +6,7 @@ out while a model runs: its bits would change from run to run.
 """
 
 import csv
+import os
 from pathlib import Path
 
 from fastmlp import _C
@@ -16,12 +17,16 @@ OWNERS = ("own", "library", "table")
 TABLE = Path(__file__).with_name("products.csv")
 
 
-def choose(owner: str) -> None:
+def choose(owner: str | None = None) -> None:
     """Pins all products to one owner, or leaves each to the table's.
+
+    Args:
+        owner: "own", "library" or "table"; None for what FASTMLP_PRODUCTS says, or else the table.
 
     Raises:
         ValueError: for another name.
     """
+    owner = os.environ.get("FASTMLP_PRODUCTS", "table") if owner is None else owner
     if owner not in OWNERS:
         raise ValueError(f"FASTMLP_PRODUCTS: expected one of {', '.join(OWNERS)}, got {owner!r}")
     if _C.cuda is None:
