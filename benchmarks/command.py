@@ -4,8 +4,8 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -15,12 +15,18 @@ from rich.progress import Progress
 from rich.table import Table
 
 import timing
+from rows import update_rows, write_rows
 
 RESULTS = Path(__file__).parent / "results"
 PART = Path("demo")  # a part of the grid must not replace the results of the whole
 WIDTH = 110  # characters
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 Cell = TypeVar("Cell")
 Result = TypeVar("Result")
@@ -68,12 +74,16 @@ def benchmark_parser(
     add("--rounds", type=whole(1, 1000), default=timing.ROUNDS, help="turns of each side (%(default)s)")
     if gpu:
         add("--device", choices=("cpu", "cuda"), help="(%(default)s)")
-        add("--dtype", choices=DTYPES, help="on a GPU: of everything (%(default)s)")
+        add(
+            "--dtype",
+            choices=DTYPES,
+            help="on a GPU: of everything; tf32 multiplies float32 so (%(default)s)",
+        )
     if names:
         metavar = "NAME[@BATCH]" if parts else "NAME"
         choices = [*names, *parts]
         add("--only", nargs="+", choices=choices, metavar=metavar, help=f"{', '.join(names)} (all)")
-    parser.set_defaults(device="cpu", dtype="float32")
+    parser.set_defaults(device="cpu", dtype="float32", columns=None)
     add("--threads", type=whole(1, os.cpu_count() or 1), help="of the CPU (as many as torch takes)")
     add("--output", type=Path, metavar="DIR", help=f"where results go (results/; with --only, {PART})")
     return parser
@@ -85,15 +95,32 @@ def start(parser: Parser, options: argparse.Namespace) -> dict[str, str | int]:
         parser.error("argument --device: torch sees no GPU")
     if options.device == "cpu" and options.dtype != "float32":
         parser.error("argument --dtype: on the CPU float32 is measured")
-    options.output = options.output or (PART if options.only else RESULTS)
+    options.output = options.output or (PART if options.only or options.columns else RESULTS)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.dtype == "tf32":
+        torch.set_float32_matmul_precision("high")
     return timing.machine(torch.device(options.device))
 
 
-def result_name(name: str, options: argparse.Namespace) -> str:
-    """The name of a results file; a GPU's stand beside the CPU's."""
-    return name if options.device == "cpu" else f"{name}_{options.device}_{options.dtype}"
+@contextmanager
+def results_file(
+    options: argparse.Namespace, name: str, keys: Sequence[str]
+) -> Iterator[tuple[Path, Callable[[Sequence[Mapping[str, object]]], None]]]:
+    """Where rows are written to, and what takes them.
+
+    A CPU's are written at the end, all or none. A GPU may be lent for minutes: its rows are written at once,
+    to a file beside the CPU's, in the place of those there that agree in all keys.
+    """
+    if options.device != "cpu":
+        path = options.output / f"{name}_{options.device}.csv"
+        yield path, lambda rows: update_rows(path, rows, keys)
+        return
+    path = options.output / f"{name}.csv"
+    rows: list[Mapping[str, object]] = []
+    with timing.all_or_none(options.output) as folder:
+        yield path, rows.extend
+        write_rows(folder / path.name, rows)
 
 
 def table_output() -> Output:
@@ -128,7 +155,7 @@ def measure_all(
         output.print(timing.in_words(job))
         for cell in measured(cells, Console(stderr=True)):
             results += measure(cell, options.rounds)
-        timing.write_rows(folder / f"{name}.csv", [row(result, job) for result in results])
+        write_rows(folder / f"{name}.csv", [row(result, job) for result in results])
     output.print(table(results))
     output.print(f"{options.output / name}.csv is written")
 

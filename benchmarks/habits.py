@@ -17,9 +17,9 @@ from torch import nn
 import fastmlp
 import timing
 from command import Parser, benchmark_parser, execute, measure_all
-from shapes import GRID
-from steps import CPU, Call, Cell, standard_loop
-from train import stock_mlp
+from shapes import GRID, stock_mlp
+from steps import CPU, Cell, standard_loop
+from timing import Call
 
 NAME = "habits"
 BATCHES = {"seed": 64, "tabular": 128}  # of the grid
@@ -41,9 +41,9 @@ def cast(make_model: MakeModel) -> MakeModel:
 
 HABITS: dict[str, Callable[[Cell, MakeModel], Call]] = {
     "eager": standard_loop,
-    "compile": lambda cell, make: standard_loop(cell, make, compiled=True),
+    "compile": lambda cell, make: standard_loop(cell, make, compiled="default"),
     "autocast": lambda cell, make: standard_loop(cell, cast(make)),
-    "both": lambda cell, make: standard_loop(cell, cast(make), compiled=True),
+    "both": lambda cell, make: standard_loop(cell, cast(make), compiled="default"),
 }
 
 

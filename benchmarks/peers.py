@@ -26,6 +26,7 @@ from rich.table import Table
 
 import timing
 from command import Parser, benchmark_parser, execute, measured, start, table_output
+from rows import write_rows
 from shapes import GRID
 from steps import CPU, LEARNING_RATE, Cell, one_call
 
@@ -253,7 +254,7 @@ def run(parser: Parser, options: argparse.Namespace) -> None:
     with timing.all_or_none(options.output) as folder, processes(int(job["threads"])) as workers:
         output.print(f"{timing.in_words(job)}, JAX {jax_version}")
         results = [measure(cell, workers, options.rounds) for cell in measured(cells, Console(stderr=True))]
-        timing.write_rows(folder / f"{NAME}.csv", [row(result, job) for result in results])
+        write_rows(folder / f"{NAME}.csv", [row(result, job) for result in results])
     output.print(table(results, whole_grid=not options.only))
     output.print(f"{options.output / NAME}.csv is written")
 

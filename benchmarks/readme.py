@@ -127,7 +127,7 @@ def headline() -> str:
         elif int(batch) <= SMALL_BATCH:
             small.append(cell)
     swap, step = ([cell[column] for cell in small] for column in ("swap", "step"))
-    gpu = "" if [*RESULTS.glob("steps_cuda_*.csv")] else " Not yet measured on a GPU."
+    gpu = "" if (RESULTS / "steps_cuda.csv").exists() else " Not yet measured on a GPU."
     return (
         f"**On a CPU, small MLPs train {min(swap):.1f} to {max(swap):.1f} times as fast by one line, "
         f"{min(step):.1f} to {max(step):.1f} times with `TrainStep`, and up to {max(single):.0f} times at "

@@ -1,6 +1,11 @@
 """The grid: the networks and batches that every benchmark measures."""
 
+from itertools import pairwise
 from typing import NamedTuple
+
+from torch import nn
+
+from fastmlp.activations import ACTIVATIONS
 
 
 class Network(NamedTuple):
@@ -29,3 +34,19 @@ GRID = (
 
 # Beside the seed at 64: sizes that no tile, register or cache line divides.
 ODD = Network("odd", (785, 501, 11), (65,))
+
+# What a GPU may compute as one kernel, of widths up to 64 and up to 128: little of the GPU is filled, to all.
+BATCHES = (1, 16, 64, 256, 1024, 4096, 16384, 65536)
+NARROW = (
+    Network("policy", (8, 64, 64, 4), BATCHES),
+    Network("field", (64, 64, 64, 64, 16), BATCHES),
+    Network("less narrow", (32, 128, 128, 128, 3), BATCHES),
+)
+
+
+def stock_mlp(*sizes: int, activation: str = "relu") -> nn.Sequential:
+    """Linear layers with an activation between them."""
+    layers: list[nn.Module] = []
+    for in_features, out_features in pairwise(sizes):
+        layers += [nn.Linear(in_features, out_features), ACTIVATIONS[activation].module()]
+    return nn.Sequential(*layers[:-1])

@@ -2,7 +2,8 @@
 
 Each column is a way to use fastmlp, with SGD, with Adam, or with Adam and clipped gradients; stock is the
 best of its variants, cell by cell. All start from the same weights and see the same random batch, and take
-turns. A step is forward, loss, zero_grad, backward, update.
+turns. A step is forward, loss, zero_grad, backward, update. On a GPU there are CUDA graphs of it besides, of
+stock and of ours. What cannot be measured is left out, and the file and the last lines tell why.
 """
 
 import argparse
@@ -28,12 +29,12 @@ from command import (
     benchmark_parser,
     execute,
     measured,
-    result_name,
+    results_file,
     start,
     table_output,
 )
-from shapes import GRID, Network
-from train import stock_mlp
+from shapes import GRID, Network, stock_mlp
+from timing import Call, captured
 
 NAME = "steps"
 CPU = torch.device("cpu")
@@ -45,8 +46,6 @@ MAX_GRAD_NORM = 0.5
 FLUSHED_ELEMENTS = (
     1 << 20
 )  # the activations of a layer from which on a GPU's L2 cache is emptied before each call
-
-Call = Callable[[], object]
 
 LOSSES: dict[str, nn.Module] = {
     "cross_entropy": nn.CrossEntropyLoss(),
@@ -68,7 +67,7 @@ TARGETS = {
 }
 LEAST = {"swap": 1.0, "step": 1.12}  # of every other cell
 ELSE = 1.05  # of every other column
-ON_A_GPU = 1.0  # of every cell and column
+STOCKS = 1.0  # of every cell and column on a GPU
 MEAN = {  # geometric, of the grid
     "swap": 1.35,
     "all": 1.7,
@@ -140,11 +139,11 @@ def standard_loop(
     make_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
     losses: Mapping[str, nn.Module] = LOSSES,
     clip: Callable[..., Tensor] | None = None,
-    compiled: bool = False,
+    compiled: str | None = None,
     lr: float = LEARNING_RATE,
     **optimizer_options: bool,
 ) -> Call:
-    """The training step as every PyTorch tutorial writes it; `compiled`: forward and loss are."""
+    """The training step as every PyTorch tutorial writes it; `compiled`: forward and loss, in this mode."""
     (x, target), model, loss = cell.data(), made(cell, make_model), losses[cell.network.loss]
     optimizer = make_optimizer(model.parameters(), lr=lr, **optimizer_options)
 
@@ -153,7 +152,7 @@ def standard_loop(
         return value
 
     if compiled:
-        forward = torch.compile(forward, dynamic=False)
+        forward = torch.compile(forward, dynamic=False, mode=compiled)
 
     def step() -> None:
         value = forward(x, target)
@@ -179,30 +178,23 @@ def one_call(
     return lambda: step(x, target)
 
 
-def captured(step: Call) -> Call:
-    """The step as one CUDA graph."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # as torch asks for, before it captures
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def inference(cell: Cell, make_model: Callable[..., nn.Module] = stock_mlp) -> Call:
     """The forward pass alone."""
     (x, _), model = cell.data(), made(cell, make_model).eval()
     return lambda: model(x)
 
 
-def compiled_inference(cell: Cell, **config: bool) -> Call:
-    """The same, compiled with this configuration of torch's compiler."""
+def captured_inference(cell: Cell, make_model: Callable[..., nn.Module] = stock_mlp) -> Call:
+    """The same, as a CUDA graph."""
+    call = inference(cell, make_model)
+    with torch.inference_mode():
+        return captured(call)
+
+
+def compiled_inference(cell: Cell, mode: str = "default", **config: bool) -> Call:
+    """The same, compiled in this mode, with this configuration of torch's compiler."""
     (x, _), model = cell.data(), made(cell, stock_mlp).eval()
-    forward = torch.compile(model, dynamic=False)
+    forward = torch.compile(model, dynamic=False, mode=mode)
     # Not by torch.compile(options=): weights are frozen while the model is traced, before options count.
     quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
     with torch.inference_mode(), inductor_config.patch({**quiet, **config}):
@@ -215,25 +207,39 @@ class Side(NamedTuple):
 
     make: Callable[[Cell], Call]
     compiles: bool = False
-    needs_gpu: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
     def is_measured(self, cell: Cell, compiles: bool) -> bool:
-        """Whether it can be had on the cell's device, and without compiling where that is not wanted."""
-        return (compiles or not self.compiles) and (cell.device.type == "cuda" or not self.needs_gpu)
+        """Whether it is one of the cell's device, and without compiling where that is not wanted."""
+        return (compiles or not self.compiles) and cell.device.type in self.devices
+
+
+ON_A_CPU, ON_A_GPU = ("cpu",), ("cuda",)
+
+
+def graph_of(make: Callable[[Cell], Call]) -> Side:
+    """The same as one CUDA graph."""
+    return Side(lambda cell: captured(make(cell)), devices=ON_A_GPU)
 
 
 STOCK_STEPS = {
     "eager": Side(standard_loop),
     "fused_sgd": Side(lambda cell: standard_loop(cell, fused=True)),
-    "graph": Side(lambda cell: captured(standard_loop(cell, fused=True)), needs_gpu=True),
-    "compile": Side(lambda cell: standard_loop(cell, compiled=True, fused=True), compiles=True),
+    "graph": graph_of(partial(standard_loop, fused=True)),
+    "compile": Side(lambda cell: standard_loop(cell, compiled="default", fused=True), compiles=True),
+    "reduce_overhead": Side(
+        lambda cell: standard_loop(cell, compiled="reduce-overhead", fused=True), True, ON_A_GPU
+    ),
 }
 STOCK_INFERENCES = {
     "eager": Side(inference),
+    "graph": Side(captured_inference, devices=ON_A_GPU),
     "compile": Side(compiled_inference, compiles=True),
-    "freezing": Side(lambda cell: compiled_inference(cell, freezing=True), compiles=True),
+    "reduce_overhead": Side(lambda cell: compiled_inference(cell, "reduce-overhead"), True, ON_A_GPU),
+    "freezing": Side(lambda cell: compiled_inference(cell, freezing=True), True, ON_A_CPU),
+    # On a GPU it would compile for minutes a layer.
     "max_autotune": Side(
-        lambda cell: compiled_inference(cell, freezing=True, max_autotune=True), compiles=True
+        lambda cell: compiled_inference(cell, freezing=True, max_autotune=True), True, ON_A_CPU
     ),
 }
 
@@ -245,7 +251,9 @@ def stocks_adam(**options: Any) -> dict[str, Side]:
         "eager": Side(loop),
         "foreach": Side(partial(loop, foreach=True)),
         "fused": Side(partial(loop, fused=True)),
-        "compile": Side(partial(loop, compiled=True, fused=True), compiles=True),
+        "graph": graph_of(partial(loop, fused=True, capturable=True)),
+        "compile": Side(partial(loop, compiled="default", fused=True), compiles=True),
+        "reduce_overhead": Side(partial(loop, compiled="reduce-overhead", fused=True), True, ON_A_GPU),
     }
 
 
@@ -270,9 +278,7 @@ GROUPS = (
             "swap": Side(lambda cell: standard_loop(cell, fastmlp.MLP)),
             "all": Side(partial(all_of_ours, make_optimizer=fastmlp.SGD)),
             "step": Side(one_call),
-            "graph of all": Side(
-                lambda cell: captured(all_of_ours(cell, make_optimizer=fastmlp.SGD)), needs_gpu=True
-            ),
+            "graph of all": graph_of(partial(all_of_ours, make_optimizer=fastmlp.SGD)),
         },
     ),
     Group(
@@ -296,6 +302,7 @@ GROUPS = (
         STOCK_INFERENCES,
         {
             "infer": Side(lambda cell: inference(cell, fastmlp.MLP)),
+            "graph of infer": Side(lambda cell: captured_inference(cell, fastmlp.MLP), devices=ON_A_GPU),
         },
     ),
 )
@@ -310,55 +317,39 @@ class Result(NamedTuple):
 
     cell: Cell
     column: str
-    seconds: timing.Quantiles
-    speedup: timing.Quantiles  # over the best variant of stock
+    seconds: timing.Quantiles | None  # None where it could not be measured
+    speedup: timing.Quantiles | None  # over the best variant of stock
     stock: dict[str, timing.Quantiles]  # seconds of each variant
     best: str  # of them
-    failed: dict[str, str]  # the variants that could not be measured, and why
+    failed: dict[str, str]  # the sides that could not be measured, and why
 
     @property
     def target(self) -> float:
         """What the speedup is to reach."""
         if self.cell.device.type == "cuda":
-            return ON_A_GPU
+            return STOCKS
         key = (self.cell.network.name, self.cell.batch)
         return (LEAST | TARGETS.get(key, {})).get(self.column, ELSE)
-
-
-def prepare(cell: Cell, group: Group, compiles: bool) -> tuple[dict[str, Call], dict[str, str]]:
-    """The calls of all sides, compiled or captured; and, of those that cannot be, the kind of error."""
-    calls, failed = {}, {}
-    for name, side in (*group.stock.items(), *group.columns.items()):
-        if not side.is_measured(cell, compiles):
-            continue
-        try:
-            call = side.make(cell)
-            with group.mode():
-                call()
-        except Exception as error:
-            if not (side.compiles or side.needs_gpu):  # a capture can fail too
-                raise
-            failed[name] = type(error).__name__
-        else:
-            calls[name] = call
-    return calls, failed
 
 
 def measure(cell: Cell, group: Group, compiles: bool, rounds: int) -> list[Result]:
     """Times the columns of a group and the variants of stock in turns."""
     torch.compiler.reset()  # or the shapes of the last cell would count as reasons to compile for any shape
-    calls, failed = prepare(cell, group, compiles)
-    with group.mode():
-        samples = timing.sample(calls, cell.device, rounds, cell.flushed)
+    sides = {**group.stock, **group.columns}
+    makers = {
+        name: partial(side.make, cell) for name, side in sides.items() if side.is_measured(cell, compiles)
+    }
+    samples, failed = timing.sample_what_works(makers, cell.device, rounds, cell.flushed, group.mode)
     seconds = {name: timed.seconds for name, timed in timing.summarise(samples).items()}
     stock = {name: seconds[name] for name in group.stock if name in seconds}
-    best = min(stock, key=lambda name: stock[name].p50)
-    columns = [name for name in group.columns if name in seconds]
-    over_best = timing.summarise({name: samples[name] for name in (best, *columns)})
-    return [
-        Result(cell, column, seconds[column], over_best[column].speedup, stock, best, failed)
-        for column in columns
-    ]
+    best = min(stock, key=lambda name: stock[name].p50, default="")
+    results = []
+    for column in group.columns:
+        if column in makers:
+            pair = {name: samples[name] for name in (best, column) if name in samples}
+            speedup = timing.summarise(pair)[column].speedup if len(pair) == 2 else None
+            results.append(Result(cell, column, seconds.get(column), speedup, stock, best, failed))
+    return results
 
 
 # ---- reporting
@@ -368,7 +359,8 @@ def geometric_means(results: Sequence[Result]) -> dict[str, float]:
     """Of each column's median speedups."""
     logs: dict[str, list[float]] = {}
     for result in results:
-        logs.setdefault(result.column, []).append(math.log(result.speedup.p50))
+        if result.speedup:
+            logs.setdefault(result.column, []).append(math.log(result.speedup.p50))
     return {column: math.exp(math.fsum(own) / len(own)) for column, own in logs.items()}
 
 
@@ -379,16 +371,17 @@ def table(results: Sequence[Result], whole_grid: bool) -> Table:
     for title in table.columns:
         title.justify = "left" if title.header in ("", "stock") else "right"
     for result in results:
-        table.add_row(
-            str(result.cell),
-            result.column,
-            f"{1e3 * result.seconds.p50:.3f}",
-            f"{1e3 * result.stock[result.best].p50:.3f}",
-            result.best,
-            f"{result.speedup.p50:.2f}",
-            f"{result.speedup.p20:.2f} - {result.speedup.p80:.2f}",
-            f"{result.target:.2f}",
-        )
+        if result.seconds and result.speedup:
+            table.add_row(
+                str(result.cell),
+                result.column,
+                f"{1e3 * result.seconds.p50:.3f}",
+                f"{1e3 * result.stock[result.best].p50:.3f}",
+                result.best,
+                f"{result.speedup.p50:.2f}",
+                f"{result.speedup.p20:.2f} - {result.speedup.p80:.2f}",
+                f"{result.target:.2f}",
+            )
     table.add_section()
     on_a_cpu = results[0].cell.device.type == "cpu"
     for column, mean in geometric_means(results).items():
@@ -397,22 +390,35 @@ def table(results: Sequence[Result], whole_grid: bool) -> Table:
     return table
 
 
+def failures(results: Sequence[Result]) -> list[str]:
+    """The sides that could not be measured, each with why and where; stock's by a column beside them."""
+    own = {column for group in GROUPS for column in group.columns}
+    cells: dict[str, list[str]] = {}
+    seen = set()
+    for result in results:
+        for side, why in result.failed.items():
+            if (id(result.failed), side) not in seen:
+                what = side if side in own else f"{side} beside {result.column}"
+                cells.setdefault(f"{what} failed ({why})", []).append(str(result.cell))
+            seen.add((id(result.failed), side))
+    return [f"{what}: {', '.join(where)}" for what, where in cells.items()]
+
+
 def row(result: Result, job: Mapping[str, str | int]) -> dict[str, object]:
-    """One line of the CSV file; the columns of variants that were not measured are empty."""
+    """One line of the CSV file; what was not measured is empty."""
     columns: dict[str, object] = {
         **result.cell.columns(),
         "column": result.column,
-        **result.seconds.times(1e3).columns("ms", 6),
-        **result.speedup.columns("speedup", 4),
+        **timing.columns(result.seconds and result.seconds.times(1e3), "ms", 6),
+        **timing.columns(result.speedup, "speedup", 4),
         "target": result.target,
         "best": result.best,
         "variants": " ".join(result.stock),
-        "failed": " ".join(f"{name}:{error}" for name, error in result.failed.items()),
+        "failed": "; ".join(f"{name}: {error}" for name, error in result.failed.items()),
     }
     for name in VARIANTS:
         seconds = result.stock.get(name)
-        own = (seconds or timing.Quantiles(0, 0, 0)).times(1e3).columns(f"{name}_ms", 6)
-        columns |= own if seconds else dict.fromkeys(own, "")
+        columns |= timing.columns(seconds and seconds.times(1e3), f"{name}_ms", 6)
     return columns | dict(job)
 
 
@@ -424,33 +430,47 @@ def parser() -> Parser:
     parser.add_argument(
         "--no-compile", action="store_true", help="leave out torch.compile, which takes minutes"
     )
+    columns = [column for group in GROUPS for column in group.columns]
+    parser.add_argument(
+        "--columns", nargs="+", choices=columns, metavar="COLUMN", help=f"{', '.join(columns)} (all)"
+    )
     return parser
+
+
+def chosen(columns: Sequence[str] | None) -> list[Group]:
+    """The groups, with these of their columns; with all where none are given."""
+    groups = []
+    for group in GROUPS:
+        own = {name: side for name, side in group.columns.items() if not columns or name in columns}
+        groups += [group._replace(columns=own)] if own else []
+    return groups
 
 
 def run(parser: Parser, options: argparse.Namespace) -> None:
     """The whole grid, to table and file."""
     job = {**start(parser, options), "dtype": options.dtype}
-    name = result_name(NAME, options)
     place = torch.device(options.device), DTYPES[options.dtype]
     cells = [
         (Cell(network, batch, *place), group)
         for network in GRID
         for batch in network.batches
-        for group in GROUPS
+        for group in chosen(options.columns)
         if not options.only or {network.name, f"{network.name}@{batch}"} & {*options.only}
     ]
     output = table_output()
     results: list[Result] = []
-    with timing.all_or_none(options.output) as folder:
+    with results_file(options, NAME, ("gpu", "dtype", "network", "batch", "column")) as (path, take):
         output.print(timing.in_words(job))
         for cell, group in measured(cells, Console(stderr=True)):
-            results += measure(cell, group, not options.no_compile, options.rounds)
-        timing.write_rows(folder / f"{name}.csv", [row(result, job) for result in results])
-    output.print(table(results, whole_grid=not options.only))
-    for result in results:
-        for variant, error in result.failed.items():
-            output.print(f"{result.cell}, {result.column}: {variant} failed ({error})")
-    output.print(f"{options.output / name}.csv is written")
+            own = measure(cell, group, not options.no_compile, options.rounds)
+            take([row(result, job) for result in own])
+            results += own
+        output.print(table(results, whole_grid=not options.only))
+        for failure in failures(results):
+            output.print(failure)
+        if not all(result.speedup for result in results):
+            parser.exit(1, f"{parser.prog}: a column could not be measured\n")
+    output.print(f"{path} is written")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

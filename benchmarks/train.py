@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, islice, pairwise
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,8 +35,9 @@ import data
 import fastmlp
 import timing
 from command import Output, Parser, execute, whole
-from fastmlp.activations import ACTIVATIONS
 from plot import draw
+from rows import write_rows
+from shapes import stock_mlp
 
 RESULTS = Path("demo")
 NAME = "train"
@@ -65,14 +66,6 @@ def standard_loop(model: nn.Module, lr: float) -> Step:
 def one_call(model: nn.Module, lr: float) -> Step:
     """The same by fastmlp.TrainStep."""
     return fastmlp.TrainStep(model, nn.CrossEntropyLoss(), fastmlp.SGD(model.parameters(), lr=lr))
-
-
-def stock_mlp(*sizes: int, activation: str = "relu") -> nn.Sequential:
-    """Linear layers with an activation between them."""
-    layers: list[nn.Module] = []
-    for in_features, out_features in pairwise(sizes):
-        layers += [nn.Linear(in_features, out_features), ACTIVATIONS[activation].module()]
-    return nn.Sequential(*layers[:-1])
 
 
 class Side(NamedTuple):
@@ -225,7 +218,7 @@ def write_summary(path: Path, results: dict[str, Result], job: dict[str, object]
         }
         for name, result in results.items()
     ]
-    timing.write_rows(path, rows)
+    write_rows(path, rows)
 
 
 def parse_sizes(text: str) -> list[int]:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 import fastmlp
 import timing
 from command import Parser, benchmark_parser, execute, measure_all
-from steps import CPU, Call
-from train import stock_mlp
+from shapes import stock_mlp
+from steps import CPU
+from timing import Call
 
 NAME = "training"
 

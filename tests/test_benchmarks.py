@@ -1,7 +1,11 @@
 """The benchmarks over the grid, on a tiny one: what they print and write, whatever the times are."""
 
 import csv
+import os
+import re
 import shutil
+import subprocess
+import sys
 from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError
@@ -77,6 +81,145 @@ class TestKernels:
             ("dW", "3"), ("dx", "3"), ("dW", "1"), ("dx", "1")
         ]  # fmt: skip
 
+    def test_a_product_that_fails_is_told_and_leaves_the_results_as_they_were(
+        self, script, tiny_grid, tmp_path, monkeypatch, capfd
+    ):
+        def fail():
+            raise ValueError("no product")
+
+        kernels = script("kernels")
+        products = kernels.products
+        sides = {"dW": {"fastmlp": fail}, "dx": {"stock": fail}}
+
+        def planted(*arguments):
+            return {name: own | sides.get(name, {}) for name, own in products(*arguments).items()}
+
+        monkeypatch.setattr(kernels, "products", planted)
+        with pytest.raises(SystemExit) as caught:
+            kernels.main(["--rounds", "1", "--output", str(tmp_path), "--only", "4x5x3"])
+        assert caught.value.code == 1
+        printed = capfd.readouterr().out
+        assert "dW 4x5x3: fastmlp failed (ValueError: no product)" in printed
+        assert "dx 4x5x3: stock failed (ValueError: no product)" in printed
+        assert not [*tmp_path.iterdir()]
+
+
+GPU = {"gpu": "H", "driver": "5", "cuda": "13.0", "torch": "2.11", "fastmlp": "1", "commit": "c"}
+
+
+class TestProducts:
+    def measured(self, over_stock, product="dW", dtype="tf32", products="own", M=64, hidden=""):
+        """A row of kernels.py: 64x784x500 has 2^25.6 operations."""
+        kind = {"architecture": "9.0", "dtype": dtype, "product": product, "products": products}
+        shape = {"M": str(M), "K": "784", "N": "500", "hidden": hidden}
+        return {**GPU, **kind, **shape, "over_stock_p50": over_stock}
+
+    @pytest.mark.parametrize(
+        ("over_stock", "choice", "mean"),
+        [
+            (["1.10", "0.98"], "own", "1.0383"),
+            (["1.02", "0.97"], "library", "0.9947"),
+            (["1.50", "0.96"], "library", "1.2000"),
+            (["1.50", ""], "library", "1.5000"),  # where one could not be measured
+            ([""], "library", ""),
+        ],
+    )
+    def test_ours_are_those_that_win_on_the_mean_and_lose_nowhere(self, script, over_stock, choice, mean):
+        (row,) = script("products").choices(map(self.measured, over_stock))
+        assert row == {
+            **GPU,
+            "architecture": "9.0", "dtype": "tf32", "product": "dW", "size": 25,
+            "choice": choice, "over_stock": mean, "shapes": len(over_stock),
+        }  # fmt: skip
+
+    def test_products_share_a_choice_by_dtype_kind_and_size(self, script):
+        rows = [
+            self.measured("2.0"),
+            self.measured("0.5", M=80),  # 2^25.9
+            self.measured("2.0", M=128),
+            self.measured("2.0", dtype="float16"),
+            self.measured("2.0", "chain forward", hidden="500-500"),  # 2^26.8
+            self.measured("0.1", "forward", products="table"),  # which may be the library's
+        ]
+        table = script("products").choices(rows)
+        assert [(row["dtype"], row["product"], row["size"], row["choice"]) for row in table] == [
+            ("tf32", "dW", 25, "library"),
+            ("tf32", "dW", 26, "own"),
+            ("float16", "dW", 25, "own"),
+            ("tf32", "chain forward", 26, "own"),
+        ]
+
+    def test_choices_of_other_architectures_and_dtypes_stay(self, script, tmp_path, capfd):
+        products, path = script("products"), tmp_path / "products.csv"
+
+        def run(*measured):
+            script("rows").write_rows(tmp_path / "kernels_cuda.csv", measured)
+            assert products.main(["--results", str(tmp_path), "--output", str(path)]) == 0
+            return [(row["architecture"], row["dtype"], row["size"], row["choice"]) for row in rows(path)]
+
+        run(self.measured("2.0"), self.measured("2.0", M=128), self.measured("2.0", dtype="bfloat16"))
+        later = self.measured("0.9")
+        table = run(later, later | {"architecture": "10.0"})
+        assert table == [
+            ("9.0", "bfloat16", "25", "own"),
+            ("9.0", "tf32", "25", "library"),
+            ("10.0", "tf32", "25", "library"),
+        ]
+        assert "9.0 tf32: dW 25\n" in capfd.readouterr().out
+
+    def test_the_table_is_as_it_is_read(self, script, monkeypatch):
+        """By the header, which is all that there is of a table until a GPU is measured."""
+        with script("products").TABLE.open() as file:
+            header = file.readline().strip().split(",")
+        (row,) = script("products").choices([self.measured("1.1")])
+        assert [*row] == header
+
+    def test_without_measurements_one_sentence_says_so(self, script, tmp_path, capfd):
+        with pytest.raises(SystemExit):
+            script("products").main(["--results", str(tmp_path), "--output", str(tmp_path / "p.csv")])
+        assert "no product that is our own is measured" in capfd.readouterr().err
+
+
+class TestWhatWorks:
+    """Of several calls that are to be timed in turns."""
+
+    @pytest.fixture
+    def sampled(self, script, monkeypatch):
+        timing = script("timing")
+        monkeypatch.setattr(timing, "WARM_UP", 2)
+        monkeypatch.setattr(timing, "ROUND_SECONDS", 1e-4)
+        return lambda **makers: timing.sample_what_works(makers, torch.device("cpu"), rounds=2)
+
+    @pytest.fixture
+    def lasting(self):
+        """Makes a call that works so many times, and then raises."""
+
+        def make(count):
+            calls = iter(range(count))
+            return lambda: lambda: next(calls)
+
+        return make
+
+    @pytest.mark.parametrize("count", [0, 2])
+    def test_those_that_fail_at_once_or_soon_are_left_out(self, sampled, lasting, count):
+        samples, failed = sampled(lasts=lasting(10**6), fails=lasting(count))
+        assert [*samples] == ["lasts"]
+        assert len(samples["lasts"]) == 2
+        assert failed == {"fails": "StopIteration"}
+
+    def test_one_that_fails_later_takes_the_others_with_it(self, sampled, lasting):
+        samples, failed = sampled(lasts=lasting(10**6), fails=lasting(4))
+        assert (samples, failed) == ({}, {"lasts": "StopIteration", "fails": "StopIteration"})
+
+    def test_an_error_is_told_in_one_line_with_the_one_that_it_came_of(self, sampled):
+        def fail():
+            try:
+                raise ValueError("no stream\nof this kind")
+            finally:
+                raise RuntimeError("no end")
+
+        assert sampled(fails=fail) == ({}, {"fails": "RuntimeError: no end, after ValueError: no stream"})
+
 
 class TestSteps:
     SGD, ADAM = ["eager", "fused_sgd"], ["eager", "foreach", "fused"]
@@ -118,15 +261,33 @@ class TestSteps:
         for group in steps.GROUPS:
             for name, side in group.stock.items():
                 if side.compiles:
-                    monkeypatch.setitem(group.stock, name, steps.Side(fail, compiles=True))
+                    monkeypatch.setitem(group.stock, name, side._replace(make=fail))
         (swap, *_, infer), printed = measured("steps", "--only", "numbers")
-        assert (swap["variants"], swap["failed"]) == ("eager fused_sgd", "compile:NotImplementedError")
-        assert "numbers @ 4, swap: compile failed (NotImplementedError)" in printed
-        assert [part.split(":")[0] for part in infer["failed"].split()] == [
+        assert (swap["variants"], swap["failed"]) == ("eager fused_sgd", "compile: NotImplementedError")
+        assert "compile beside swap failed (NotImplementedError): numbers @ 4\n" in printed
+        assert [part.split(":")[0] for part in infer["failed"].split("; ")] == [
             "compile",
             "freezing",
             "max_autotune",
         ]
+
+    def test_a_column_that_fails_is_told_and_leaves_the_results_as_they_were(
+        self, script, tiny_grid, tmp_path, monkeypatch, capfd
+    ):
+        def fail(cell):
+            raise ValueError("no step\nof this kind")
+
+        steps = script("steps")
+        monkeypatch.setitem(steps.GROUPS[0].columns, "step", steps.Side(fail))
+        with pytest.raises(SystemExit) as caught:
+            steps.main(["--rounds", "1", "--no-compile", "--output", str(tmp_path), "--only", "numbers"])
+        assert caught.value.code == 1
+        assert "step failed (ValueError: no step): numbers @ 4\n" in capfd.readouterr().out
+        assert not [*tmp_path.iterdir()]
+
+    def test_only_the_columns_asked_for_are_measured(self, measured):
+        table, _ = measured("steps", "--no-compile", "--only", "numbers", "--columns", "all", "infer")
+        assert [row["column"] for row in table] == ["all", "infer"]
 
 
 def wrong_steps(cell):
@@ -236,3 +397,132 @@ def test_the_headline_tells_what_small_and_large_networks_gain(script, monkeypat
     told = readme.headline()
     assert "1.2 to 1.5 times as fast by one line, 2.2 to 3.1 times with `TrainStep`" in told
     assert "up to 9 times at batch 1. Layers of a million weights gain −3 to 13 %." in told
+
+
+# ---- where there is a GPU
+
+ROOT = Path(__file__).parents[1]
+TINY = """
+BATCHES = {"seed": 64, "rl": 64, "wide": 2048, "field": 64}
+GRID = tuple(
+    net._replace(sizes=tuple(max(1, size // 32) for size in net.sizes), batches=(BATCHES[net.name],))
+    for net in GRID
+    if net.name in BATCHES
+)
+NARROW = tuple(net._replace(batches=net.batches[:2]) for net in NARROW)
+"""
+SHORT = """
+WARM_UP, ROUND_SECONDS, GPU_ROUND_SECONDS, FLUSHED_BYTES = 2, 1e-4, 1e-4, 1 << 10
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """Runs a command in a copy of the sources, with a stand-in for a GPU, tiny networks and a lot of time."""
+    copy = tmp_path / "copy"
+    for folder in ("benchmarks", "fastmlp", "tests"):
+        ignored = shutil.ignore_patterns("results", "__pycache__")
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    own = copy / "tests/stand_in"
+
+    def edit(name, *changes):
+        text = (copy / name).read_text()
+        for old, new in changes:
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        (copy / name).write_text(text)
+
+    for name, lines in (("shapes", TINY), ("timing", SHORT)):
+        with (copy / f"benchmarks/{name}.py").open("a") as file:
+            file.write(lines)
+    edit("benchmarks/kernels.py", ("PEAK_SIZE = 4096", "PEAK_SIZE = 64"), ("4e9, 32", "4e9, 2"))
+    ten_times = [("SECONDS + 480", "SECONDS + 4800"), ("limit=$2", "limit=${2}0")]
+    ten_times += [("timeout 60", "timeout 600"), ("timeout 10", "timeout 100")]
+    edit("benchmarks/gpu_check.sh", *ten_times)
+    environment = os.environ | {
+        "OUT": str(tmp_path / "results"),
+        "PATH": f"{own}:{os.environ['PATH']}",
+        "PYTHON": str(own / "python"),
+        "STAND_IN_PYTHON": sys.executable,
+        "PYTEST_ADDOPTS": "-p stand_in_selection",
+        "TORCHDYNAMO_DISABLE": "1",  # to compile takes minutes
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def run(*command):
+        return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+
+    run.edit, run.results, run.python = edit, tmp_path / "results", str(own / "python")
+    return run
+
+
+without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs no stand-in")
+COLUMNS = [*TestSteps.VARIANTS, "graph of all", "graph of infer"]
+
+
+@pytest.mark.slow
+@without_a_gpu
+def test_the_check_of_a_gpu_runs_from_end_to_end(stand_in):
+    result = stand_in("benchmarks/gpu_check.sh")
+    log = (stand_in.results / "gpu_check.log").read_text()
+    assert result.returncode == 0, result.stdout + result.stderr + log
+    assert {path.name for path in stand_in.results.iterdir()} == {
+        "gpu_check.log", "kernels_cuda.csv", "products.csv", "steps_cuda.csv"
+    }  # fmt: skip
+
+    lines = result.stdout.splitlines()
+    ended = [re.match(r"== (.*) \(0, \d+ s\)$", line) for line in lines]
+    parts = [part[1] for part in ended if part]
+    tools = ["memcheck", "racecheck", "initcheck", "synccheck"]
+    assert parts == [
+        "sight", "build", "self-check", "tests", *tools,
+        *(f"kernels, {dtype}" for dtype in ("bfloat16", "float32", "tf32", "float16")), "products",
+        *(f"{part}, {dtype}" for part in ("steps", "compiled") for dtype in ("float32", "bfloat16")),
+    ]  # fmt: skip
+    summary = lines[len(parts) :]
+    assert len(summary) <= 40
+    assert "every kernel is right" in log
+    told = "\n".join(summary)
+    assert log.endswith(f"{told}\n")
+    assert all(f"{part} ok" in told.replace("\n", " ") for part in parts)
+    assert re.search(r"^tests: \d+ passed, .* in ", told, re.M)
+    assert all(f"{tool}: ERROR SUMMARY: 0 errors" in told for tool in tools)
+    assert re.search(r"^µs: a launch \d.*, a replay \d.*, of 20 kernels \d", told, re.M)
+    products = [line for line in summary if re.match(r"(forward|dW|dx|chain \w+)  ", line)]
+    assert len(products) == 5
+    steps = [line for line in summary if re.match(rf"({'|'.join(COLUMNS)})  ", line)]
+    assert len(steps) == len(COLUMNS)
+    assert not re.search("left out|-$| - ", "\n".join(products + steps))
+
+    kernels, steps = (rows(stand_in.results / f"{name}_cuda.csv") for name in ("kernels", "steps"))
+    assert {row["products"] for row in kernels} == {"own"}
+    assert {row["architecture"] for row in kernels} == {"9.0"}
+    table = rows(stand_in.results / "products.csv")
+    assert {(row["dtype"], row["product"]) for row in table} == {
+        (row["dtype"], row["product"]) for row in kernels
+    }
+    compiled = {(row["network"], row["column"]) for row in steps if row["compile_ms_p50"]}
+    networks, columns = ("seed", "rl", "wide", "field"), ("all", "step", "graph of all", "infer")
+    assert compiled == {(network, column) for network in networks for column in columns}
+    assert len({(row["dtype"], row["network"], row["column"]) for row in steps}) == len(steps)
+    assert not any(row["failed"] for row in (*kernels, *steps))
+
+
+@pytest.mark.slow
+@without_a_gpu
+def test_a_way_of_a_gpu_that_fails_is_left_out_with_its_reason(stand_in):
+    stand_in("touch", "built_for_the_stand_in")
+    once = "calls = iter([None])\n    return lambda: (next(calls), step(x, target))"
+    stand_in.edit("benchmarks/steps.py", ("return lambda: step(x, target)", once))
+    options = "--device cuda --dtype bfloat16 --rounds 1 --no-compile --only seed rl --output"
+    result = stand_in(stand_in.python, "benchmarks/steps.py", *options.split(), str(stand_in.results))
+    assert result.returncode == 1
+    assert "\nstep failed (StopIteration): seed @ 64, rl @ 64\n" in result.stdout
+    steps = rows(stand_in.results / "steps_cuda.csv")
+    assert {row["column"] for row in steps if not row["ms_p50"]} == {"step", "adam step", "clipped step"}
+    assert {row["column"] for row in steps if row["speedup_p50"]} == {
+        "swap", "all", "graph of all", "adam", "clipped", "infer", "graph of infer"
+    }  # fmt: skip
+    told = stand_in(sys.executable, "benchmarks/gpu_summary.py", str(stand_in.results)).stdout
+    assert "\nleft out: bfloat16 step: StopIteration (2 times)\n" in told
