@@ -1281,6 +1281,21 @@ def test_a_products_owner_computes_it(with_table):
         assert calls() - before == expected
 
 
+@pytest.mark.parametrize(
+    ("activation", "forward", "backward"),
+    [("identity", 0, 2), ("relu", 1, 2), ("gelu", 1, 2)],  # the second of backward adds up parts of db
+)
+def test_around_the_librarys_products_are_no_more_passes_than_torchs(builds, activation, forward, backward):
+    library = loaded(builds["cuda library"], "cuda library")
+    library.launches.restype = ctypes.c_uint64
+    layer = Layer(library, "bfloat16", activation, (600, 70, 40))
+    counts = [library.launches()]
+    for call in (layer.forward, layer.backward):
+        call()
+        counts.append(library.launches())
+    assert [after - before for before, after in itertools.pairwise(counts)] == [forward, backward]
+
+
 @pytest.mark.parametrize(("sizes", "expected"), [((64,) * 5, 1), ((7, 128, 128, 3), 1), ((64, 129, 8), 2)])
 @cases(["dtype"], [(dtype,) for dtype in DTYPES], lambda dtype: dtype == "bfloat16")
 def test_the_layers_of_a_narrow_network_are_one_launch(builds, dtype, sizes, expected):
