@@ -37,6 +37,7 @@ TOLERANCE = 1e-4  # relative, of a loss in float32
 REST_SECONDS = 0.01  # between turns: threads that have no more work spin for some milliseconds
 
 Steps = Callable[[int], float]  # takes so many steps, and waits for them; the loss of the last
+Side = Callable[[Cell], Steps]
 
 
 # ---- the sides: each makes, for a cell, what takes its steps
@@ -106,8 +107,6 @@ def jax_steps(cell: Cell) -> Steps:
     return steps
 
 
-Side = Callable[[Cell], Steps]
-
 SIDES: dict[str, Side] = {
     "jax": jax_steps,
     "fastmlp": fastmlp_steps,
@@ -152,7 +151,7 @@ def seconds(side: Side, cell: Cell, count: int) -> float:
 
 
 @contextmanager
-def processes(threads: int) -> Iterator[dict[str, Executor]]:
+def processes(threads: int, sides: Mapping[str, Side]) -> Iterator[dict[str, Executor]]:
     """A process for each side, bare of what this one has loaded and started."""
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
@@ -160,7 +159,7 @@ def processes(threads: int) -> Iterator[dict[str, Executor]]:
             name: stack.enter_context(
                 ProcessPoolExecutor(1, mp_context=context, initializer=settle, initargs=(threads,))
             )
-            for name in SIDES
+            for name in sides
         }
 
 
@@ -185,17 +184,17 @@ def check(cell: Cell, losses: Mapping[str, Sequence[float]]) -> None:
         raise SystemExit(f"{cell}: the losses differ, so nothing is measured: {losses}")
 
 
-def measure(cell: Cell, workers: Mapping[str, Executor], rounds: int) -> Result:
+def measure(cell: Cell, workers: Mapping[str, Executor], sides: Mapping[str, Side], rounds: int) -> Result:
     """Checks the sides against each other, and times them in turns."""
 
     def on(name: str, function: Callable[..., Any], *arguments: object) -> Any:
-        return workers[name].submit(function, SIDES[name], cell, *arguments).result()
+        return workers[name].submit(function, sides[name], cell, *arguments).result()
 
-    check(cell, {name: on(name, first_losses) for name in SIDES})
-    counts = {name: max(1, round(timing.ROUND_SECONDS / on(name, warm_up))) for name in SIDES}
-    samples: dict[str, list[list[float]]] = {name: [] for name in SIDES}
+    check(cell, {name: on(name, first_losses) for name in sides})
+    counts = {name: max(1, round(timing.ROUND_SECONDS / on(name, warm_up))) for name in sides}
+    samples: dict[str, list[list[float]]] = {name: [] for name in sides}
     for index in range(rounds):
-        for name in timing.in_turn(list(SIDES), index):
+        for name in timing.in_turn(list(sides), index):
             time.sleep(REST_SECONDS)
             samples[name].append([on(name, seconds, counts[name])])
     return Result(cell, timing.summarise(samples))
@@ -251,9 +250,11 @@ def run(parser: Parser, options: argparse.Namespace) -> None:
     networks = [network for network in GRID if not options.only or network.name in options.only]
     cells = [Cell(network, batch) for network in networks for batch in network.batches]
     output = table_output()
-    with timing.all_or_none(options.output) as folder, processes(int(job["threads"])) as workers:
+    with timing.all_or_none(options.output) as folder, processes(int(job["threads"]), SIDES) as workers:
         output.print(f"{timing.in_words(job)}, JAX {jax_version}")
-        results = [measure(cell, workers, options.rounds) for cell in measured(cells, Console(stderr=True))]
+        results = [
+            measure(cell, workers, SIDES, options.rounds) for cell in measured(cells, Console(stderr=True))
+        ]
         write_rows(folder / f"{NAME}.csv", [row(result, job) for result in results])
     output.print(table(results, whole_grid=not options.only))
     output.print(f"{options.output / NAME}.csv is written")

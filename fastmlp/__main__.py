@@ -33,11 +33,15 @@ def largest_error(device: str, dtype: torch.dtype) -> float:
 
     Against torch's operations in float64, which is what the ops take for it, each on what it reads.
     """
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     worst = 0.0
     for activation, parameters in _C.activations.items():
         of_layer = [activation], parameters
-        for batch, out_features, in_features in [*SHAPES, *[LARGE_SHAPE] * (device == "cuda")]:
+        is_large = device == "cuda" and activation in (
+            "relu",
+            "gelu",
+        )  # of those in registers, and of the others
+        for batch, out_features, in_features in [*SHAPES, *[LARGE_SHAPE] * is_large]:
             sizes = (
                 (batch, in_features),
                 (out_features, in_features),
@@ -45,7 +49,7 @@ def largest_error(device: str, dtype: torch.dtype) -> float:
                 (batch, out_features),
             )
             x, weight, bias, grad_y = (
-                torch.randn(size, generator=generator, device=device).to(dtype) for size in sizes
+                torch.randn(size, generator=generator).to(device, dtype) for size in sizes
             )
             weight /= in_features**0.5
             y, *z = _ops.network_forward(x, [weight], [bias], *of_layer)

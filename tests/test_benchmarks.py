@@ -340,6 +340,19 @@ class TestPeers:
         assert "JAX is not installed here; make bench-peers" in capfd.readouterr().err
 
 
+@pytest.mark.slow
+def test_every_way_to_an_inference_is_measured(script, measured, monkeypatch):
+    inference = script("inference")
+    monkeypatch.setattr(inference, "CELLS", [("policy", 1), ("rl", 4)])
+    table, printed = measured("inference")
+    assert [(row["network"], row["batch"]) for row in table] == [("policy", "1"), ("rl", "4")]
+    for row in table:
+        for side in inference.SIDES:
+            assert quantiles(row, f"{side}_us") == sorted(quantiles(row, f"{side}_us"))
+            assert is_printed(row[f"{side}_us_p50"], 1, printed)
+        assert all(row[key] for key in MACHINE | {"onnxruntime", "numpy"})
+
+
 def test_every_way_of_a_trainer_is_measured(measured):
     table, printed = measured("training", "--only", "policy", "tabular")
     assert [(row["job"], row["way"]) for row in table] == [

@@ -268,6 +268,7 @@ def test_the_self_check_tells_who_has_a_gpu_that_the_build_has_no_code_for_and_c
 ):
     reason = "the kernels are built for sm_80 and not for this GPU"
     monkeypatch.setattr(_C, "cuda", "13.0")
+    monkeypatch.setattr(_C, "use_products", lambda owner, rows: None, raising=False)
     monkeypatch.setattr(_C, "instruction_sets", list)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")

@@ -443,16 +443,16 @@ def observed(name, source, rounds, fused):
     space.update(PATCH=patch, HANDLES=[])
     try:
         exec(compile(source, file, "exec", dont_inherit=True), space)
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         model = space["Net"]()
         space["m"] = fastmlp.fuse(model) if fused else model
         for changes, call in rounds:
             for change in changes:
-                torch.manual_seed(1)
+                torch.default_generator.manual_seed(1)
                 seen.append(attempt(change, space, file))
-            torch.manual_seed(2)
+            torch.default_generator.manual_seed(2)
             space["X"] = torch.randn(6, 6).requires_grad_()
-            torch.manual_seed(3)
+            torch.default_generator.manual_seed(3)
             seen.append(attempt(f"Y = {call}", space, file))
             if seen[-1] is None:
                 seen.append(results(space))
