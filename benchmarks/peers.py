@@ -34,7 +34,7 @@ NAME = "peers"
 LEAST, MEAN = 1.2, 2.0  # times faster that every cell and the geometric mean are to be: goals, not results
 LOSSES_COMPARED = 5
 TOLERANCE = 1e-4  # relative, of a loss in float32
-REST_SECONDS = 0.01  # between turns: threads that have no more work spin for some milliseconds
+REST_SECONDS = 0.1  # between turns: threads that have no more work spin, OpenBLAS's for 30 milliseconds
 
 Steps = Callable[[int], float]  # takes so many steps, and waits for them; the loss of the last
 Side = Callable[[Cell], Steps]
@@ -142,8 +142,9 @@ def warm_up(side: Side, cell: Cell) -> float:
 
 
 def seconds(side: Side, cell: Cell, count: int) -> float:
-    """Of a step, where so many follow each other."""
+    """Of a step, where so many follow each other and its threads are awake."""
     steps = made(side, cell)
+    steps(count)
     return timing.seconds_of(lambda: steps(count), CPU) / count
 
 
