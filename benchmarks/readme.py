@@ -225,6 +225,33 @@ def peers() -> str:
     return f"{table(header, body)}\n\nMeasured on {where(results[0])}, JAX {results[0]['jax']}."
 
 
+def inference() -> str:
+    """Microseconds of a small network's inference, a cell a row, and how they compare with ONNX Runtime's."""
+    results = rows("inference")
+    sides = ["eager", "frozen", "onnx_runtime", "numpy", "fused", "predictor"]
+    body = [
+        [short_sizes(row["sizes"]), row["batch"], *(f"{float(row[f'{side}_us_p50']):.1f}" for side in sides)]
+        for row in results
+    ]
+    means = [
+        geometric_mean([float(row["onnx_runtime_us_p50"]) / float(row[f"{side}_us_p50"]) for row in results])
+        for side in sides
+    ]
+    body.append(["times as fast as ONNX Runtime", "", *(f"{mean:.2f}" for mean in means)])
+    header = [
+        "network",
+        "batch",
+        "eager",
+        "frozen TorchScript",
+        "ONNX Runtime",
+        "NumPy",
+        "`fuse`",
+        "`Predictor`",
+    ]
+    versions = f"ONNX Runtime {results[0]['onnxruntime']}, NumPy {results[0]['numpy']}"
+    return f"{table(header, body)}\n\nMeasured on {where(results[0])}, {versions}."
+
+
 def habits() -> str:
     """What torch.compile and autocast make of a training step, a cell and habit a row."""
     results = rows("habits")
@@ -270,7 +297,8 @@ def integrations() -> str:
 FIGURES: dict[str, Callable[[], str]] = {
     figure.__name__: figure
     for figure in (
-        headline, short, train, steps, adam, training, kernels, peers, integrations, habits, slower,
+        headline, short, train, steps, adam, training, kernels, peers, inference, integrations, habits,
+        slower,
     )
 }  # fmt: skip
 
