@@ -259,8 +259,8 @@ int cross_entropy(const CrossEntropy&, void* workspace, void* stream);
 
 // ---- whose the products are
 //
-// A product is a kernel's, or torch's library's, with the passes around it that torch has too. So it is never slower than
-// torch's own where that was not measured. All products of a narrow network in one kernel count as one.
+// A product is a kernel's, or torch's library's, with as few passes around it as torch has: where no kernel was measured
+// to be faster, the call is torch's own. All products of a narrow network in one kernel count as one.
 
 // C [rows, columns] = A [rows, K] B [K, columns] (+ bias), on the current device and stream. Strides are in elements.
 struct Product {

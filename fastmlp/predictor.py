@@ -61,7 +61,7 @@ class Predictor:
         Raises:
             ValueError: as at first; the old copy stays.
         """
-        self.__setstate__({"model": self.model, "layers": _copies(_layers_of(self.model))})
+        self.__setstate__({"model": self.model, "layers": _layers_of(self.model)})
 
     def __call__(self, x: Array, out: Array | None = None) -> Array:
         """What the model makes of x.
@@ -102,7 +102,7 @@ class Predictor:
 
 
 def _layers_of(model: nn.Module) -> Layers:
-    """The layers that all of the model is; ValueError where it is more."""
+    """The layers that all of the model is, of a copy, without gaps; ValueError where it is more."""
     expected = "model: expected a chain of linear layers and activations, with dropout in eval mode"
     first = next((part for part in model.modules() if isinstance(part, nn.Linear)), None)
     if first is None:
@@ -124,29 +124,17 @@ def _layers_of(model: nn.Module) -> Layers:
             raise ValueError(
                 f"model: expected float32 on the CPU, got a parameter of {p.dtype} on {p.device}"
             )
-    features = x.shape[1]
-    for weight, bias in zip(*layers[:2], strict=True):
+    weights, biases, activations = layers
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        features = weights[i - 1].shape[0] if i else x.shape[1]
         if weight.dim() != 2 or weight.shape[1] != features:
             raise ValueError(f"model: expected a weight of shape [*, {features}], got {list(weight.shape)}")
-        features = weight.shape[0]
-        if bias is not None and bias.shape not in ((1,), (features,)):
-            raise ValueError(f"model: expected a bias of shape [{features}], got {list(bias.shape)}")
-    return layers
-
-
-def _copies(layers: Layers) -> Layers:
-    """The layers with parameters of their own."""
-
-    def copied(tensor: Tensor, *sizes: int) -> Tensor:
-        return tensor.detach().expand(sizes).clone(memory_format=torch.contiguous_format)
-
-    weights, biases, activations = layers
-    rows = [len(weight) for weight in weights]
-    return (
-        [copied(weight, *weight.shape) for weight in weights],
-        [bias if bias is None else copied(bias, n) for n, bias in zip(rows, biases, strict=True)],
-        [*activations],
-    )
+        weights[i] = weight.detach().contiguous()
+        if bias is not None:
+            if bias.shape not in ((1,), weight.shape[:1]):
+                raise ValueError(f"model: expected a bias of shape [{len(weight)}], got {list(bias.shape)}")
+            biases[i] = bias.detach().expand(len(weight)).contiguous()
+    return weights, biases, [*activations]
 
 
 def _converted(x: Any) -> Any:

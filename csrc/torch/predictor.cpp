@@ -181,8 +181,10 @@ PyObject* predict(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
                         (out.ld == own->N || out.rows() <= 1),
                     "out: expected an array of float32 on the CPU, of shape ", at::IntArrayRef(sizes),
                     ", without gaps");
-  TORCH_CHECK_VALUE(!overlap({x.memory(), out.memory()}), "out: expected memory that x does not use");
-  if (out.tensor.defined() && arguments[2] != Py_None) out.tensor.unsafeGetTensorImpl()->bump_version();
+  if (arguments[2] != Py_None) {
+    TORCH_CHECK_VALUE(!overlap({x.memory(), out.memory()}), "out: expected memory that x does not use");
+    if (out.tensor.defined()) out.tensor.unsafeGetTensorImpl()->bump_version();
+  }
   constexpr double long_enough = 1 << 16;  // multiply-adds, for other threads of Python to be let in
   {
     const Unlocked unlocked(own->work * double(x.rows()) >= long_enough);
