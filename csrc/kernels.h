@@ -262,14 +262,15 @@ int cross_entropy(const CrossEntropy&, void* workspace, void* stream);
 // A product is a kernel's, or torch's library's, with as few passes around it as torch has: where no kernel was measured
 // to be faster, the call is torch's own. All products of a narrow network in one kernel count as one.
 
-// C [rows, columns] = A [rows, K] B [K, columns] (+ bias), on the current device and stream. Strides are in elements.
+// C [rows, columns] = A [rows, K] B [K, columns] (+ bias), on the current device and stream.
 struct Product {
+  struct Operand {
+    const void* data;
+    int64_t strides[2];  // in elements
+  };
   Dtype dtype;
   int64_t rows, columns, K;
-  const void* a;
-  int64_t a_strides[2];
-  const void* b;
-  int64_t b_strides[2];
+  Operand a, b;
   const void* bias;  // [columns], or null
   void* c;           // without gaps
 };

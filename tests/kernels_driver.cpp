@@ -34,15 +34,15 @@ using namespace fastmlp;
 static int64_t library_calls = 0;
 template <class T>
 static void multiply(const cuda::Product& p) {
-  const T *a = static_cast<const T*>(p.a), *b = static_cast<const T*>(p.b),
+  const T *a = static_cast<const T*>(p.a.data), *b = static_cast<const T*>(p.b.data),
           *bias = static_cast<const T*>(p.bias);
   ++library_calls;
   for (int64_t m = 0; m < p.rows; ++m)
     for (int64_t n = 0; n < p.columns; ++n) {
       double sum = bias ? cuda::to_float(bias[n]) : 0;
       for (int64_t k = 0; k < p.K; ++k)
-        sum += double(cuda::to_float(a[m * p.a_strides[0] + k * p.a_strides[1]])) *
-               cuda::to_float(b[k * p.b_strides[0] + n * p.b_strides[1]]);
+        sum += double(cuda::to_float(a[m * p.a.strides[0] + k * p.a.strides[1]])) *
+               cuda::to_float(b[k * p.b.strides[0] + n * p.b.strides[1]]);
       cuda::store(static_cast<T*>(p.c) + m * p.columns + n, float(sum));
     }
 }

@@ -49,8 +49,8 @@ GLUE = """
 void multiply(at::Tensor c, at::Tensor a, at::Tensor b, std::optional<at::Tensor> bias) {{
   fastmlp::multiply({{.dtype = fastmlp::Dtype(c.scalar_type() == at::kBFloat16),
                      .rows = a.size(0), .columns = b.size(1), .K = a.size(1),
-                     .a = a.data_ptr(), .a_strides = {{a.stride(0), a.stride(1)}},
-                     .b = b.data_ptr(), .b_strides = {{b.stride(0), b.stride(1)}},
+                     .a = {{a.data_ptr(), {{a.stride(0), a.stride(1)}}}},
+                     .b = {{b.data_ptr(), {{b.stride(0), b.stride(1)}}}},
                      .bias = bias ? bias->data_ptr() : nullptr, .c = c.data_ptr()}}, c.device());
 }}
 """

@@ -268,16 +268,7 @@ template <class T>
 cudaError_t forward(const Forward& f, float* partials, cudaStream_t stream) {
   if (is_librarys(Kind::forward, f)) {
     void* const z = f.z ? f.z : f.y;
-    products.library({.dtype = f.dtype,
-                      .rows = f.M,
-                      .columns = f.N,
-                      .K = f.K,
-                      .a = f.x,
-                      .a_strides = {f.ldx, 1},
-                      .b = f.weight,
-                      .b_strides = {1, f.ldw},
-                      .bias = f.bias,
-                      .c = z});
+    products.library({f.dtype, f.M, f.N, f.K, {f.x, {f.ldx, 1}}, {f.weight, {1, f.ldw}}, f.bias, z});
     if (z == f.y && f.activation == Activation::identity) return cudaSuccess;
     return elementwise::activate<T>(z, f.y, f.M * f.N, f.activation, stream);
   }
@@ -304,16 +295,7 @@ cudaError_t backward_of_parameters(const Backward& b, void* memory, cudaStream_t
       if (error != cudaSuccess) return error;
       x = memory, ldx = b.K;
     }
-    products.library({.dtype = b.dtype,
-                      .rows = b.N,
-                      .columns = b.K,
-                      .K = b.M,
-                      .a = b.grad_y,
-                      .a_strides = {1, b.N},
-                      .b = x,
-                      .b_strides = {ldx, 1},
-                      .bias = nullptr,
-                      .c = b.grad_weight});
+    products.library({b.dtype, b.N, b.K, b.M, {b.grad_y, {1, b.N}}, {x, {ldx, 1}}, nullptr, b.grad_weight});
     return cudaSuccess;
   }
   const Result<T> result{.c = static_cast<T*>(b.grad_weight),
@@ -340,16 +322,8 @@ cudaError_t backward(Backward b, bool has_dx, void* dz, void* memory, cudaStream
   const cudaError_t error = backward_of_parameters<T>(b, memory, stream);
   if (error != cudaSuccess || !has_dx || !b.grad_x) return error;
   if (is_librarys(Kind::dx, b)) {
-    products.library({.dtype = b.dtype,
-                      .rows = b.M,
-                      .columns = b.K,
-                      .K = b.N,
-                      .a = b.grad_y,
-                      .a_strides = {b.N, 1},
-                      .b = b.weight,
-                      .b_strides = {b.ldw, 1},
-                      .bias = nullptr,
-                      .c = b.grad_x});
+    products.library(
+        {b.dtype, b.M, b.K, b.N, {b.grad_y, {b.N, 1}}, {b.weight, {b.ldw, 1}}, nullptr, b.grad_x});
     return cudaSuccess;
   }
   Result<T> result = grad_x_of<T>(b);

@@ -26,8 +26,8 @@ void multiply(const cuda::Product& p, c10::Device device) {
   const auto options = at::TensorOptions(device).dtype(types[int(p.dtype)]);
   const at::AutoDispatchBelowAutograd guard;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const at::Tensor a = matrix(p.a, {p.rows, p.K}, p.a_strides, options);
-  const at::Tensor b = matrix(p.b, {p.K, p.columns}, p.b_strides, options);
+  const at::Tensor a = matrix(p.a.data, {p.rows, p.K}, p.a.strides, options);
+  const at::Tensor b = matrix(p.b.data, {p.K, p.columns}, p.b.strides, options);
   at::Tensor c = matrix(p.c, {p.rows, p.columns}, {p.columns, 1}, options);
   if (p.bias) at::addmm_out(c, matrix(p.bias, {p.columns}, {1}, options), a, b);
   else at::mm_out(c, a, b);
