@@ -3,6 +3,7 @@
 #include "torch/activations.cpp"
 #include "torch/autograd.cpp"
 #include "torch/call.cpp"
+#include "torch/chain.cpp"
 #include "torch/checks.cpp"
 #include "torch/clip.cpp"
 #include "torch/cross_entropy.cpp"

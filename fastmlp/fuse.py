@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastmlp import _C, functional
 from fastmlp.layers import (
+    KNOWN,
     ROLES,
     Fused,
     Layers,
@@ -419,7 +420,7 @@ def walk_to_the_end(model: Any, x: Any, layers: Layers, known: dict[Any, Rewritt
             return output
         return walk(output.callables, output.input, layers, other)
 
-    return walk((model,), x, layers, other)
+    return x if _C.find_layers(KNOWN, (model,), layers) else walk((model,), x, layers, other)
 
 
 def original_class(module: Any) -> Any:

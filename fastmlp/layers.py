@@ -21,12 +21,12 @@ from torch.nn.modules.module import _global_backward_pre_hooks as _backward_pre_
 from torch.nn.modules.module import _global_forward_hooks as _hooks
 from torch.nn.modules.module import _global_forward_pre_hooks as _pre_hooks
 
+from fastmlp import _C, functional
 from fastmlp import activations as table
-from fastmlp import functional
 from fastmlp.activations import ATTRIBUTES, COMPOSITES, METHODS, MODULES, Activation, is_torchs, usual
 
 __all__ = [
-    "FUNCTIONS", "ROLES", "Bound", "Fused", "Layers", "Method", "Role", "Stopped", "apply",
+    "FUNCTIONS", "KNOWN", "ROLES", "Bound", "Fused", "Layers", "Method", "Role", "Stopped", "apply",
     "apply_sequential", "drops", "is_called_plainly", "is_unwatched", "parameters_of", "role_of", "walk",
 ]  # fmt: skip
 
@@ -149,6 +149,13 @@ def _drops(own: Mapping[str, Any]) -> bool | None:
     return training if type(training) is bool and type(p) in (float, int) and 0 <= p <= 1 else None
 
 
+def _activation(name: Any, own: Mapping[str, Any]) -> Activation | None:
+    """The activation of this name, with its attributes or arguments, where it is torch's and usual."""
+    if not is_torchs(name):
+        return None
+    return usual(name, own) if ATTRIBUTES[name] and own else name
+
+
 # ---- the walk
 
 #: Linear layers in their order: the weights, the biases, and the activations after them.
@@ -202,8 +209,8 @@ def walk(chain: Iterable[Any], input: Any, layers: Layers, other: Any = None) ->
                 activations.append(own["activation"] if name == "layer" else None)
                 continue
         elif name in COMPOSITES:
-            if weights and activations[-1] is None and (name in _WATCHED or is_torchs(name)):
-                activation = usual(name, own) if ATTRIBUTES[name] and own else name
+            if weights and activations[-1] is None:
+                activation = name if name in _WATCHED else _activation(name, own)
                 if activation is not None:
                     activations[-1] = activation
                     continue
@@ -267,6 +274,10 @@ def _called(part: Any, input: Any, layers: Layers) -> Any:
 
 def apply_sequential(module: nn.Sequential, input: Any) -> Any:
     """``nn.Sequential.forward``, with its layers in as few ops as can be."""
+    if not torch.compiler.is_dynamo_compiling():
+        output = _C.apply(KNOWN, module._modules, input)
+        if output is not NotImplemented:
+            return output
     if is_unwatched(input):
         return apply(module._modules.values(), input)
     return nn.Sequential.forward(module, input)  # type: ignore[no-untyped-call]
@@ -312,3 +323,24 @@ def is_unwatched(input: object) -> bool:
         and torch.sigmoid is _sigmoid
         and torch.tanh is _tanh
     )
+
+
+#: The same for what does the commonest of it in C++: ``_C.apply`` and ``_C.find_layers``.
+KNOWN = (
+    ROLES,
+    FUNCTIONS,
+    COMPOSITES,
+    (_hooks, _pre_hooks, _backward_hooks, _backward_pre_hooks),
+    tuple(
+        (vars(holder), name, vars(holder)[name])
+        for holder, names in (
+            (torch, ("relu", "relu_", "sigmoid", "tanh")),
+            (F, ("linear", "relu", "dropout")),
+            (torch.compiler, ("_is_exporting_flag",)),
+        )
+        for name in names
+    ),
+    _seen,
+    _activation,
+    _drops,
+)

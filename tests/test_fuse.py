@@ -345,6 +345,30 @@ def test_any_number_of_dimensions_gives_stocks_results(shape):
     assert_same(fastmlp.fuse(copy.deepcopy(stock)), stock, inputs(*shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        lambda dtype: torch.randn(12, dtype=dtype),
+        lambda dtype: torch.randn(5, 12, dtype=dtype),
+        lambda dtype: torch.randn(5, 20, dtype=dtype)[::2, 3:15],
+        lambda dtype: torch.randn(12, 5, dtype=dtype).t(),
+        lambda dtype: torch.randn(2, 3, 12, dtype=dtype).transpose(0, 1),
+        lambda dtype: torch.randn(0, 12, dtype=dtype),
+    ],
+    ids=["one row", "rows", "rows apart", "columns", "3 dimensions", "no rows"],
+)
+def test_a_call_that_nobody_sees_computes_the_same_bits_as_the_op(batch, dtype):
+    model, x = fastmlp.fuse(sequential()).to(dtype), batch(dtype)
+    with torch.inference_mode():
+        unseen = model(x)
+        assert unseen.is_inference()
+        with torch.autograd.profiler.profile() as profile:
+            seen = model(x)
+    assert "fastmlp::network" in {event.name for event in profile.function_events}
+    assert torch.equal(unseen, seen)
+
+
 def test_a_flatten_between_layers_flattens():
     stock = nn.Sequential(nn.Linear(12, 9), nn.Flatten(), nn.ReLU(), nn.Linear(27, 4))
     assert_same(fastmlp.fuse(copy.deepcopy(stock)), stock, inputs(5, 3, 12))

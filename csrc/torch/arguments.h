@@ -39,8 +39,8 @@ inline std::string string_of(PyObject* o) {
 
 // The activations of a list, as the ops take them.
 struct NamedActivations {
-  explicit NamedActivations(PyObject* list) {
-    for (PyObject* const activation : items_of(list)) {
+  explicit NamedActivations(c10::ArrayRef<PyObject*> list) {
+    for (PyObject* const activation : list) {
       c10::SmallVector<double, 2> given;
       if (PyTuple_Check(activation) && PyTuple_GET_SIZE(activation) > 0) {
         names.push_back(string_of(PyTuple_GET_ITEM(activation, 0)));

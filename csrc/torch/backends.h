@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -84,7 +85,8 @@ struct Cuda {
 // cost as much as a product: huge pages are asked for, where it leaves that to programs.
 inline at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
   constexpr uintptr_t huge = 2 << 20;
-  at::Tensor t = at::empty(sizes, options);
+  at::Tensor t =
+      options.device().is_cpu() ? at::detail::empty_cpu(sizes, options) : at::empty(sizes, options);
 #ifdef MADV_HUGEPAGE
   if (t.is_cpu() && t.nbytes() >= 2 * huge) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(t.mutable_data_ptr()), end = begin + t.nbytes();

@@ -33,31 +33,6 @@ int64_t integer(PyObject* o) { return PyLong_AsLongLong(o); }
 
 }  // namespace
 
-PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 4 && is_list(arguments[1]) && is_list(arguments[2]) && is_list(arguments[3]),
-                   "network: expected input and lists of weights, biases and activations");
-  if (!is_plain(arguments[0])) Py_RETURN_NOTIMPLEMENTED;
-  c10::SmallVector<Tensor, 4> weights;
-  OptionalTensors biases;
-  biases.reserve(PySequence_Fast_GET_SIZE(arguments[2]));
-  if (!are_plain(arguments[1])) Py_RETURN_NOTIMPLEMENTED;
-  for (PyObject* const weight : items_of(arguments[1])) weights.push_back(THPVariable_Unpack(weight));
-  for (PyObject* const bias : items_of(arguments[2])) {
-    if (bias != Py_None && !is_plain(bias)) Py_RETURN_NOTIMPLEMENTED;
-    biases.push_back(tensor_or_none(bias));
-  }
-  const NamedActivations activations(arguments[3]);
-  const Tensor& input = THPVariable_Unpack(arguments[0]);
-  Tensor y;
-  {
-    const pybind11::gil_scoped_release no_gil;
-    y = call_network(input, weights, biases, activations.names, activations.parameters);
-  }
-  return THPVariable_Wrap(std::move(y));
-  END_HANDLE_TH_ERRORS
-}
-
 PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 20, "train_step: expected the 20 arguments of the op train_step_, got ", count);
@@ -73,7 +48,7 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const std::vector<int64_t> has_bias = numbers(arguments[6], integer),
                              options_of = numbers(arguments[16], integer);
   const std::vector<double> options = numbers(arguments[15], PyFloat_AsDouble);
-  const NamedActivations activations(arguments[7]);
+  const NamedActivations activations(items_of(arguments[7]));
   const Tensor &input = THPVariable_Unpack(arguments[0]), &target = THPVariable_Unpack(arguments[1]),
                &workspace = THPVariable_Unpack(arguments[5]);
   const std::string loss = string_of(arguments[8]), optimizer = string_of(arguments[14]);

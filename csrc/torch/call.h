@@ -9,6 +9,14 @@ namespace fastmlp {
 // activations: None, a name, or a tuple of a name and numbers. NotImplemented where one is of a tensor type of its own.
 PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
+// apply(known, parts, input): what the parts make of the input one after the other. NotImplemented, with nothing done, where
+// they are not all layers, or where somebody looks on. `known` is what layers.py knows.
+PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
+// find_layers(known, parts, layers): whether the parts are all layers, which then have been appended to the three lists of
+// weights, biases and activations.
+PyObject* find_layers(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
 // The op train_step_, with its arguments in their order, but activations and parameters as above. NotImplemented too.
 PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 

@@ -137,14 +137,14 @@ void check(const Backpropagation& b) {
   }
 }
 
-namespace {
-
 const char* why_not_multiplied(const Tensor& t) {
   if (const char* reason = why_not_covered(t)) return reason;
   if (!t.is_cuda() && !cpu::covers(dtype_of(t)))
     return "this processor multiplies tiles of bfloat16 (AMX), which the kernels do not use";
   return nullptr;
 }
+
+namespace {
 
 const char* why_not_read(const Tensor& weight) {
   if (const char* reason = why_not_plain(weight)) return reason;

@@ -75,11 +75,13 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 }
 
 PyMethodDef functions[] = {
+    {"apply", fast(fastmlp::apply), METH_FASTCALL, nullptr},
     {"attribute", fast(fastmlp::attribute), METH_FASTCALL, nullptr},
     {"batch", fast(fastmlp::batch), METH_FASTCALL, nullptr},
     {"clip_grad_norm", fast(fastmlp::clip_grad_norm), METH_FASTCALL, nullptr},
     {"count_up_numbers", fast(fastmlp::count_up_numbers), METH_FASTCALL, nullptr},
     {"find", fast(fastmlp::find), METH_FASTCALL, nullptr},
+    {"find_layers", fast(fastmlp::find_layers), METH_FASTCALL, nullptr},
     {"is_unchanged", fast(fastmlp::is_unchanged), METH_FASTCALL, nullptr},
     {"leave", fast(fastmlp::leave), METH_FASTCALL, nullptr},
     {"network", fast(fastmlp::network), METH_FASTCALL, nullptr},

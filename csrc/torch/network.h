@@ -107,6 +107,7 @@ void check(const Backpropagation&);
 // Null where the kernels cover the arguments, or the reason why they take the composite path.
 const char* why_not_fused(const Network&);
 const char* why_not_fused(const Backpropagation&);
+const char* why_not_multiplied(const Tensor&);  // by its dtype and device
 
 // Each layer by itself, on the path that it can take.
 Tensor network_by_layers(const Network&);

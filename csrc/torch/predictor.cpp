@@ -4,9 +4,8 @@
 
 #include <memory>
 
-#include "arguments.h"
-#include "backends.h"
 #include "call.h"
+#include "chain.h"
 
 namespace fastmlp {
 namespace {
@@ -15,21 +14,12 @@ struct Snapshot {
   std::vector<Tensor> memory;   // the parameters
   std::vector<Forward> layers;  // complete but for the rows and the ends
   int64_t K, N;
-  double work = 0;  // of a row, in multiply-adds
 
   void run(const float* x, int64_t ldx, float* y, int64_t rows) const {
     c10::SmallVector<Forward, 8> own(layers.begin(), layers.end());
     for (Forward& layer : own) layer.M = rows;
     own.front().x = x, own.front().ldx = ldx, own.back().y = y;
-    const int threads = at::get_num_threads();
-    const int64_t count = int64_t(own.size()), bytes = cpu::forward_workspace(own.data(), count, threads);
-    // The thread's, so that threads may predict at once.
-    static thread_local std::unique_ptr<char[]> kept;
-    static thread_local int64_t size = 0;
-    constexpr int64_t line = 64;
-    if (bytes + line > size) kept.reset(new char[size_t(size = bytes + line)]);
-    char* const begin = kept.get() + (line - int64_t(reinterpret_cast<uintptr_t>(kept.get()) % line)) % line;
-    cpu::forward(own.data(), count, begin, threads);
+    run_here(own.data(), int64_t(own.size()));
   }
 };
 
@@ -98,17 +88,6 @@ struct Array {
   }
 };
 
-// Other threads of Python go on meanwhile.
-struct Unlocked {
-  explicit Unlocked(bool unlocks) : state(unlocks ? PyEval_SaveThread() : nullptr) {}
-  Unlocked(const Unlocked&) = delete;
-  Unlocked& operator=(const Unlocked&) = delete;
-  ~Unlocked() {
-    if (state) PyEval_RestoreThread(state);
-  }
-  PyThreadState* const state;
-};
-
 PyObject* new_array(at::IntArrayRef sizes) {
   static PyObject* const numpy = PyImport_ImportModule("numpy");
   static PyObject* const make = numpy ? PyObject_GetAttrString(numpy, "empty") : nullptr;
@@ -129,7 +108,7 @@ PyObject* snapshot(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   TORCH_CHECK_TYPE(count == 3 && is_list(arguments[0]) && is_list(arguments[1]) && is_list(arguments[2]),
                    "snapshot: expected lists of weights, biases and activations");
   auto own = std::make_unique<Snapshot>();
-  const NamedActivations named(arguments[2]);
+  const NamedActivations named(items_of(arguments[2]));
   const LayerActivations activations = parse_activations(named.names, named.parameters);
   const auto weights = items_of(arguments[0]), biases = items_of(arguments[1]);
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -147,7 +126,6 @@ PyObject* snapshot(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
                            .ldw = weight.size(1),
                            .bias = bias ? bias->const_data_ptr() : nullptr,
                            .y = nullptr});
-    own->work += double(weight.numel());
     own->memory.push_back(weight);
     if (bias) own->memory.push_back(*bias);
   }
@@ -185,11 +163,7 @@ PyObject* predict(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     TORCH_CHECK_VALUE(!overlap({x.memory(), out.memory()}), "out: expected memory that x does not use");
     if (out.tensor.defined()) out.tensor.unsafeGetTensorImpl()->bump_version();
   }
-  constexpr double long_enough = 1 << 16;  // multiply-adds, for other threads of Python to be let in
-  {
-    const Unlocked unlocked(own->work * double(x.rows()) >= long_enough);
-    own->run(x.data, x.ld, out.data, x.rows());
-  }
+  own->run(x.data, x.ld, out.data, x.rows());
   return result.release();
   END_HANDLE_TH_ERRORS
 }

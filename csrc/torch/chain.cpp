@@ -1,0 +1,306 @@
+// A chain of modules as one network, in the time of a few dictionary look-ups: what layers.walk finds in Python, where all
+// parts are layers that the kernels know. Where one is not, nothing has been done.
+#include "chain.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/record_function.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "call.h"
+#include "network.h"
+
+namespace fastmlp {
+namespace {
+
+using Objects = c10::ArrayRef<PyObject*>;
+
+// What Python knows, as layers.py has put it together.
+struct Known {
+  explicit Known(PyObject* tuple) {
+    TORCH_CHECK_TYPE(PyTuple_Check(tuple) && PyTuple_GET_SIZE(tuple) == 8, "known: expected 8 items");
+    const Objects items = items_of(tuple);
+    roles = items[0], functions = items[1], composites = items[2], hooks = items[3], torchs = items[4];
+    seen = items[5], activation = items[6], drops = items[7];
+  }
+  PyObject *roles, *functions, *composites;  // dicts: by class, by function, by name
+  PyObject* hooks;                           // the dicts of hooks for all modules
+  PyObject* torchs;                          // what nobody has exchanged in torch: (dict, key, value)
+  PyObject *seen, *activation, *drops;       // functions, for what is rarer
+};
+
+// Borrowed; null where it is not there.
+PyObject* get(PyObject* dict, PyObject* key) {
+  PyObject* const found = dict && PyDict_Check(dict) ? PyDict_GetItemWithError(dict, key) : nullptr;
+  if (!found && PyErr_Occurred()) throw python_error();
+  return found;
+}
+
+bool is_empty(PyObject* dict) { return dict && PyDict_Check(dict) && PyDict_GET_SIZE(dict) == 0; }
+
+THPObjectPtr called(PyObject* function, std::initializer_list<PyObject*> arguments) {
+  THPObjectPtr result(PyObject_Vectorcall(function, std::data(arguments), arguments.size(), nullptr));
+  if (!result) throw python_error();
+  return result;
+}
+
+// layers.is_unwatched, of a plain tensor.
+bool is_unwatched(const Known& known) {
+  const Objects hooks = items_of(known.hooks), torchs = items_of(known.torchs);
+  return at::impl::PythonTorchFunctionTLS::stack_len() == 0 &&
+         std::all_of(hooks.begin(), hooks.end(), is_empty) &&
+         std::all_of(torchs.begin(), torchs.end(), [](PyObject* row) {
+           return get(PyTuple_GET_ITEM(row, 0), PyTuple_GET_ITEM(row, 1)) == PyTuple_GET_ITEM(row, 2);
+         });
+}
+
+PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+// Its functions tell whether all of it are layers. What is found is held: code of Python's may change anything.
+class Walk {
+ public:
+  Walk(const Known& known, Chain& chain) : known(known), chain(chain) {}
+
+  bool all(PyObject* parts) {
+    if (!parts) return false;
+    THPObjectPtr items(PyDict_CheckExact(parts) ? PyDict_Values(parts)
+                                                : PySequence_Fast(parts, "parts: expected a list"));
+    if (!items) throw python_error();
+    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items.get()); ++i)
+      if (!part(PySequence_Fast_GET_ITEM(items.get(), i))) return false;
+    return true;
+  }
+
+ private:
+  bool part(PyObject* o) {
+    static PyObject *const of_fused = interned("__fastmlp__"), *const forward = interned("forward"),
+                           *const call = interned("__call__");
+    static PyObject* const hooks[] = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
+                                      interned("_backward_hooks"), interned("_backward_pre_hooks")};
+    PyTypeObject* const type = Py_TYPE(o);
+    if (type == &PyFunction_Type || type == &PyCFunction_Type) return function(o);
+    PyObject* role = get(known.roles, reinterpret_cast<PyObject*>(type));
+    if (!role)
+      if (PyObject* const fused = get(type->tp_dict, of_fused)) role = PyTuple_GET_ITEM(fused, 1);
+    if (!role || role == Py_None) return other(o);
+    auto* const owner = reinterpret_cast<PyTypeObject*>(PyTuple_GET_ITEM(role, 1));
+    if (_PyType_Lookup(owner, forward) != PyTuple_GET_ITEM(role, 2) ||
+        _PyType_Lookup(owner, call) != PyTuple_GET_ITEM(role, 3))
+      return false;
+    THPObjectPtr own(PyObject_GenericGetDict(o, nullptr));
+    if (!own) throw python_error();
+    const bool is_plainly_called = std::all_of(std::begin(hooks), std::end(hooks),
+                                               [&](PyObject* name) { return is_empty(get(own, name)); });
+    return is_plainly_called && !get(own, forward) &&
+           named(PyTuple_GET_ITEM(role, 0), own, PyTuple_GET_ITEM(role, 4), o);
+  }
+
+  bool function(PyObject* o) {
+    static PyObject* const no_arguments = PyDict_New();
+    PyObject* const name = get(known.functions, o);
+    // F.tanh, say, calls the method: one that is there, and not in its base, is not torch's.
+    const bool is_exchanged = name && get(reinterpret_cast<PyTypeObject*>(THPVariableClass)->tp_dict, name);
+    return name && !is_exchanged && named(name, no_arguments, nullptr, o);
+  }
+
+  bool other(PyObject* o) {
+    THPObjectPtr found = called(known.seen, {o});
+    PyObject* name = PyTuple_GET_ITEM(found.get(), 0);
+    if (name == Py_None) return false;
+    Py_INCREF(name);
+    PyUnicode_InternInPlace(&name);
+    const THPObjectPtr held(name);
+    return named(name, PyTuple_GET_ITEM(found.get(), 1), nullptr, o);
+  }
+
+  // With its attributes or arguments, or its parts.
+  bool named(PyObject* name, PyObject* own, PyObject* inner, PyObject* o) {
+    static PyObject *const linear = interned("linear"), *const layer = interned("layer"),
+                           *const identity = interned("identity"), *const dropout = interned("dropout"),
+                           *const sequential = interned("sequential"), *const is_chain = interned("chain"),
+                           *const modules = interned("_modules"), *const parameters = interned("_parameters"),
+                           *const weight = interned("weight"), *const bias = interned("bias"),
+                           *const activation = interned("activation");
+    static PyObject* const watched[] = {interned("relu"), interned("tanh"), interned("sigmoid")};
+    if (name == linear || name == layer) {
+      PyObject* const tensors = get(own, parameters);
+      return push(get(tensors, weight), get(tensors, bias), name == layer ? get(own, activation) : Py_None);
+    }
+    if (name == identity) return true;
+    if (name == dropout) return called(known.drops, {own}) == Py_False;
+    if (name == sequential) return all(get(own, modules));
+    if (name == is_chain) return inner && inner != Py_None ? all(called(inner, {o})) : all(own);
+    if (!get(known.composites, name) || chain.weights.empty() || chain.activations.back() != Py_None)
+      return false;
+    const bool is_known = std::find(std::begin(watched), std::end(watched), name) != std::end(watched);
+    THPObjectPtr found = is_known ? THPObjectPtr::dup(name) : called(known.activation, {name, own});
+    Py_DECREF(chain.activations.back());
+    chain.activations.back() = found.release();
+    return chain.activations.back() != Py_None;
+  }
+
+  bool push(PyObject* weight, PyObject* bias, PyObject* activation) {
+    if (!weight || !bias || !activation) return false;
+    chain.weights.push_back(Py_NewRef(weight));
+    chain.biases.push_back(Py_NewRef(bias));
+    chain.activations.push_back(Py_NewRef(activation));
+    return true;
+  }
+
+  const Known& known;
+  Chain& chain;
+};
+
+// ---- the op network, of objects
+
+// Whether the dispatcher would call the op's kernel for the CPU, with nobody to see it, and nothing to be differentiated.
+bool is_unseen(const Tensor& input, Objects weights, Objects biases) {
+  c10::DispatchKeySet keys = input.key_set();
+  bool has_gradient = input.requires_grad() || input._fw_grad(0).defined();
+  for (const Objects list : {weights, biases})
+    for (PyObject* const o : list) {
+      if (o == Py_None) continue;
+      const Tensor& t = THPVariable_Unpack(o);
+      keys = keys | t.key_set();
+      has_gradient |= t.requires_grad() || t._fw_grad(0).defined();
+    }
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  keys = (keys | local.included_) - local.excluded_;
+  const bool is_differentiated =
+      has_gradient && at::GradMode::is_enabled() && !(keys & c10::autograd_dispatch_keyset).empty();
+  const c10::DispatchKeySet passed = c10::autograd_dispatch_keyset_with_ADInplaceOrView |
+                                     c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
+  return !is_differentiated && keys - passed == c10::DispatchKeySet(c10::DispatchKey::CPU) &&
+         !at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
+}
+
+// That kernel at once, where it covers the arguments; else nothing.
+Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, const LayerActivations& activations) {
+  const at::ScalarType dtype = input.scalar_type();
+  if (!is_unseen(input, weights, biases) || weights.empty() || input.dim() == 0 || why_not_multiplied(input))
+    return {};
+  const auto is_vector = [&](const Tensor& t, int64_t size) {
+    return t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == size && (size <= 1 || t.stride(0) == 1);
+  };
+  const auto is_matrix = [&](const Tensor& t, int64_t columns) {
+    return t.scalar_type() == dtype && t.dim() == 2 && t.size(1) == columns &&
+           (columns <= 1 || t.stride(1) == 1);
+  };
+  int64_t K = input.size(-1);
+  if (!is_matrix(input, K) && !input.is_contiguous()) return {};
+  const int64_t M = rows_of(input);
+  const bool reduced = is_reduced(input);
+  c10::SmallVector<Forward, 8> layers;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& weight = THPVariable_Unpack(weights[i]);
+    const Tensor* const bias = biases[i] == Py_None ? nullptr : &THPVariable_Unpack(biases[i]);
+    if (!is_matrix(weight, K) || (bias && !is_vector(*bias, weight.size(0)))) return {};
+    layers.push_back({.dtype = dtype_of(input),
+                      .reduced = reduced,
+                      .activation = activations[i].kernel_for(dtype),
+                      .M = M,
+                      .N = weight.size(0),
+                      .K = K,
+                      .x = nullptr,
+                      .ldx = K,
+                      .weight = weight.const_data_ptr(),
+                      .ldw = weight.stride(0),
+                      .bias = bias ? bias->const_data_ptr() : nullptr,
+                      .y = nullptr});
+    K = weight.size(0);
+  }
+  at::DimVector sizes(input.sizes());
+  sizes.back() = K;
+  const Tensor y = empty(sizes, input.options());
+  layers.front().x = input.const_data_ptr();
+  if (input.dim() == 2) layers.front().ldx = input.stride(0);
+  layers.back().y = y.mutable_data_ptr();
+  run_here(layers.data(), int64_t(layers.size()));
+  return y;
+}
+
+PyObject* network(PyObject* input, Objects weights, Objects biases, Objects activations) {
+  const auto is_bias = [](PyObject* o) { return o == Py_None || is_plain(o); };
+  if (!is_plain(input) || !std::all_of(weights.begin(), weights.end(), is_plain) ||
+      !std::all_of(biases.begin(), biases.end(), is_bias))
+    Py_RETURN_NOTIMPLEMENTED;
+  const NamedActivations named(activations);
+  const Tensor x = THPVariable_Unpack(input);
+  if (biases.size() == weights.size() && activations.size() == weights.size()) {
+    Tensor y = run_unseen(x, weights, biases, parse_activations(named.names, named.parameters));
+    if (y.defined()) return THPVariable_Wrap(std::move(y));
+  }
+  c10::SmallVector<Tensor, 4> weight_tensors;
+  OptionalTensors bias_tensors;
+  bias_tensors.reserve(biases.size());
+  for (PyObject* const weight : weights) weight_tensors.push_back(THPVariable_Unpack(weight));
+  for (PyObject* const bias : biases) bias_tensors.push_back(tensor_or_none(bias));
+  Tensor y;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    y = call_network(x, weight_tensors, bias_tensors, named.names, named.parameters);
+  }
+  return THPVariable_Wrap(std::move(y));
+}
+
+}  // namespace
+
+void run_here(Forward* layers, int64_t count) {
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  constexpr double long_enough = 1 << 16;  // multiply-adds
+  constexpr int64_t most_kept = 1 << 20;
+  double work = 0;
+  for (const Forward* p = layers; p != layers + count; ++p)
+    work += double(p->M) * double(p->N) * double(p->K);
+  const Unlocked unlocked(work >= long_enough);
+  const int threads = at::get_num_threads();
+  const int64_t bytes = cpu::forward_workspace(layers, count, threads);
+  if (bytes > most_kept) {
+    const Tensor workspace = empty({bytes}, at::kByte);
+    return cpu::forward(layers, count, workspace.mutable_data_ptr(), threads);
+  }
+  static thread_local std::vector<Line> kept;
+  if (const size_t lines = size_t(bytes) / sizeof(Line) + 1; kept.size() < lines) kept.resize(lines);
+  cpu::forward(layers, count, kept.data(), threads);
+}
+
+PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 4 && is_list(arguments[1]) && is_list(arguments[2]) && is_list(arguments[3]),
+                   "network: expected input and lists of weights, biases and activations");
+  return network(arguments[0], items_of(arguments[1]), items_of(arguments[2]), items_of(arguments[3]));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 3, "apply: expected what is known, parts and an input");
+  const Known known(arguments[0]);
+  Chain chain;
+  if (!is_plain(arguments[2]) || !is_unwatched(known) || !Walk(known, chain).all(arguments[1]) ||
+      chain.weights.empty())
+    Py_RETURN_NOTIMPLEMENTED;
+  return network(arguments[2], chain.weights, chain.biases, chain.activations);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* find_layers(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 3 && PyTuple_Check(arguments[2]) && PyTuple_GET_SIZE(arguments[2]) == 3,
+                   "find_layers: expected what is known, parts and three lists");
+  const Known known(arguments[0]);
+  Chain chain;
+  if (!Walk(known, chain).all(arguments[1])) Py_RETURN_FALSE;
+  const Chain::Objects* const found[] = {&chain.weights, &chain.biases, &chain.activations};
+  for (Py_ssize_t i = 0; i < 3; ++i)
+    for (PyObject* const o : *found[i])
+      if (PyList_Append(PyTuple_GET_ITEM(arguments[2], i), o)) throw python_error();
+  Py_RETURN_TRUE;
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace fastmlp
