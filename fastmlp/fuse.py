@@ -420,7 +420,8 @@ def walk_to_the_end(model: Any, x: Any, layers: Layers, known: dict[Any, Rewritt
             return output
         return walk(output.callables, output.input, layers, other)
 
-    return x if _C.find_layers(KNOWN, (model,), layers) else walk((model,), x, layers, other)
+    found = _C.find_layers(KNOWN, (model,), x, layers)
+    return walk((model,), x, layers, other) if found is NotImplemented else found
 
 
 def original_class(module: Any) -> Any:

@@ -35,8 +35,9 @@ class Role(NamedTuple):
     """What a module of one class does in a chain, as long as its owner's forward and call are these.
 
     The name is "linear", "layer" (linear and activation), "identity", "dropout" (an identity, where not in
-    training), "sequential" (its parts do it), "chain" (as parts tells, and nothing else may run in between),
-    or the activation that it is. The owner is the class, or the one that a fused class has been made from.
+    training), "view" (it reshapes), "sequential" (its parts do it), "chain" (as parts tells, and nothing else
+    may run in between), or the activation that it is. The owner is the class, or the one that a fused class has
+    been made from.
     """
 
     name: str
@@ -62,7 +63,13 @@ def _original(cls: Any, name: str) -> Callable[..., Any] | None:
     return method if method.__globals__ is vars(sys.modules[owner.__module__]) else None
 
 
-_NAMES = {nn.Linear: "linear", nn.Sequential: "sequential", nn.Identity: "identity", nn.Dropout: "dropout"}
+_NAMES = {
+    nn.Linear: "linear",
+    nn.Sequential: "sequential",
+    nn.Identity: "identity",
+    nn.Dropout: "dropout",
+    nn.Flatten: "view",
+}
 #: By class. A derived class has none.
 ROLES = {owner: Role.of(owner, name) for owner, name in (MODULES | _NAMES).items()}
 

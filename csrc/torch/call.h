@@ -13,8 +13,8 @@ PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 // they are not all layers, or where somebody looks on. `known` is what layers.py knows.
 PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
-// find_layers(known, parts, layers): whether the parts are all layers, which then have been appended to the three lists of
-// weights, biases and activations.
+// find_layers(known, parts, input, layers): the input of the layers that the parts all are, which then have been appended to
+// the three lists of weights, biases and activations. NotImplemented where they are not.
 PyObject* find_layers(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
 // The op train_step_, with its arguments in their order, but activations and parameters as above. NotImplemented too.

@@ -58,10 +58,12 @@ bool is_unwatched(const Known& known) {
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
-// Its functions tell whether all of it are layers. What is found is held: code of Python's may change anything.
+// Its functions tell whether all of it are layers, of an input that has been reshaped at most. What is found is held: code
+// of Python's may change anything.
 class Walk {
  public:
-  Walk(const Known& known, Chain& chain) : known(known), chain(chain) {}
+  Walk(const Known& known, PyObject* input, Chain& chain)
+      : input(THPObjectPtr::dup(input)), known(known), chain(chain) {}
 
   bool all(PyObject* parts) {
     if (!parts) return false;
@@ -72,6 +74,8 @@ class Walk {
       if (!part(PySequence_Fast_GET_ITEM(items.get(), i))) return false;
     return true;
   }
+
+  THPObjectPtr input;  // of the layers
 
  private:
   bool part(PyObject* o) {
@@ -120,15 +124,16 @@ class Walk {
     static PyObject *const linear = interned("linear"), *const layer = interned("layer"),
                            *const identity = interned("identity"), *const dropout = interned("dropout"),
                            *const sequential = interned("sequential"), *const is_chain = interned("chain"),
-                           *const modules = interned("_modules"), *const parameters = interned("_parameters"),
-                           *const weight = interned("weight"), *const bias = interned("bias"),
-                           *const activation = interned("activation");
+                           *const view = interned("view"), *const modules = interned("_modules"),
+                           *const parameters = interned("_parameters"), *const weight = interned("weight"),
+                           *const bias = interned("bias"), *const activation = interned("activation");
     static PyObject* const watched[] = {interned("relu"), interned("tanh"), interned("sigmoid")};
     if (name == linear || name == layer) {
       PyObject* const tensors = get(own, parameters);
       return push(get(tensors, weight), get(tensors, bias), name == layer ? get(own, activation) : Py_None);
     }
     if (name == identity) return true;
+    if (name == view) return chain.weights.empty() && reshape(o);
     if (name == dropout) return called(known.drops, {own}) == Py_False;
     if (name == sequential) return all(get(own, modules));
     if (name == is_chain) return inner && inner != Py_None ? all(called(inner, {o})) : all(own);
@@ -139,6 +144,17 @@ class Walk {
     Py_DECREF(chain.activations.back());
     chain.activations.back() = found.release();
     return chain.activations.back() != Py_None;
+  }
+
+  bool reshape(PyObject* o) {
+    PyObject* const arguments[] = {input};
+    THPObjectPtr output(PyObject_Vectorcall(o, arguments, 1, nullptr));
+    if (!output) {
+      PyErr_Clear();  // it will be raised again, where it belongs
+      return false;
+    }
+    input = std::move(output);
+    return true;
   }
 
   bool push(PyObject* weight, PyObject* bias, PyObject* activation) {
@@ -281,25 +297,26 @@ PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   TORCH_CHECK_TYPE(count == 3, "apply: expected what is known, parts and an input");
   const Known known(arguments[0]);
   Chain chain;
-  if (!is_plain(arguments[2]) || !is_unwatched(known) || !Walk(known, chain).all(arguments[1]) ||
-      chain.weights.empty())
-    Py_RETURN_NOTIMPLEMENTED;
-  return network(arguments[2], chain.weights, chain.biases, chain.activations);
+  if (!is_plain(arguments[2]) || !is_unwatched(known)) Py_RETURN_NOTIMPLEMENTED;
+  Walk walk(known, arguments[2], chain);
+  if (!walk.all(arguments[1]) || chain.weights.empty()) Py_RETURN_NOTIMPLEMENTED;
+  return network(walk.input, chain.weights, chain.biases, chain.activations);
   END_HANDLE_TH_ERRORS
 }
 
 PyObject* find_layers(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 3 && PyTuple_Check(arguments[2]) && PyTuple_GET_SIZE(arguments[2]) == 3,
-                   "find_layers: expected what is known, parts and three lists");
+  TORCH_CHECK_TYPE(count == 4 && PyTuple_Check(arguments[3]) && PyTuple_GET_SIZE(arguments[3]) == 3,
+                   "find_layers: expected what is known, parts, an input and three lists");
   const Known known(arguments[0]);
   Chain chain;
-  if (!Walk(known, chain).all(arguments[1])) Py_RETURN_FALSE;
+  Walk walk(known, arguments[2], chain);
+  if (!walk.all(arguments[1])) Py_RETURN_NOTIMPLEMENTED;
   const Chain::Objects* const found[] = {&chain.weights, &chain.biases, &chain.activations};
   for (Py_ssize_t i = 0; i < 3; ++i)
     for (PyObject* const o : *found[i])
-      if (PyList_Append(PyTuple_GET_ITEM(arguments[2], i), o)) throw python_error();
-  Py_RETURN_TRUE;
+      if (PyList_Append(PyTuple_GET_ITEM(arguments[3], i), o)) throw python_error();
+  return walk.input.release();
   END_HANDLE_TH_ERRORS
 }
 
