@@ -36,8 +36,8 @@ class Role(NamedTuple):
 
     The name is "linear", "layer" (linear and activation), "identity", "dropout" (an identity, where not in
     training), "view" (it reshapes), "sequential" (its parts do it), "chain" (as parts tells, and nothing else
-    may run in between), or the activation that it is. The owner is the class, or the one that a fused class has
-    been made from.
+    may run in between), or the activation that it is. The owner is the class, or the one that a fused class
+    has been made from.
     """
 
     name: str
