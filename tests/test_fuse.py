@@ -162,6 +162,19 @@ class Method(Net):
         return self.fc2(self.fc1(x).relu())
 
 
+class CallsMethod(Net):
+    def forward(self, x):
+        return self.fc2(F.tanh(self.fc1(x)))  # which calls Tensor.tanh
+
+
+@pytest.mark.parametrize(("make", "name"), [(Method, "relu"), (CallsMethod, "tanh")])
+def test_a_method_that_has_been_exchanged_is_called(monkeypatch, make, name):
+    model, seen = fastmlp.fuse(make()), []
+    monkeypatch.setattr(torch.Tensor, name, lambda self: seen.append(name) or torch.sigmoid(self))
+    model(inputs())
+    assert seen == [name]
+
+
 class Function(Net):
     def forward(self, x):
         return torch.sigmoid(self.fc2(F.relu(self.fc1(x), inplace=True)))
@@ -732,9 +745,10 @@ CHANGES = {
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_changes_after_fusing_give_the_numbers_that_they_give_stock(change):
-    stock = Options()
+def test_changes_after_fusing_give_the_numbers_that_they_give_stock(change, training):
+    stock = Options().train(training)
     ours, x = fastmlp.fuse(copy.deepcopy(stock)), inputs()
     assert_same(ours, stock, x)
     torch.manual_seed(0)
