@@ -377,9 +377,12 @@ def test_a_call_that_nobody_sees_computes_the_same_bits_as_the_op(batch, dtype):
         unseen = model(x)
         assert unseen.is_inference()
         with torch.autograd.profiler.profile() as profile:
+            profiled = model(x)
+        with Ops() as mode:
             seen = model(x)
     assert "fastmlp::network" in {event.name for event in profile.function_events}
-    assert torch.equal(unseen, seen)
+    assert mode.seen == [("relu", None)]
+    assert torch.equal(unseen, profiled) and torch.equal(unseen, seen)
 
 
 def test_a_flatten_between_layers_flattens():
