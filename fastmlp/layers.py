@@ -264,7 +264,13 @@ def drops(part: Any) -> bool:
 
 
 def apply(parts: Iterable[Any], input: Any) -> Any:
-    """What the callables make of the input, one after the other, where it is unwatched."""
+    """What the callables make of the input, one after the other; NotImplemented where it is watched."""
+    if not torch.compiler.is_dynamo_compiling():
+        output = _C.apply(KNOWN, parts, input)  # where all are layers
+        if output is not NotImplemented:
+            return output
+    if not is_unwatched(input):
+        return NotImplemented
     layers: Layers = ([], [], [])
     input = walk(parts, input, layers, _called)
     return functional.network(input, *layers) if layers[0] else input
@@ -281,13 +287,10 @@ def _called(part: Any, input: Any, layers: Layers) -> Any:
 
 def apply_sequential(module: nn.Sequential, input: Any) -> Any:
     """``nn.Sequential.forward``, with its layers in as few ops as can be."""
-    if not torch.compiler.is_dynamo_compiling():
-        output = _C.apply(KNOWN, module._modules, input)
-        if output is not NotImplemented:
-            return output
-    if is_unwatched(input):
-        return apply(module._modules.values(), input)
-    return nn.Sequential.forward(module, input)  # type: ignore[no-untyped-call]
+    output = apply(module._modules.values(), input)
+    if output is NotImplemented:
+        output = nn.Sequential.forward(module, input)  # type: ignore[no-untyped-call]
+    return output
 
 
 def parameters_of(layers: Layers) -> Iterator[Tensor]:
@@ -310,44 +313,38 @@ def is_called_plainly(module: nn.Module) -> bool:
     )
 
 
-_linear, _relu, _dropout = F.linear, F.relu, F.dropout
-_torchs_relu, _torchs_relu_, _sigmoid, _tanh = torch.relu, torch.relu_, torch.sigmoid, torch.tanh
-_WATCHED = frozenset({"relu", "sigmoid", "tanh"})  # the activations among them; `is_torchs` tells of others
-
-
-def is_unwatched(input: object) -> bool:
-    """Whether a chain may go other ways than through torch's functions, which are what they have been."""
-    return (
-        type(input) in functional.TENSORS
-        and not (_hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks)  # global ones
-        and (not torch._C._len_torch_function_stack() or functional.is_plain(input))
-        and not torch.compiler._is_exporting_flag
-        and F.linear is _linear
-        and F.relu is _relu
-        and F.dropout is _dropout
-        and torch.relu is _torchs_relu
-        and torch.relu_ is _torchs_relu_
-        and torch.sigmoid is _sigmoid
-        and torch.tanh is _tanh
+_WATCHED = frozenset({"relu", "sigmoid", "tanh"})  # activations that _TORCHS has; `is_torchs` tells of others
+#: What a chain goes past, as it is.
+_TORCHS = tuple(
+    (module, name, getattr(module, name))
+    for module, names in (
+        (F, ("linear", "relu", "dropout")),
+        (torch, ("relu", "relu_", "sigmoid", "tanh")),
+        (torch.compiler, ("_is_exporting_flag",)),
     )
-
-
-#: The same for what does the commonest of it in C++: ``_C.apply`` and ``_C.find_layers``.
+    for name in names
+)
+#: What csrc/torch/chain.cpp is to know.
 KNOWN = (
     ROLES,
     FUNCTIONS,
     COMPOSITES,
     (_hooks, _pre_hooks, _backward_hooks, _backward_pre_hooks),
-    tuple(
-        (vars(holder), name, vars(holder)[name])
-        for holder, names in (
-            (torch, ("relu", "relu_", "sigmoid", "tanh")),
-            (F, ("linear", "relu", "dropout")),
-            (torch.compiler, ("_is_exporting_flag",)),
-        )
-        for name in names
-    ),
+    _TORCHS,
     _seen,
     _activation,
     _drops,
 )
+
+
+def is_unwatched(input: object) -> bool:
+    """Whether a chain may go other ways than through torch's functions, which are what they have been."""
+    if type(input) not in functional.TENSORS:
+        return False
+    if torch._C._len_torch_function_stack() and not functional.is_plain(input):
+        return False
+    if not torch.compiler.is_dynamo_compiling():
+        return _C.is_untouched(KNOWN)
+    return not (_hooks or _pre_hooks or _backward_hooks or _backward_pre_hooks) and all(
+        getattr(module, name) is value for module, name, value in _TORCHS
+    )

@@ -208,8 +208,6 @@ def run(
     plan: Plan, first: int, value: Any, variables: dict[str, Any], roots: tuple[Any, ...]
 ) -> tuple[int, Any]:
     """Runs statements from the first on; the number of the next, and the value that the last has assigned."""
-    if not is_unwatched(value):
-        return first, value
     callables, ends = _known(plan, first, roots, variables)
     try:
         output = _C.apply(KNOWN, callables, value)
@@ -217,6 +215,8 @@ def run(
         output = NotImplemented
     if output is not NotImplemented:
         return first + len(ends), output
+    if not is_unwatched(value):
+        return first, value
     begun = first
     while ends:  # no code of the user's has run yet: what has been found is still what would be
         layers: Layers = ([], [], [])
@@ -268,10 +268,11 @@ def _known(
 
 def call(*items: Any) -> Any:
     """`f(g(h(x)))`, of f, g, h and x."""
-    value = items[-1]
-    if is_unwatched(value):
-        return apply(items[-2::-1], value)
-    for function in items[-2::-1]:
+    value, functions = items[-1], items[-2::-1]
+    output = apply(functions, value)
+    if output is not NotImplemented:
+        return output
+    for function in functions:
         value = function(value)
     return value
 

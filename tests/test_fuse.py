@@ -386,6 +386,44 @@ def test_a_call_that_nobody_sees_computes_the_same_bits_as_the_op(batch, dtype):
     assert torch.equal(unseen, seen)
 
 
+@pytest.mark.parametrize(
+    ("parts", "is_found"),
+    [
+        ([nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 4)], True),
+        (
+            [nn.Flatten(), nn.Linear(12, 9), nn.GELU(), nn.Dropout().eval(), nn.Linear(9, 4), nn.Identity()],
+            True,
+        ),
+        ([fastmlp.MLP(12, 9, 4), torch.tanh, nn.Sequential(nn.Linear(4, 4)), F.relu], True),
+        ([fastmlp.fuse(Net()), fastmlp.fuse(nn.Sequential(nn.LeakyReLU(0.2)))], True),
+        ([nn.Flatten(2), nn.Linear(12, 9)], False),
+        ([nn.Linear(12, 9), nn.Flatten(), nn.Linear(9, 4)], False),
+        ([nn.Linear(12, 9), nn.Dropout()], False),
+        ([nn.Linear(12, 9), nn.BatchNorm1d(9)], False),
+        ([nn.Linear(12, 9), nn.ReLU(), nn.ReLU()], False),
+        ([nn.Flatten()], False),
+    ],
+)
+def test_the_short_way_is_for_layers_alone_and_else_does_nothing(parts, is_found):
+    x, ops = inputs(), Ops()
+    with ops, torch.no_grad():
+        y = fastmlp._C.apply(fastmlp.layers.KNOWN, parts, x)
+    assert (y is not NotImplemented) == is_found == (len(ops.seen) == 1)
+    if is_found:
+        torch.testing.assert_close(y, nn.Sequential(*map(Called, parts))(x))
+
+
+class Called(nn.Module):
+    """A callable as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
 def test_a_flatten_between_layers_flattens():
     stock = nn.Sequential(nn.Linear(12, 9), nn.Flatten(), nn.ReLU(), nn.Linear(27, 4))
     assert_same(fastmlp.fuse(copy.deepcopy(stock)), stock, inputs(5, 3, 12))

@@ -17,6 +17,9 @@ PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 // the three lists of weights, biases and activations. NotImplemented where they are not.
 PyObject* find_layers(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
+// is_untouched(known): whether there are no hooks for all modules, and torch's functions are what they have been.
+PyObject* is_untouched(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
 // The op train_step_, with its arguments in their order, but activations and parameters as above. NotImplemented too.
 PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 

@@ -27,7 +27,7 @@ struct Known {
   }
   PyObject *roles, *functions, *composites;  // dicts: by class, by function, by name
   PyObject* hooks;                           // the dicts of hooks for all modules
-  PyObject* torchs;                          // what nobody has exchanged in torch: (dict, key, value)
+  PyObject* torchs;                          // what is to be as it is: (module of torch's, name, value)
   PyObject *seen, *activation, *drops;       // functions, for what is rarer
 };
 
@@ -46,24 +46,23 @@ THPObjectPtr called(PyObject* function, std::initializer_list<PyObject*> argumen
   return result;
 }
 
-// layers.is_unwatched, of a plain tensor.
-bool is_unwatched(const Known& known) {
+// Whether there are no hooks for all modules, and torch is what it has been.
+bool is_untouched(const Known& known) {
   const Objects hooks = items_of(known.hooks), torchs = items_of(known.torchs);
-  return at::impl::PythonTorchFunctionTLS::stack_len() == 0 &&
-         std::all_of(hooks.begin(), hooks.end(), is_empty) &&
+  return std::all_of(hooks.begin(), hooks.end(), is_empty) &&
          std::all_of(torchs.begin(), torchs.end(), [](PyObject* row) {
-           return get(PyTuple_GET_ITEM(row, 0), PyTuple_GET_ITEM(row, 1)) == PyTuple_GET_ITEM(row, 2);
+           PyObject* const dict = PyModule_GetDict(PyTuple_GET_ITEM(row, 0));
+           return get(dict, PyTuple_GET_ITEM(row, 1)) == PyTuple_GET_ITEM(row, 2);
          });
 }
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
-// Its functions tell whether all of it are layers, of an input that has been reshaped at most. What is found is held: code
-// of Python's may change anything.
+// Its functions tell whether all of it are layers, after what reshapes their input. What is found is held: code of Python's
+// may change anything.
 class Walk {
  public:
-  Walk(const Known& known, PyObject* input, Chain& chain)
-      : input(THPObjectPtr::dup(input)), known(known), chain(chain) {}
+  Walk(const Known& known, Chain& chain) : known(known), chain(chain) {}
 
   bool all(PyObject* parts) {
     if (!parts) return false;
@@ -74,8 +73,6 @@ class Walk {
       if (!part(PySequence_Fast_GET_ITEM(items.get(), i))) return false;
     return true;
   }
-
-  THPObjectPtr input;  // of the layers
 
  private:
   bool part(PyObject* o) {
@@ -133,7 +130,7 @@ class Walk {
       return push(get(tensors, weight), get(tensors, bias), name == layer ? get(own, activation) : Py_None);
     }
     if (name == identity) return true;
-    if (name == view) return chain.weights.empty() && reshape(o);
+    if (name == view) return chain.weights.empty() && push_view(o);
     if (name == dropout) return called(known.drops, {own}) == Py_False;
     if (name == sequential) return all(get(own, modules));
     if (name == is_chain) return inner && inner != Py_None ? all(called(inner, {o})) : all(own);
@@ -146,14 +143,8 @@ class Walk {
     return chain.activations.back() != Py_None;
   }
 
-  bool reshape(PyObject* o) {
-    PyObject* const arguments[] = {input};
-    THPObjectPtr output(PyObject_Vectorcall(o, arguments, 1, nullptr));
-    if (!output) {
-      PyErr_Clear();  // it will be raised again, where it belongs
-      return false;
-    }
-    input = std::move(output);
+  bool push_view(PyObject* o) {
+    chain.views.push_back(Py_NewRef(o));
     return true;
   }
 
@@ -168,6 +159,20 @@ class Walk {
   const Known& known;
   Chain& chain;
 };
+
+// The input of the layers; null where to reshape it raises, which will be raised again where it belongs.
+THPObjectPtr reshaped(PyObject* input, const Chain& chain) {
+  THPObjectPtr value = THPObjectPtr::dup(input);
+  for (PyObject* const view : chain.views) {
+    PyObject* const arguments[] = {value};
+    value = PyObject_Vectorcall(view, arguments, 1, nullptr);
+    if (!value) {
+      PyErr_Clear();
+      break;
+    }
+  }
+  return value;
+}
 
 // ---- the op network, of objects
 
@@ -193,10 +198,12 @@ bool is_unseen(const Tensor& input, Objects weights, Objects biases) {
 }
 
 // That kernel at once, where it covers the arguments; else nothing.
-Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, const LayerActivations& activations) {
+Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, const NamedActivations& named) {
   const at::ScalarType dtype = input.scalar_type();
-  if (!is_unseen(input, weights, biases) || weights.empty() || input.dim() == 0 || why_not_multiplied(input))
+  if (weights.empty() || biases.size() != weights.size() || named.names.size() != weights.size() ||
+      !is_unseen(input, weights, biases) || input.dim() == 0 || why_not_multiplied(input))
     return {};
+  const LayerActivations activations = parse_activations(named.names, named.parameters);
   const auto is_vector = [&](const Tensor& t, int64_t size) {
     return t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == size && (size <= 1 || t.stride(0) == 1);
   };
@@ -237,23 +244,21 @@ Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, const La
   return y;
 }
 
-PyObject* network(PyObject* input, Objects weights, Objects biases, Objects activations) {
+PyObject* network(PyObject* input, const Chain& chain) {
+  const Objects weights = chain.weights, biases = chain.biases;
   const auto is_bias = [](PyObject* o) { return o == Py_None || is_plain(o); };
   if (!is_plain(input) || !std::all_of(weights.begin(), weights.end(), is_plain) ||
       !std::all_of(biases.begin(), biases.end(), is_bias))
     Py_RETURN_NOTIMPLEMENTED;
-  const NamedActivations named(activations);
+  const NamedActivations named(chain.activations);
   const Tensor x = THPVariable_Unpack(input);
-  if (biases.size() == weights.size() && activations.size() == weights.size()) {
-    Tensor y = run_unseen(x, weights, biases, parse_activations(named.names, named.parameters));
-    if (y.defined()) return THPVariable_Wrap(std::move(y));
-  }
+  Tensor y = run_unseen(x, weights, biases, named);
+  if (y.defined()) return THPVariable_Wrap(std::move(y));
   c10::SmallVector<Tensor, 4> weight_tensors;
   OptionalTensors bias_tensors;
   bias_tensors.reserve(biases.size());
   for (PyObject* const weight : weights) weight_tensors.push_back(THPVariable_Unpack(weight));
   for (PyObject* const bias : biases) bias_tensors.push_back(tensor_or_none(bias));
-  Tensor y;
   {
     const pybind11::gil_scoped_release no_gil;
     y = call_network(x, weight_tensors, bias_tensors, named.names, named.parameters);
@@ -288,7 +293,11 @@ PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 4 && is_list(arguments[1]) && is_list(arguments[2]) && is_list(arguments[3]),
                    "network: expected input and lists of weights, biases and activations");
-  return network(arguments[0], items_of(arguments[1]), items_of(arguments[2]), items_of(arguments[3]));
+  PyObject* const input = arguments[0];
+  Chain chain;
+  for (auto* const list : {&chain.weights, &chain.biases, &chain.activations})
+    for (PyObject* const o : items_of(*++arguments)) list->push_back(Py_NewRef(o));
+  return network(input, chain);
   END_HANDLE_TH_ERRORS
 }
 
@@ -297,10 +306,12 @@ PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   TORCH_CHECK_TYPE(count == 3, "apply: expected what is known, parts and an input");
   const Known known(arguments[0]);
   Chain chain;
-  if (!is_plain(arguments[2]) || !is_unwatched(known)) Py_RETURN_NOTIMPLEMENTED;
-  Walk walk(known, arguments[2], chain);
-  if (!walk.all(arguments[1]) || chain.weights.empty()) Py_RETURN_NOTIMPLEMENTED;
-  return network(walk.input, chain.weights, chain.biases, chain.activations);
+  if (!is_plain(arguments[2]) || at::impl::PythonTorchFunctionTLS::stack_len() > 0 || !is_untouched(known) ||
+      !Walk(known, chain).all(arguments[1]) || chain.weights.empty())
+    Py_RETURN_NOTIMPLEMENTED;
+  THPObjectPtr input = reshaped(arguments[2], chain);
+  if (!input) Py_RETURN_NOTIMPLEMENTED;
+  return network(input, chain);
   END_HANDLE_TH_ERRORS
 }
 
@@ -310,13 +321,21 @@ PyObject* find_layers(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
                    "find_layers: expected what is known, parts, an input and three lists");
   const Known known(arguments[0]);
   Chain chain;
-  Walk walk(known, arguments[2], chain);
-  if (!walk.all(arguments[1])) Py_RETURN_NOTIMPLEMENTED;
+  if (!Walk(known, chain).all(arguments[1])) Py_RETURN_NOTIMPLEMENTED;
+  THPObjectPtr input = reshaped(arguments[2], chain);
+  if (!input) Py_RETURN_NOTIMPLEMENTED;
   const Chain::Objects* const found[] = {&chain.weights, &chain.biases, &chain.activations};
   for (Py_ssize_t i = 0; i < 3; ++i)
     for (PyObject* const o : *found[i])
       if (PyList_Append(PyTuple_GET_ITEM(arguments[3], i), o)) throw python_error();
-  return walk.input.release();
+  return input.release();
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* is_untouched(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 1, "is_untouched: expected what is known");
+  return PyBool_FromLong(is_untouched(Known(arguments[0])));
   END_HANDLE_TH_ERRORS
 }
 

@@ -8,17 +8,17 @@
 
 namespace fastmlp {
 
-// Layer by layer. The objects are held.
+// Layer by layer, after what reshapes their input. The objects are held: threads that go on meanwhile may drop them.
 struct Chain {
   Chain() = default;
   Chain(const Chain&) = delete;
   Chain& operator=(const Chain&) = delete;
   ~Chain() {
-    for (const auto* list : {&weights, &biases, &activations})
+    for (const auto* list : {&views, &weights, &biases, &activations})
       for (PyObject* const o : *list) Py_DECREF(o);
   }
   using Objects = c10::SmallVector<PyObject*, 8>;
-  Objects weights, biases, activations;
+  Objects views, weights, biases, activations;
 };
 
 // Other threads of Python go on meanwhile.

@@ -83,6 +83,7 @@ PyMethodDef functions[] = {
     {"find", fast(fastmlp::find), METH_FASTCALL, nullptr},
     {"find_layers", fast(fastmlp::find_layers), METH_FASTCALL, nullptr},
     {"is_unchanged", fast(fastmlp::is_unchanged), METH_FASTCALL, nullptr},
+    {"is_untouched", fast(fastmlp::is_untouched), METH_FASTCALL, nullptr},
     {"leave", fast(fastmlp::leave), METH_FASTCALL, nullptr},
     {"network", fast(fastmlp::network), METH_FASTCALL, nullptr},
     {"optimize", fast(fastmlp::optimize), METH_FASTCALL, nullptr},
