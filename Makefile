@@ -7,7 +7,7 @@
 #   make mutants  plants faults in the sources, one after the other, and tells which ones the tests do not find
 #   make lint     what CI checks besides; make format mends what can be mended
 #   make bench    measure again: benchmarks/results/ and the figures of README and docs
-#   make bench-peers   the same against JAX, in an environment of its own
+#   make bench-peers   the same against JAX, TensorFlow, Keras and ONNX Runtime, in an environment of its own
 #   make test-integrations, bench-integrations
 #                 the same with models and trainers of other libraries, in an environment of its own
 #   make docs     the site of README and docs/, in build/site; a broken link fails
@@ -82,11 +82,11 @@ bench: extension
 	$(python) benchmarks/steps.py
 	$(python) benchmarks/habits.py
 	$(python) benchmarks/training.py
-	$(python) benchmarks/inference.py
 	$(python) benchmarks/readme.py
 
 bench-peers: extension $(peers_environment)
 	$(peers_python) benchmarks/peers.py
+	$(peers_python) benchmarks/inference.py
 	$(python) benchmarks/readme.py
 
 bench-integrations: extension .venv-integrations/installed

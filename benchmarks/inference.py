@@ -1,16 +1,15 @@
 """How long the inference of a small network takes, from array to array, by every way to it on a CPU.
 
-Stock eager, TorchScript frozen, ONNX Runtime, NumPy; a model after fastmlp.fuse, and fastmlp.Predictor. As in
-peers.py each has a process of its own, and they take turns. All start from the same weights and get the same
-batch, and before anything is timed their outputs must agree.
+Stock eager, TorchScript frozen, AOTInductor, ONNX Runtime, NumPy; a model after fastmlp.fuse, and
+fastmlp.Predictor. As in peers.py each has a process of its own, they take turns, and what is missing is left
+out. All start from the same weights and get the same batch, and before anything is timed their outputs must
+agree.
 """
 
 import argparse
-import io
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
-from importlib.metadata import version
+from statistics import geometric_mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -23,7 +22,7 @@ from rich.table import Table
 import fastmlp
 import timing
 from command import Parser, benchmark_parser, execute, measured, start, table_output
-from peers import Result, Side, Steps, measure, processes
+from peers import Peer, Result, Steps, measure, present, processes, versions
 from rows import write_rows
 from shapes import GRID, stock_mlp
 from steps import Cell, made
@@ -68,8 +67,28 @@ def eager(cell: Cell) -> Steps:
 
 
 def frozen(cell: Cell) -> Steps:
-    """Stock, as TorchScript with constant weights."""
-    return of_module(cell, lambda model, x: torch.jit.freeze(torch.jit.trace(model, x)))  # type: ignore[no-untyped-call]
+    """Stock, as TorchScript with constant weights, prepared for inference."""
+
+    def prepare(model: torch.nn.Module, x: torch.Tensor) -> Any:
+        traced = torch.jit.trace(model, x)  # type: ignore[no-untyped-call]
+        return torch.jit.optimize_for_inference(torch.jit.freeze(traced))
+
+    return of_module(cell, prepare)
+
+
+def aot_inductor(cell: Cell) -> Steps:
+    """Stock, compiled to a library ahead of time, with constant weights."""
+
+    def prepare(model: torch.nn.Module, x: torch.Tensor) -> Any:
+        with TemporaryDirectory() as folder:
+            path = torch._inductor.aoti_compile_and_package(
+                torch.export.export(model, (x,)),
+                package_path=f"{folder}/model.pt2",
+                inductor_configs={"freezing": True},
+            )
+            return torch._inductor.aoti_load_package(path)
+
+    return of_module(cell, prepare)
 
 
 def fused(cell: Cell) -> Steps:
@@ -90,9 +109,9 @@ def onnx_runtime(cell: Cell) -> Steps:
     x, model = cell.data()[0], made(cell, stock_mlp).eval()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+    with TemporaryDirectory() as folder:
         path = f"{folder}/model.onnx"
-        torch.onnx.export(model, (x,), path, dynamo=False)  # it is talkative
+        torch.onnx.export(model, (x,), path, dynamo=False)
         session = onnxruntime.InferenceSession(path, options)
     feed = {session.get_inputs()[0].name: x.numpy()}
     return repeated(lambda: session.run(None, feed)[0])
@@ -116,31 +135,51 @@ def numpy(cell: Cell) -> Steps:
     return repeated(call)
 
 
-SIDES: dict[str, Side] = {
-    "eager": eager,
-    "frozen": frozen,
-    "onnx_runtime": onnx_runtime,
-    "numpy": numpy,
-    "fused": fused,
-    "predictor": predictor,
+SIDES: dict[str, Peer] = {
+    "eager": Peer(eager),
+    "frozen": Peer(frozen),
+    "aot_inductor": Peer(aot_inductor, program="g++"),
+    "onnx_runtime": Peer(onnx_runtime, "onnxruntime"),
+    "numpy": Peer(numpy, "numpy"),
+    "fused": Peer(fused),
+    "predictor": Peer(predictor),
 }
+# Ours, and how many times as fast as the fastest peer they are to be in the geometric mean: goals.
+OURS = {"fused": 1.2, "predictor": 1.8}
+
+
+def over_the_fastest(result: Result, side: str) -> float:
+    """How many times as fast as the fastest of the peers one of ours is."""
+    fastest = min(result.samples.keys() - OURS, key=lambda name: result.seconds(name).p50)
+    return result.speedup(side, fastest).p50
 
 
 def table(results: Sequence[Result]) -> Table:
-    """Microseconds, a cell a row."""
-    table = Table("µs", *(name.replace("_", " ") for name in SIDES), box=box.SIMPLE_HEAD)
+    """Microseconds, a cell a row, and how ours compare with the fastest peer; then the geometric means."""
+    sides = list(results[0].samples)
+    titles = [name.replace("_", " ") for name in sides] + [f"× {name}" for name in OURS]
+    table = Table("µs", *titles, box=box.SIMPLE_HEAD)
     for column in table.columns[1:]:
         column.justify = "right"
     for result in results:
-        table.add_row(str(result.cell), *(f"{1e6 * result.timings[name].seconds.p50:.1f}" for name in SIDES))
+        table.add_row(
+            str(result.case),
+            *(f"{1e6 * result.seconds(name).p50:.1f}" for name in sides),
+            *(f"{over_the_fastest(result, name):.2f}" for name in OURS),
+        )
+    table.add_section()
+    means = [geometric_mean([over_the_fastest(result, name) for result in results]) for name in OURS]
+    table.add_row("geometric mean", *[""] * len(sides), *(f"{mean:.2f}" for mean in means))
+    table.add_row("target", *[""] * len(sides), *(f"{target:.2f}" for target in OURS.values()))
     return table
 
 
 def row(result: Result, job: dict[str, str | int]) -> dict[str, object]:
-    """One line of the CSV file."""
-    columns: dict[str, object] = {**result.cell.columns()}
+    """One line of the CSV file; what was left out is empty."""
+    columns: dict[str, object] = {**result.case.columns()}
     for name in SIDES:
-        columns |= result.timings[name].seconds.times(1e6).columns(f"{name}_us", 3)
+        seconds = result.seconds(name).times(1e6) if name in result.samples else None
+        columns |= timing.columns(seconds, f"{name}_us", 3)
     return columns | job
 
 
@@ -151,15 +190,15 @@ def parser() -> Parser:
 
 def run(parser: Parser, options: argparse.Namespace) -> None:
     """All cells, to table and file."""
-    job = start(parser, options) | {name: version(name) for name in ("onnxruntime", "numpy")}
+    job, output = start(parser, options), table_output()
+    sides = present(SIDES, output.print)
+    job |= versions(SIDES, sides)
     networks = {network.name: network for network in GRID}
     cells = [Cell(networks[name], batch) for name, batch in CELLS if not options.only or name in options.only]
-    output = table_output()
-    with timing.all_or_none(options.output) as folder, processes(int(job["threads"]), SIDES) as workers:
+    makers = {name: side.make for name, side in sides.items()}
+    with timing.all_or_none(options.output) as folder, processes(int(job["threads"]), makers) as workers:
         output.print(timing.in_words(job))
-        results = [
-            measure(cell, workers, SIDES, options.rounds) for cell in measured(cells, Console(stderr=True))
-        ]
+        results = [measure(cell, workers, options.rounds) for cell in measured(cells, Console(stderr=True))]
         write_rows(folder / f"{NAME}.csv", [row(result, job) for result in results])
     output.print(table(results))
     output.print(f"{options.output / NAME}.csv is written")

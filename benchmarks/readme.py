@@ -9,7 +9,7 @@ import csv
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import geometric_mean
@@ -32,13 +32,20 @@ NETWORKS = {
     "field": "coordinate network",
     "siren-like": "physics, tanh",
 }
-COLUMNS = {"swap": "model only", "all": "+ loss and optimizer", "step": "TrainStep", "infer": "inference"}
+COLUMNS = {
+    "swap": "model only",
+    "all": "+ loss and optimizer",
+    "step": "TrainStep",
+    "infer": "inference",
+    "predict": "Predictor",
+}
 ADAM_COLUMNS = {
     "adam": "Adam, loop",
     "adam step": "Adam, TrainStep",
     "clipped": "clipped, loop",
     "clipped step": "clipped, TrainStep",
 }
+OPTIMIZERS = {"sgd": "SGD", "adam": "Adam"}
 HABITS = {"eager": "", "compile": "torch.compile", "autocast": "autocast", "both": "both"}
 MODELS = {
     "skorch": "skorch, classifier",
@@ -205,30 +212,61 @@ def kernels() -> str:
     return f"{table(['M x K x N', 'y = relu(x Wᵀ + b)', 'dW, db', 'dx'], body)}\n\nMeasured on {machine}."
 
 
+# What a step and an inference are compared with, in the order of the columns; and ours.
+PEERS = {"jax": "JAX", "tensorflow": "TensorFlow", "tensorflow_xla": "TensorFlow, XLA", "keras": "Keras"}
+INFERENCES = {
+    "eager": "eager",
+    "frozen": "frozen TorchScript",
+    "aot_inductor": "AOTInductor",
+    "onnx_runtime": "ONNX Runtime",
+    "numpy": "NumPy",
+    "fused": "`fuse`",
+    "predictor": "`Predictor`",
+}
+PACKAGES = {
+    "jax": "JAX",
+    "tensorflow": "TensorFlow",
+    "keras": "Keras",
+    "onnxruntime": "ONNX Runtime",
+    "numpy": "NumPy",
+}
+
+
+def are_measured(names: Mapping[str, str], results: Sequence[Mapping[str, str]], column: str) -> list[str]:
+    """Those of the names whose column is filled."""
+    return [name for name in names if results[0].get(f"{name}_{column}")]
+
+
+def among(row: dict[str, str]) -> str:
+    """Where a figure comes from, with the packages that are not torch's or ours."""
+    return ", ".join([where(row), *(f"{PACKAGES[name]} {row[name]}" for name in PACKAGES if row.get(name))])
+
+
 def peers() -> str:
-    """How many times faster than JAX's a step is, a cell a row."""
+    """How many times faster than each peer's a step is, a cell and optimizer a row."""
     results = rows("peers")
+    names = are_measured(PEERS, results, "ms_p50")
     body = [
         [
             NETWORKS[row["network"]],
             short_sizes(row["sizes"]),
             row["batch"],
-            f"{float(row['jax_ms_p50']):.3f}",
+            OPTIMIZERS[row["optimizer"]],
             f"{float(row['ms_p50']):.3f}",
-            f"{float(row['speedup_p50']):.2f}",
+            *(f"{float(row[f'{name}_speedup_p50']):.2f}" for name in names),
         ]
         for row in results
     ]
-    mean = geometric_mean([float(row["speedup_p50"]) for row in results])
-    body.append(["geometric mean", "", "", "", "", f"{mean:.2f}"])
-    header = ["", "network", "batch", "JAX ms", "fastmlp.TrainStep ms", "times as fast"]
-    return f"{table(header, body)}\n\nMeasured on {where(results[0])}, JAX {results[0]['jax']}."
+    speedups = ([float(row[f"{name}_speedup_p50"]) for row in results] for name in names)
+    body.append(["geometric mean", "", "", "", "", *(f"{geometric_mean(own):.2f}" for own in speedups)])
+    header = ["", "network", "batch", "", "fastmlp.TrainStep ms", *(f"over {PEERS[name]}" for name in names)]
+    return f"{table(header, body)}\n\nMeasured on {among(results[0])}."
 
 
 def inference() -> str:
     """Microseconds of a small network's inference, a cell a row, and how they compare with ONNX Runtime's."""
     results = rows("inference")
-    sides = ["eager", "frozen", "onnx_runtime", "numpy", "fused", "predictor"]
+    sides = are_measured(INFERENCES, results, "us_p50")
     body = [
         [short_sizes(row["sizes"]), row["batch"], *(f"{float(row[f'{side}_us_p50']):.1f}" for side in sides)]
         for row in results
@@ -238,18 +276,8 @@ def inference() -> str:
         for side in sides
     ]
     body.append(["times as fast as ONNX Runtime", "", *(f"{mean:.2f}" for mean in means)])
-    header = [
-        "network",
-        "batch",
-        "eager",
-        "frozen TorchScript",
-        "ONNX Runtime",
-        "NumPy",
-        "`fuse`",
-        "`Predictor`",
-    ]
-    versions = f"ONNX Runtime {results[0]['onnxruntime']}, NumPy {results[0]['numpy']}"
-    return f"{table(header, body)}\n\nMeasured on {where(results[0])}, {versions}."
+    header = ["network", "batch", *(INFERENCES[side] for side in sides)]
+    return f"{table(header, body)}\n\nMeasured on {among(results[0])}."
 
 
 def habits() -> str:

@@ -77,6 +77,7 @@ MEAN = {  # geometric, of the grid
     "clipped": 1.5,
     "clipped step": 2.8,
     "infer": 1.6,
+    "predict": 1.8,
 }
 
 
@@ -182,6 +183,12 @@ def inference(cell: Cell, make_model: Callable[..., nn.Module] = stock_mlp) -> C
     """The forward pass alone."""
     (x, _), model = cell.data(), made(cell, make_model).eval()
     return lambda: model(x)
+
+
+def prediction(cell: Cell) -> Call:
+    """The same by fastmlp.Predictor."""
+    (x, _), predict = cell.data(), fastmlp.Predictor(made(cell, stock_mlp).eval())
+    return lambda: predict(x)
 
 
 def captured_inference(cell: Cell, make_model: Callable[..., nn.Module] = stock_mlp) -> Call:
@@ -302,6 +309,7 @@ GROUPS = (
         STOCK_INFERENCES,
         {
             "infer": Side(lambda cell: inference(cell, fastmlp.MLP)),
+            "predict": Side(prediction, devices=ON_A_CPU),
             "graph of infer": Side(lambda cell: captured_inference(cell, fastmlp.MLP), devices=ON_A_GPU),
         },
     ),

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -222,11 +221,11 @@ class TestWhatWorks:
 
 
 class TestSteps:
-    SGD, ADAM = ["eager", "fused_sgd"], ["eager", "foreach", "fused"]
+    SGD, ADAM, INFERENCE = ["eager", "fused_sgd"], ["eager", "foreach", "fused"], ["eager"]
     VARIANTS = (
         dict.fromkeys(("swap", "all", "step"), SGD)
         | dict.fromkeys(("adam", "adam step", "clipped", "clipped step"), ADAM)
-        | {"infer": ["eager"]}
+        | dict.fromkeys(("infer", "predict"), INFERENCE)
     )
 
     def test_every_column_is_measured_in_every_cell(self, measured):
@@ -262,7 +261,7 @@ class TestSteps:
             for name, side in group.stock.items():
                 if side.compiles:
                     monkeypatch.setitem(group.stock, name, side._replace(make=fail))
-        (swap, *_, infer), printed = measured("steps", "--only", "numbers")
+        (swap, *_, infer, _), printed = measured("steps", "--only", "numbers")
         assert (swap["variants"], swap["failed"]) == ("eager fused_sgd", "compile: NotImplementedError")
         assert "compile beside swap failed (NotImplementedError): numbers @ 4\n" in printed
         assert [part.split(":")[0] for part in infer["failed"].split("; ")] == [
@@ -290,67 +289,85 @@ class TestSteps:
         assert [row["column"] for row in table] == ["all", "infer"]
 
 
-def wrong_steps(cell):
-    """Ours, with a loss that is not the network's."""
-    steps = import_module("peers").fastmlp_steps(cell)
+def our_steps(case):
+    """Ours in the place of a peer's, which the tests can do without."""
+    return import_module("peers").fastmlp_steps(case)
+
+
+def wrong_steps(case):
+    """The same, with a loss that is not the network's."""
+    steps = our_steps(case)
     return lambda count: 1.001 * steps(count)
 
 
-@pytest.mark.slow
 class TestPeers:
     @pytest.fixture
-    def without_jax(self, script, monkeypatch):
-        """Ours takes the place of JAX, which the tests can do without."""
+    def peers(self, script, tiny_grid, monkeypatch):
+        """Two peers, of which one is not here."""
         peers = script("peers")
-        monkeypatch.setattr(peers, "version", lambda _: "of nothing")
-        monkeypatch.setitem(peers.SIDES, "jax", peers.fastmlp_steps)
+        there, missing = peers.Peer(our_steps, "numpy"), peers.Peer(our_steps, "no_such_package")
+        monkeypatch.setattr(peers, "PEERS", {"jax": there, "keras": missing})
+        monkeypatch.setattr(peers, "REST_SECONDS", 0)
+        return peers
 
-    def test_both_sides_are_measured_in_every_cell(self, without_jax, measured):
+    @pytest.mark.slow
+    def test_every_peer_that_is_here_is_measured_with_every_optimizer(self, peers, measured):
         table, printed = measured("peers")
         cells = [("classes", "1"), ("classes", "4"), ("numbers", "4"), ("yes or no", "4")]
-        assert [(row["network"], row["batch"]) for row in table] == cells
+        assert [(row["network"], row["batch"], row["optimizer"]) for row in table] == [
+            (*cell, optimizer) for cell in cells for optimizer in ("sgd", "adam")
+        ]
         for row in table:
-            for figure in ("ms", "jax_ms", "speedup"):
+            for figure in ("ms", "jax_ms", "jax_speedup"):
                 assert quantiles(row, figure) == sorted(quantiles(row, figure))
-            assert all(row[key] for key in MACHINE | {"jax", "target"})
+            assert all(row[key] for key in MACHINE | {"numpy", "target"})
+            assert not any(row[key] for key in ("keras_ms_p50", "keras_speedup_p50", "no_such_package"))
             assert is_printed(row["ms_p50"], 3, printed)
-        assert printed.count("geometric mean") == 1
+        assert "keras is left out: no_such_package is not installed here\n" in printed
 
-    def test_nothing_is_measured_where_the_losses_differ(self, script, without_jax, measured, monkeypatch):
-        monkeypatch.setitem(script("peers").SIDES, "jax", wrong_steps)
-        with pytest.raises(SystemExit, match="classes @ 1: the losses differ"):
+    @pytest.mark.slow
+    def test_nothing_is_measured_where_the_losses_differ(self, peers, measured, monkeypatch):
+        monkeypatch.setitem(peers.PEERS, "jax", peers.Peer(wrong_steps))
+        with pytest.raises(SystemExit, match="classes @ 1, SGD: the losses differ"):
             measured("peers")
 
+    @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
     @pytest.mark.parametrize("index", range(3), ids=["cross_entropy", "mse", "bce"])
-    def test_jax_computes_the_losses_that_ours_does(self, script, tiny_grid, index):
-        pytest.importorskip("jax")
+    @pytest.mark.parametrize("name", ["jax", "tensorflow", "tensorflow_xla", "keras"])
+    def test_a_peer_computes_what_ours_does(self, script, tiny_grid, monkeypatch, name, index, optimizer):
         peers = script("peers")
-        cell = peers.Cell(peers.GRID[index], 4)
-        ours, jaxs = (peers.first_losses(side, cell) for side in (peers.fastmlp_steps, peers.jax_steps))
-        assert ours == pytest.approx(jaxs, rel=1e-5)
+        peer = peers.PEERS[name]
+        pytest.importorskip(peer.module)
+        monkeypatch.setitem(peers.RATES, optimizer, 0.01)
+        case = peers.Case(peers.Cell(peers.GRID[index], 4), optimizer)
+        ours, others = (
+            [steps(1) for _ in range(5)] for steps in (peers.fastmlp_steps(case), peer.make(case))
+        )
+        assert ours == pytest.approx(others, rel=1e-5)
         assert ours[0] != ours[-1]
 
-    def test_without_jax_one_sentence_says_what_has_it(self, script, tiny_grid, monkeypatch, capfd):
-        def fail(name):
-            raise PackageNotFoundError(name)
-
-        monkeypatch.setattr(script("peers"), "version", fail)
+    def test_without_any_peer_one_sentence_says_what_has_them(self, peers, monkeypatch, capfd):
+        monkeypatch.setattr(peers, "PEERS", {"keras": peers.PEERS["keras"]})
         with pytest.raises(SystemExit):
-            script("peers").main([])
-        assert "JAX is not installed here; make bench-peers" in capfd.readouterr().err
+            peers.main([])
+        assert "no peer is installed here; make bench-peers" in capfd.readouterr().err
 
 
 @pytest.mark.slow
 def test_every_way_to_an_inference_is_measured(script, measured, monkeypatch):
     inference = script("inference")
     monkeypatch.setattr(inference, "CELLS", [("policy", 1), ("rl", 4)])
+    absent = inference.Peer(inference.aot_inductor, program="no_such_compiler")
+    monkeypatch.setitem(inference.SIDES, "aot_inductor", absent)  # compiling takes minutes
     table, printed = measured("inference")
     assert [(row["network"], row["batch"]) for row in table] == [("policy", "1"), ("rl", "4")]
     for row in table:
-        for side in inference.SIDES:
+        for side in inference.SIDES.keys() - {"aot_inductor"}:
             assert quantiles(row, f"{side}_us") == sorted(quantiles(row, f"{side}_us"))
             assert is_printed(row[f"{side}_us_p50"], 1, printed)
+        assert row["aot_inductor_us_p50"] == ""
         assert all(row[key] for key in MACHINE | {"onnxruntime", "numpy"})
+    assert "aot_inductor is left out: no_such_compiler is not installed here\n" in printed
 
 
 def test_every_way_of_a_trainer_is_measured(measured):
@@ -471,7 +488,7 @@ def stand_in(tmp_path):
 
 
 without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs no stand-in")
-COLUMNS = [*TestSteps.VARIANTS, "graph of all", "graph of infer"]
+COLUMNS = [*(TestSteps.VARIANTS.keys() - {"predict"}), "graph of all", "graph of infer"]
 
 
 @pytest.mark.slow
