@@ -16,3 +16,4 @@
 #include "torch/optimizer.cpp"
 #include "torch/predictor.cpp"
 #include "torch/step.cpp"
+#include "torch/training.cpp"

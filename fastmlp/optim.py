@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
 from fastmlp import _C
 
 __all__ = [
+    "OPTIMIZERS",
     "SGD",
     "Adam",
     "AdamW",
@@ -73,10 +74,14 @@ class Rule(NamedTuple):
 
     name: str
     counter: str | None  # the key of a parameter's count of steps
-    options: Callable[[dict[str, Any]], list[Any]]  # of a group, in the kernels' order
-    numbers: int  # how many options
-    keys: Callable[[dict[str, Any]], tuple[str, ...]]  # of a parameter's state
-    most: int  # keys
+
+    def options(self, group: dict[str, Any]) -> list[Any]:
+        """The numbers of a group, in the kernels' order; [None] where one is none, or on a GPU."""
+        return _C.options(self.name, group)
+
+    def keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Those of a parameter's state, but for the count."""
+        return _C.keys(self.name, group)
 
     def made(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The state of a parameter before its first step."""
@@ -88,26 +93,7 @@ class Rule(NamedTuple):
         return {self.counter: count} | zeros
 
 
-def _options_of_sgd(group: dict[str, Any]) -> list[Any]:
-    numbers = [group["lr"], group["momentum"], group["dampening"], group["weight_decay"]]
-    return [*_numbers(numbers), group["nesterov"], group["maximize"], False]  # the last: a first step
-
-
-def _options_of_adam(group: dict[str, Any]) -> list[Any]:
-    numbers = [group["lr"], *group["betas"], group["eps"], group["weight_decay"]]
-    return [*_numbers(numbers), group["decoupled_weight_decay"], group["maximize"]]
-
-
-def _keys_of_sgd(group: dict[str, Any]) -> tuple[str, ...]:
-    return () if group["momentum"] == 0 else ("momentum_buffer",)
-
-
-def _keys_of_adam(group: dict[str, Any]) -> tuple[str, ...]:
-    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
-
-
-_SGD = Rule("sgd", None, _options_of_sgd, 7, _keys_of_sgd, 1)
-_ADAM = Rule("adam", "step", _options_of_adam, 7, _keys_of_adam, 3)
+_SGD, _ADAM = Rule("sgd", None), Rule("adam", "step")
 
 
 class _OneKernel(Optimizer):
@@ -361,6 +347,8 @@ _OURS: dict[type[Optimizer], type[_OneKernel]] = {cls._torchs: cls for cls in (S
 
 
 _RULES = {cls: ours._rule for torchs, ours in _OURS.items() for cls in (torchs, ours)}
+#: What csrc/torch/training.cpp is to know: those, and who is called before or after any optimizer's step.
+OPTIMIZERS = _RULES, (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 
 
 def rule_of(optimizer: Optimizer) -> Rule | None:
@@ -425,18 +413,3 @@ def _set_class(optimizer: Optimizer, cls: Any) -> None:
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     optimizer.step = step  # type: ignore[method-assign]
-
-
-_PLAIN = frozenset({float, int})
-
-
-def _numbers(values: list[Any]) -> list[float | None]:
-    """What hyperparameters are as numbers; None for one that only torch can use, or that a GPU has."""
-    return values if _PLAIN.issuperset(map(type, values)) else [*map(_number, values)]
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, (float, int)):
-        return value
-    is_number = type(value) is Tensor and value.is_cpu and not value.requires_grad and value.numel() == 1
-    return value.item() if is_number else None

@@ -2,8 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,45 +13,30 @@ from . import _C, functional
 from .activations import resolved
 from .fuse import walk_to_the_end
 from .graph import Graphs, Slower
-from .layers import Layers, Role, is_called_plainly, is_unwatched, parameters_of
+from .layers import KNOWN, Layers, Role, is_unwatched, parameters_of
 from .nn import CrossEntropyLoss
-from .optim import clip_grad_norm_, drop_gradients, has_step_hooks, rule_of, take_step
+from .optim import OPTIMIZERS, clip_grad_norm_, drop_gradients, take_step
 from .rewrite import Rewritten
 
 __all__ = ["TrainStep"]
 
-_train_step = torch.ops.fastmlp.train_step_
 _network_backward = torch.ops.fastmlp.network_backward.default
 
 
-class _Loss(NamedTuple):
-    """A loss that the kernels know: its name there, and what they are to know of its options."""
-
-    name: str
-    #: weight, pos_weight, ignore_index, and the label smoothing or the bound
-    options: Callable[[Any], tuple[Tensor | None, Tensor | None, int, float]] = lambda _: (None, None, 0, 0.0)
-
-
-_CROSS_ENTROPY = _Loss(
-    "cross_entropy", lambda loss: (loss._buffers["weight"], None, loss.ignore_index, loss.label_smoothing)
-)
-#: By class, with the methods that it must have.
-_LOSSES = {
-    owner: (Role.of(owner, loss.name), loss)
-    for owner, loss in {
-        nn.CrossEntropyLoss: _CROSS_ENTROPY,
-        CrossEntropyLoss: _CROSS_ENTROPY,
-        nn.MSELoss: _Loss("mse"),
-        nn.L1Loss: _Loss("l1"),
-        nn.SmoothL1Loss: _Loss("smooth_l1", lambda loss: (None, None, 0, loss.beta)),
-        nn.HuberLoss: _Loss("huber", lambda loss: (None, None, 0, loss.delta)),
-        nn.BCEWithLogitsLoss: _Loss(
-            "bce_with_logits", lambda loss: (loss._buffers["weight"], loss._buffers["pos_weight"], 0, 0.0)
-        ),
-    }.items()
-}
-#: Functions that are such a loss by themselves: their mean.
-_FUNCTIONS: dict[Any, tuple[Any, ...]] = {
+#: What csrc/torch/step.cpp is to know of losses: by class, the methods that it must have, its name there, and
+#: the attribute that is the label smoothing or the bound; and functions that are by themselves a loss's mean.
+_LOSSES: dict[Any, tuple[Any, ...]] = {
+    owner: (Role.of(owner, name), name, number)
+    for owner, name, number in (
+        (nn.CrossEntropyLoss, "cross_entropy", "label_smoothing"),
+        (CrossEntropyLoss, "cross_entropy", "label_smoothing"),
+        (nn.MSELoss, "mse", None),
+        (nn.L1Loss, "l1", None),
+        (nn.SmoothL1Loss, "smooth_l1", "beta"),
+        (nn.HuberLoss, "huber", "delta"),
+        (nn.BCEWithLogitsLoss, "bce_with_logits", None),
+    )
+} | {
     F.cross_entropy: ("cross_entropy", True, None, None, -100, 0.0),
     F.mse_loss: ("mse", True, None, None, 0, 0.0),
     F.l1_loss: ("l1", True, None, None, 0, 0.0),
@@ -61,17 +45,6 @@ _FUNCTIONS: dict[Any, tuple[Any, ...]] = {
     F.binary_cross_entropy_with_logits: ("bce_with_logits", True, None, None, 0, 0.0),
 }
 _CAPTURED = {"cuda"}  # the devices whose steps become graphs
-
-
-class _Training(NamedTuple):
-    """What the kernel is to know of the layers' parameters, and the states that are new."""
-
-    params: list[Tensor]
-    states: list[Tensor]
-    counts: list[Tensor]
-    options: list[Any]  # of each group, and once more for a first step
-    numbers: list[int]  # of each parameter's options; -1 where it is not trained
-    made: list[tuple[Tensor, dict[str, Tensor]]]
 
 
 class TrainStep:
@@ -237,6 +210,16 @@ class TrainStep:
             raise RuntimeError(
                 "TrainStep: expected gradients to be enabled, which the loss needs to be taken"
             )
+        known = _C.known_loss(_LOSSES, self.loss) if len(targets) == 1 else None
+        is_plain = self.accumulate == 1 and self.process_group is None and "cpu" not in _CAPTURED
+        if known is not None and is_plain:
+            try:
+                value = self._call((self.model,), x, targets[0], known)
+            except (*_REFUSALS, Slower):  # which the other ways will meet again
+                value = NotImplemented
+            if value is not NotImplemented:
+                self._way = _ONE_CALL, None
+                return value
         if isinstance(self.optimizer, torch.optim.LBFGS):
             return self._closure_step(x, targets)
         layers: Layers = ([], [], [])
@@ -262,11 +245,8 @@ class TrainStep:
         """Raises Slower where a step is the loop whatever the batch."""
         if isinstance(self.optimizer, torch.optim.LBFGS):
             raise Slower(_LBFGS)
-        if rule_of(self.optimizer) is None:
-            name = type(self.optimizer).__name__
-            raise Slower(f"optimizer: the kernels know SGD, Adam and AdamW, and not {name}")
-        if has_step_hooks(self.optimizer):
-            raise Slower("optimizer: it has step hooks")
+        if why := _C.why_not_trained(OPTIMIZERS, self.optimizer):
+            raise Slower(why)
         if self.accumulate > 1:
             raise Slower("accumulate: gradients outlive a call")
         if self.process_group is not None:
@@ -278,19 +258,7 @@ class TrainStep:
             self._check_options()
         except Slower as slower:
             return _LOOP, str(slower)
-        return (_ONE_CALL, None) if self._known_loss() else (_TWO_CALLS, _NOT_KNOWN)
-
-    def _known_loss(self) -> tuple[Any, ...] | None:
-        """The loss as the kernels know it: its name, whether it is a mean, and its options."""
-        loss: Any = self.loss
-        if not isinstance(loss, nn.Module):
-            return _FUNCTIONS.get(loss) if type(loss) is FunctionType else None
-        role, known = _LOSSES.get(type(loss), (None, None))
-        if role is None or known is None or not role.holds() or not is_called_plainly(loss):
-            return None
-        if loss.reduction not in ("mean", "sum"):
-            return None
-        return known.name, loss.reduction == "mean", *known.options(loss)
+        return (_ONE_CALL, None) if _C.known_loss(_LOSSES, self.loss) else (_TWO_CALLS, _NOT_KNOWN)
 
     # ---- in calls of kernels
 
@@ -308,7 +276,11 @@ class TrainStep:
         device = "cpu" if weight.is_cpu else weight.device.type
         if torch.is_autocast_enabled(device):
             raise Slower(f"autocast is enabled on {device}")
-        known = self._known_loss() if len(targets) == 1 and type(targets[0]) in functional.TENSORS else None
+        known = (
+            _C.known_loss(_LOSSES, self.loss)
+            if len(targets) == 1 and type(targets[0]) in functional.TENSORS
+            else None
+        )
         if device in _CAPTURED and known is not None:
             value, self.grad_norm = self._graphs.step(
                 x, targets[0], layers, self.loss, known, self.optimizer, self.max_grad_norm
@@ -318,116 +290,60 @@ class TrainStep:
             return value
         if device in _CAPTURED or device != "cpu":
             raise Slower(f"on {device} a step is the loop, or with a loss that the kernels know a CUDA graph")
-        training = self._training(layers)
         why = _NOT_KNOWN
         if known is not None:
             try:
-                value = self._call(x, targets[0], layers, training, *known)
-            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                value = self._call(layers, x, targets[0], known)
+            except _REFUSALS as error:
                 why = str(error)  # torch will do it, or raise
             else:
                 self._way = _ONE_CALL, None
                 return value
+        parameters, is_clipped = [*parameters_of(layers)], self.max_grad_norm is not None
+        if slower := _C.why_not_trained(OPTIMIZERS, self.optimizer, parameters, is_clipped):
+            raise Slower(slower)
         self._way = _TWO_CALLS, why
-        return self._step_around(x, targets, layers, training)
-
-    def _training(self, layers: Layers) -> _Training:
-        """The parameters of the layers, as the optimizer has them; Slower where no kernel has them so."""
-        optimizer, rule = self.optimizer, rule_of(self.optimizer)
-        assert rule is not None  # _check_options has seen to that
-        groups: dict[int, tuple[int, dict[str, Any], tuple[str, ...]]] = {}
-        options: list[Any] = []
-        for number, group in enumerate(optimizer.param_groups):
-            if group["differentiable"]:
-                raise Slower("optimizer: it is differentiable")
-            options += rule.options(group)
-            known = number, group, rule.keys(group)
-            for p in group["params"]:
-                groups[id(p)] = known
-        if None in options:
-            raise Slower("optimizer: an option is neither a number nor a tensor of one on the CPU")
-        params: list[Tensor] = []
-        states: list[Tensor] = []
-        counts: list[Tensor] = []
-        numbers: list[int] = []
-        first: dict[int, int] = {}
-        made = []
-        is_trained = False
-        nothing, does_count = [_NOTHING] * rule.most, rule.counter is not None
-        for parameter in parameters_of(layers):
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                raise Slower("model: a parameter has hooks")
-            params.append(parameter)
-            number, group, keys = groups.get(id(parameter), _UNKNOWN)
-            if not parameter.requires_grad:
-                number, keys = -1, ()
-            elif number < 0 and self.max_grad_norm is not None:
-                raise Slower("optimizer: it does not know all gradients that are clipped together")
-            is_trained |= number >= 0
-            if keys:
-                state: Any = optimizer.state.get(parameter)
-                if not state or state.get(keys[0]) is None:
-                    state = rule.made(parameter, group)
-                    made.append((parameter, state))
-                    if not does_count:
-                        if number not in first:
-                            first[number] = len(options) // rule.numbers
-                            options += [*options[number * rule.numbers :][: rule.numbers - 1], True]
-                        number = first[number]
-                for key in keys:
-                    states.append(state[key])
-                states += nothing[len(keys) :]
-                if does_count:
-                    counts.append(state[rule.counter])
-            else:
-                states += nothing
-                if does_count:
-                    counts.append(_NOTHING)
-            numbers.append(number)
-        if not is_trained:
-            raise Slower("optimizer: it trains none of the last layers' parameters")
-        return _Training(params, states, counts, options, numbers, made)
+        return self._step_around(x, targets, layers)
 
     def _call(
         self,
-        x: Tensor,
-        target: Tensor,
-        layers: Layers,
-        training: _Training,
-        *loss: Any,
+        model: tuple[nn.Module] | Layers,
+        x: Any,
+        target: Any,
+        loss: tuple[Any, ...],
         left: Sequence[Tensor | None] = (),
     ) -> Any:
-        """The op train_step_, and what a step leaves in the optimizer."""
-        optimizer, bound = self.optimizer, self.max_grad_norm
+        """The op train_step_, of a model that is a chain of layers from its input on, or of those.
+
+        Returns NotImplemented where the model is none, or somebody looks on.
+
+        Raises:
+            Slower: where the optimizer does not let it.
+
+        And what the op raises; with nothing changed, all of them.
+        """
+        bound = self.max_grad_norm
         norm = None if bound is None else torch.empty(())
-        arguments = (
+        value = _C.train_step(
+            KNOWN,
+            OPTIMIZERS,
+            model,
             x,
             target,
-            training.params,
-            training.states,
-            training.counts,
-            self._workspace,
-            [bias is not None for bias in layers[1]],
-            layers[2],
-            *loss,
-            rule_of(optimizer).name,  # type: ignore[union-attr]  # _check_options has seen to that
-            training.options,
-            training.numbers,
+            loss,
             left,
+            self.optimizer,
             norm,
             bound or 0.0,
+            self._workspace,
         )
-        value = _C.train_step(*arguments)
-        if value is NotImplemented:
-            names, parameters = zip(*map(resolved, layers[2]), strict=True)
-            value = _train_step(*arguments[:7], names, sum(parameters, ()), *arguments[8:])
-        for parameter, state in training.made:
-            optimizer.state[parameter].update(state)
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # which schedulers look at
-        self.grad_norm = norm
+        if type(value) is str:
+            raise Slower(value)
+        if value is not NotImplemented:
+            self.grad_norm = norm
         return value
 
-    def _step_around(self, x: Tensor, targets: tuple[Any, ...], layers: Layers, training: _Training) -> Any:
+    def _step_around(self, x: Tensor, targets: tuple[Any, ...], layers: Layers) -> Any:
         """Forward, the loss as autograd differentiates it, then backward and update in one call.
 
         What the loss sees is the layers' own autograd node, so it may do all that it may do in the loop. At
@@ -448,8 +364,8 @@ class TrainStep:
             if grad_y is None:  # and nothing has a gradient
                 return _detached(result)
             try:
-                self._call(x, grad_y, layers, training, *_GIVEN, left=left)
-            except (RuntimeError, TypeError, ValueError) as error:
+                self._call(layers, x, grad_y, _GIVEN, left)
+            except (*_REFUSALS, Slower) as error:
                 why = str(error)
             else:
                 return _detached(result)
@@ -458,7 +374,8 @@ class TrainStep:
         self._take_slower(why)
         gradients = dict(zip(trained, others, strict=True))
         if grad_y is not None:
-            for parameter, own in zip(training.params, _gradients(x, layers, grad_y, left), strict=True):
+            found = _gradients(x, layers, grad_y, left)
+            for parameter, own in zip(parameters_of(layers), found, strict=True):
                 other = gradients.get(parameter)
                 gradients[parameter] = own if other is None else other if own is None else own + other
         drop_gradients(self.optimizer)
@@ -527,8 +444,7 @@ _ONE_CALL, _TWO_CALLS, _LOOP = "in one call", "in two calls around the loss", "i
 _NOT_KNOWN = "loss: the kernels know torch's own, of one target, as a mean or a sum"
 _LBFGS = "optimizer: LBFGS asks for the loss itself"
 _GIVEN = ("given", False, None, None, 0, 0.0)  # a loss whose gradient is known
-_NOTHING = torch.empty(0)
-_UNKNOWN: tuple[int, dict[str, Any], tuple[str, ...]] = (-1, {}, ())
+_REFUSALS = IndexError, RuntimeError, TypeError, ValueError  # of the op
 
 
 def _loss_in(result: Any) -> Any:

@@ -274,6 +274,36 @@ def test_each_group_has_its_own_options_and_unknown_parameters_stay():
     torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-4, atol=1e-6)
 
 
+def test_an_optimizer_may_have_the_parameters_in_another_order():
+    torch.manual_seed(0)
+
+    def reverse(params, **options):
+        *others, last = reversed([*params])
+        return torch.optim.SGD([{"params": others}, {"params": [last], "lr": 0.5}], **options)
+
+    loss = nn.CrossEntropyLoss()
+    step = assert_same_training(stock(5, 9, 3), loss, lambda _: batch_for(loss, 8, 5, 3), kind=reverse)
+    assert fastmlp.why_not_fused(step) is None
+
+
+def test_parameters_have_counts_of_their_own():
+    torch.manual_seed(0)
+    loss, late = nn.CrossEntropyLoss(), []
+
+    def kind(params, **options):
+        params = [*params]
+        late.append(params[1].requires_grad_(False))
+        return torch.optim.Adam(params, **options)
+
+    def batches(index):
+        if index == 2:
+            for p in late:
+                p.requires_grad_()
+        return batch_for(loss, 8, 5, 3)
+
+    assert_same_training(stock(5, 9, 3), loss, batches, kind=kind, eps=1e-3)
+
+
 class Subclass(torch.Tensor):
     pass
 

@@ -11,10 +11,21 @@
 
 namespace fastmlp {
 
+using Objects = c10::ArrayRef<PyObject*>;
+
 // A list or tuple of Python.
 inline bool is_list(PyObject* o) { return PyList_Check(o) || PyTuple_Check(o); }
-inline c10::ArrayRef<PyObject*> items_of(PyObject* list) {
+inline Objects items_of(PyObject* list) {
   return {PySequence_Fast_ITEMS(list), size_t(PySequence_Fast_GET_SIZE(list))};
+}
+
+inline PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
+
+// Of a dict. Borrowed; null where it is not there.
+inline PyObject* get(PyObject* dict, PyObject* key) {
+  PyObject* const found = dict && PyDict_Check(dict) ? PyDict_GetItemWithError(dict, key) : nullptr;
+  if (!found && PyErr_Occurred()) throw python_error();
+  return found;
 }
 
 // Other tensor types carry semantics of their own, which torch's functions in Python know.

@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <c10/util/SmallVector.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -146,8 +147,10 @@ inline Memory memory_of(const at::Tensor& t) {
   return {begin, begin + (last + 1) * int64_t(t.element_size())};
 }
 
+using Memories = c10::SmallVector<Memory, 32>;
+
 // Whether any two share memory: what is written would then depend on who comes first.
-inline bool overlap(std::vector<Memory> memories) {
+inline bool overlap(Memories memories) {
   const auto is_empty = [](Memory m) { return m.begin == m.end; };
   memories.erase(std::remove_if(memories.begin(), memories.end(), is_empty), memories.end());
   std::sort(memories.begin(), memories.end(), [](Memory a, Memory b) { return a.begin < b.begin; });

@@ -33,42 +33,6 @@ int64_t integer(PyObject* o) { return PyLong_AsLongLong(o); }
 
 }  // namespace
 
-PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 20, "train_step: expected the 20 arguments of the op train_step_, got ", count);
-  for (const int list : {2, 3, 4, 6, 7, 15, 16, 17})
-    TORCH_CHECK_TYPE(is_list(arguments[list]), "train_step: expected a list for argument ", list);
-  if (!is_plain(arguments[0]) || !is_plain(arguments[1])) Py_RETURN_NOTIMPLEMENTED;
-  for (const int list : {2, 3, 4})
-    if (!are_plain(arguments[list])) Py_RETURN_NOTIMPLEMENTED;
-  const std::vector<Tensor> params = tensors(arguments[2]), states = tensors(arguments[3]),
-                            counts = tensors(arguments[4]);
-  OptionalTensors left;
-  for (PyObject* const t : items_of(arguments[17])) left.push_back(tensor_or_none(t));
-  const std::vector<int64_t> has_bias = numbers(arguments[6], integer),
-                             options_of = numbers(arguments[16], integer);
-  const std::vector<double> options = numbers(arguments[15], PyFloat_AsDouble);
-  const NamedActivations activations(items_of(arguments[7]));
-  const Tensor &input = THPVariable_Unpack(arguments[0]), &target = THPVariable_Unpack(arguments[1]),
-               &workspace = THPVariable_Unpack(arguments[5]);
-  const std::string loss = string_of(arguments[8]), optimizer = string_of(arguments[14]);
-  const bool mean = PyObject_IsTrue(arguments[9]);
-  const OptionalTensor weight = tensor_or_none(arguments[10]), pos_weight = tensor_or_none(arguments[11]),
-                       norm = tensor_or_none(arguments[18]);
-  const int64_t ignore_index = integer(arguments[12]);
-  const double number = PyFloat_AsDouble(arguments[13]), max_norm = PyFloat_AsDouble(arguments[19]);
-  if (PyErr_Occurred()) throw python_error();
-  Tensor value;
-  {
-    const pybind11::gil_scoped_release no_gil;
-    value = call_train_step(input, target, params, states, counts, workspace, has_bias, activations.names,
-                            activations.parameters, loss, mean, weight, pos_weight, ignore_index, number,
-                            optimizer, options, options_of, left, norm, max_norm);
-  }
-  return THPVariable_Wrap(std::move(value));
-  END_HANDLE_TH_ERRORS
-}
-
 PyObject* differentiate_down_to(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 3 && THPVariable_Check(arguments[1]) && is_list(arguments[2]),

@@ -20,8 +20,23 @@ PyObject* find_layers(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 // is_untouched(known): whether there are no hooks for all modules, and torch's functions are what they have been.
 PyObject* is_untouched(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
-// The op train_step_, with its arguments in their order, but activations and parameters as above. NotImplemented too.
+// train_step(known, optimizers, model, x, target, loss, left, optimizer, norm, max_norm, workspace): the op train_step_, with
+// what the optimizer has for the layers that the model is; `model` is a tuple of it, or of the three lists of them. What is
+// to be found in the optimizer is left there. `loss` is a tuple of the op's six arguments. Returns the loss; or, with nothing
+// changed, why the optimizer cannot be taken, and NotImplemented where the model is no such layers, or somebody looks on.
 PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
+// known_loss(losses, loss): that tuple for a loss that the kernels know, else None. `losses` is what step.py knows.
+PyObject* known_loss(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
+// why_not_trained(optimizers, optimizer, parameters, knows_all): why the optimizer cannot be taken, or None; without the
+// latter two, for any parameters.
+PyObject* why_not_trained(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
+// options(name, group), keys(name, group): of an optimizer that the kernels know by this name. The numbers in the kernels'
+// order, [None] where one is none; and the names of a parameter's states, as a tuple.
+PyObject* options(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+PyObject* keys(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
 // differentiate_down_to(node, value, parameters): see ops.h. None where the node is another; else the gradient of the
 // output or None, a list of what the layers have left, and one of the gradients that parameters have by other ways.

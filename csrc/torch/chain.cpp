@@ -15,8 +15,6 @@
 namespace fastmlp {
 namespace {
 
-using Objects = c10::ArrayRef<PyObject*>;
-
 // What Python knows, as layers.py has put it together.
 struct Known {
   explicit Known(PyObject* tuple) {
@@ -30,13 +28,6 @@ struct Known {
   PyObject* torchs;                          // what is to be as it is: (module of torch's, name, value)
   PyObject *seen, *activation, *drops;       // functions, for what is rarer
 };
-
-// Borrowed; null where it is not there.
-PyObject* get(PyObject* dict, PyObject* key) {
-  PyObject* const found = dict && PyDict_Check(dict) ? PyDict_GetItemWithError(dict, key) : nullptr;
-  if (!found && PyErr_Occurred()) throw python_error();
-  return found;
-}
 
 bool is_empty(PyObject* dict) { return dict && PyDict_Check(dict) && PyDict_GET_SIZE(dict) == 0; }
 
@@ -56,8 +47,6 @@ bool is_untouched(const Known& known) {
          });
 }
 
-PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
-
 // Its functions tell whether all of it are layers, after what reshapes their input. What is found is held: code of Python's
 // may change anything.
 class Walk {
@@ -76,26 +65,15 @@ class Walk {
 
  private:
   bool part(PyObject* o) {
-    static PyObject *const of_fused = interned("__fastmlp__"), *const forward = interned("forward"),
-                           *const call = interned("__call__");
-    static PyObject* const hooks[] = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
-                                      interned("_backward_hooks"), interned("_backward_pre_hooks")};
+    static PyObject* const of_fused = interned("__fastmlp__");
     PyTypeObject* const type = Py_TYPE(o);
     if (type == &PyFunction_Type || type == &PyCFunction_Type) return function(o);
     PyObject* role = get(known.roles, reinterpret_cast<PyObject*>(type));
     if (!role)
       if (PyObject* const fused = get(type->tp_dict, of_fused)) role = PyTuple_GET_ITEM(fused, 1);
     if (!role || role == Py_None) return other(o);
-    auto* const owner = reinterpret_cast<PyTypeObject*>(PyTuple_GET_ITEM(role, 1));
-    if (_PyType_Lookup(owner, forward) != PyTuple_GET_ITEM(role, 2) ||
-        _PyType_Lookup(owner, call) != PyTuple_GET_ITEM(role, 3))
-      return false;
-    THPObjectPtr own(PyObject_GenericGetDict(o, nullptr));
-    if (!own) throw python_error();
-    const bool is_plainly_called = std::all_of(std::begin(hooks), std::end(hooks),
-                                               [&](PyObject* name) { return is_empty(get(own, name)); });
-    return is_plainly_called && !get(own, forward) &&
-           named(PyTuple_GET_ITEM(role, 0), own, PyTuple_GET_ITEM(role, 4), o);
+    THPObjectPtr own = attributes_of(role, o);
+    return own && named(PyTuple_GET_ITEM(role, 0), own, PyTuple_GET_ITEM(role, 4), o);
   }
 
   bool function(PyObject* o) {
@@ -188,13 +166,10 @@ bool is_unseen(const Tensor& input, Objects weights, Objects biases) {
       has_gradient |= t.requires_grad() || t._fw_grad(0).defined();
     }
   const auto local = c10::impl::tls_local_dispatch_key_set();
-  keys = (keys | local.included_) - local.excluded_;
-  const bool is_differentiated =
-      has_gradient && at::GradMode::is_enabled() && !(keys & c10::autograd_dispatch_keyset).empty();
-  const c10::DispatchKeySet passed = c10::autograd_dispatch_keyset_with_ADInplaceOrView |
-                                     c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
-  return !is_differentiated && keys - passed == c10::DispatchKeySet(c10::DispatchKey::CPU) &&
-         !at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
+  const c10::DispatchKeySet autograd = c10::autograd_dispatch_keyset - local.excluded_;
+  const bool has_autograd = !((keys | local.included_) & autograd).empty();
+  const bool is_differentiated = has_gradient && at::GradMode::is_enabled() && has_autograd;
+  return !is_differentiated && nobody_sees(keys);
 }
 
 // That kernel at once, where it covers the arguments; else nothing.
@@ -268,11 +243,42 @@ PyObject* network(PyObject* input, const Chain& chain) {
 
 }  // namespace
 
+THPObjectPtr attributes_of(PyObject* role, PyObject* module) {
+  static PyObject *const forward = interned("forward"), *const call = interned("__call__");
+  static PyObject* const hooks[] = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
+                                    interned("_backward_hooks"), interned("_backward_pre_hooks")};
+  auto* const owner = reinterpret_cast<PyTypeObject*>(PyTuple_GET_ITEM(role, 1));
+  if (_PyType_Lookup(owner, forward) != PyTuple_GET_ITEM(role, 2) ||
+      _PyType_Lookup(owner, call) != PyTuple_GET_ITEM(role, 3))
+    return {};
+  THPObjectPtr own(PyObject_GenericGetDict(module, nullptr));
+  if (!own) throw python_error();
+  const bool is_plainly_called = std::all_of(std::begin(hooks), std::end(hooks),
+                                             [&](PyObject* name) { return is_empty(get(own, name)); });
+  return is_plainly_called && !get(own, forward) ? std::move(own) : THPObjectPtr();
+}
+
+THPObjectPtr find_unwatched(PyObject* known_tuple, PyObject* parts, PyObject* input, Chain& chain) {
+  const Known known(known_tuple);
+  if (!is_plain(input) || at::impl::PythonTorchFunctionTLS::stack_len() > 0 || !is_untouched(known) ||
+      !Walk(known, chain).all(parts) || chain.weights.empty())
+    return {};
+  return reshaped(input, chain);
+}
+
+bool nobody_sees(c10::DispatchKeySet keys) {
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  keys = (keys | local.included_) - local.excluded_;
+  const c10::DispatchKeySet passed = c10::autograd_dispatch_keyset_with_ADInplaceOrView |
+                                     c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
+  return keys - passed == c10::DispatchKeySet(c10::DispatchKey::CPU) &&
+         !at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
+}
+
 void run_here(Forward* layers, int64_t count) {
   struct alignas(64) Line {
     char bytes[64];
   };
-  constexpr double long_enough = 1 << 16;  // multiply-adds
   constexpr int64_t most_kept = 1 << 20;
   double work = 0;
   for (const Forward* p = layers; p != layers + count; ++p)
@@ -304,12 +310,8 @@ PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 3, "apply: expected what is known, parts and an input");
-  const Known known(arguments[0]);
   Chain chain;
-  if (!is_plain(arguments[2]) || at::impl::PythonTorchFunctionTLS::stack_len() > 0 || !is_untouched(known) ||
-      !Walk(known, chain).all(arguments[1]) || chain.weights.empty())
-    Py_RETURN_NOTIMPLEMENTED;
-  THPObjectPtr input = reshaped(arguments[2], chain);
+  THPObjectPtr input = find_unwatched(arguments[0], arguments[1], arguments[2], chain);
   if (!input) Py_RETURN_NOTIMPLEMENTED;
   return network(input, chain);
   END_HANDLE_TH_ERRORS

@@ -32,8 +32,21 @@ struct Unlocked {
   PyThreadState* const state;
 };
 
-// Runs layers on the CPU, and lets other threads of Python in where it takes long enough for that. The thread keeps the
-// memory that this takes, but for large ones.
+// The attributes of a module that is called as its role (see layers.py) tells; null where it is not, or has hooks.
+THPObjectPtr attributes_of(PyObject* role, PyObject* module);
+
+// The input of the layers that the parts all are, one after the other; null, with nothing done, where they are not, or where
+// somebody looks on. `known` is what layers.py knows.
+THPObjectPtr find_unwatched(PyObject* known, PyObject* parts, PyObject* input, Chain& chain);
+
+// Whether the dispatcher would call an op's kernel for the CPU, for tensors of these keys, with nobody to see it but
+// autograd.
+bool nobody_sees(c10::DispatchKeySet keys);
+
+// From so many multiply-adds on a kernel lets other threads of Python in.
+inline constexpr double long_enough = 1 << 16;
+
+// Runs layers on the CPU. The thread keeps the memory that this takes, but for large ones.
 void run_here(Forward* layers, int64_t count);
 
 }  // namespace fastmlp

@@ -35,7 +35,7 @@ bool can_clip(at::TensorList grads) {
   if (why_not_covered(first)) return false;
   // Autocast makes torch's norm float32 on CUDA.
   if (first.is_cuda() && dtype != at::kFloat && at::autocast::is_autocast_enabled(at::kCUDA)) return false;
-  std::vector<Memory> memories;
+  Memories memories;
   memories.reserve(grads.size());
   for (const Tensor& grad : grads) {
     if (grad.scalar_type() != dtype || grad.device() != first.device() || why_not_plain(grad) ||

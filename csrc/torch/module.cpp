@@ -84,14 +84,18 @@ PyMethodDef functions[] = {
     {"find_layers", fast(fastmlp::find_layers), METH_FASTCALL, nullptr},
     {"is_unchanged", fast(fastmlp::is_unchanged), METH_FASTCALL, nullptr},
     {"is_untouched", fast(fastmlp::is_untouched), METH_FASTCALL, nullptr},
+    {"keys", fast(fastmlp::keys), METH_FASTCALL, nullptr},
+    {"known_loss", fast(fastmlp::known_loss), METH_FASTCALL, nullptr},
     {"leave", fast(fastmlp::leave), METH_FASTCALL, nullptr},
     {"network", fast(fastmlp::network), METH_FASTCALL, nullptr},
     {"optimize", fast(fastmlp::optimize), METH_FASTCALL, nullptr},
+    {"options", fast(fastmlp::options), METH_FASTCALL, nullptr},
     {"places", fast(fastmlp::places), METH_FASTCALL, nullptr},
     {"predict", fast(fastmlp::predict), METH_FASTCALL, nullptr},
     {"snapshot", fast(fastmlp::snapshot), METH_FASTCALL, nullptr},
     {"states", fast(fastmlp::states), METH_FASTCALL, nullptr},
     {"train_step", fast(fastmlp::train_step), METH_FASTCALL, nullptr},
+    {"why_not_trained", fast(fastmlp::why_not_trained), METH_FASTCALL, nullptr},
     {"differentiate_down_to", fast(fastmlp::differentiate_down_to), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -31,13 +31,6 @@ struct Arrival {
 std::optional<Arrival> differentiate_down_to(torch::autograd::Node& node, const Tensor& value,
                                              const std::vector<Tensor>& params);
 
-Tensor call_train_step(const Tensor& input, const Tensor& target, at::TensorList params,
-                       at::TensorList states, at::TensorList counts, const Tensor& workspace,
-                       at::IntArrayRef has_bias, Names activations, Numbers parameters, std::string_view loss,
-                       bool mean, const OptionalTensor& weight, const OptionalTensor& pos_weight,
-                       int64_t ignore_index, double number, std::string_view optimizer, Numbers options,
-                       at::IntArrayRef numbers, const OptionalTensors& left, const OptionalTensor& norm,
-                       double max_norm);
 bool call_optimize(std::string_view name, at::TensorList params, at::TensorList grads, at::TensorList states,
                    at::TensorList counts, at::ArrayRef<double> options);
 OptionalTensor call_clip_grad_norm(at::TensorList grads, double max_norm, bool error_if_nonfinite);

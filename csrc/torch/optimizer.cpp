@@ -126,7 +126,7 @@ std::optional<std::vector<Update>> updates_of(TensorList params, TensorList grad
   if (why_not_covered(params[0])) return std::nullopt;
   for (const TensorList tensors : {params, grads, states})
     if (!is_covered(params, tensors)) return std::nullopt;
-  std::vector<Memory> memories;
+  Memories memories;
   for (const TensorList tensors : {params, grads, states, counts})
     for (const Tensor& t : tensors) memories.push_back(memory_of(t));
   if (overlap(std::move(memories))) return std::nullopt;

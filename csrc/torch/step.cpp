@@ -2,16 +2,19 @@
 //
 // The parameters are numbered layer by layer, each weight before its bias. Nothing is changed before every argument
 // has been checked.
-#include <ATen/core/Tensor.h>
+#include "step.h"
+
+#include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
-#include <vector>
+#include <algorithm>
 
-#include "backends.h"
-#include "ops.h"
-#include "optimizer.h"
+#include "call.h"
+#include "chain.h"
+#include "network.h"
+#include "training.h"
 
 namespace fastmlp {
 namespace {
@@ -61,8 +64,8 @@ Tensor over_outputs(const char* name, const OptionalTensor& values, int64_t outp
 const float* floats_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
 // What a layer has left for a loss whose gradient is given.
-const float* left_of(const OptionalTensors& left, size_t i, int64_t M, int64_t N) {
-  const OptionalTensor t = left.get(i);
+const float* left_of(c10::ArrayRef<OptionalTensor> left, size_t i, int64_t M, int64_t N) {
+  const OptionalTensor& t = left[i];
   if (!t) return nullptr;
   TORCH_CHECK(t->is_cpu() && t->scalar_type() == at::kFloat && t->is_contiguous() && t->numel() == M * N,
               "left[", i, "]: expected contiguous float32 on the CPU of ", M, " x ", N,
@@ -70,87 +73,61 @@ const float* left_of(const OptionalTensors& left, size_t i, int64_t M, int64_t N
   return t->const_data_ptr<float>();
 }
 
-// Of each parameter: its states, a count where the optimizer has one, and the number of its options, which may be those
-// of others too; -1 for one that stays as it is. `number` is the label smoothing, or the loss's bound. For a
-// loss that is given, the target is the gradient of the output, and `left` what layers have left for backward.
-Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params, TensorList states,
-                   TensorList counts, const Tensor& workspace, at::IntArrayRef has_bias, Names activations,
-                   Numbers parameters, std::string_view loss_name, bool mean, const OptionalTensor& weight,
-                   const OptionalTensor& pos_weight, int64_t ignore_index, double number,
-                   std::string_view optimizer, at::ArrayRef<double> options, at::IntArrayRef numbers,
-                   const OptionalTensors& left, const OptionalTensor& norm, double max_norm) {
-  const Loss loss = parse_loss(loss_name);
-  const OptimizerRow& row = optimizer_row(optimizer);
-  const size_t L = has_bias.size(), P = params.size();
+}  // namespace
+
+CheckedStep::CheckedStep(const StepArguments& a) : a(a), row(optimizer_row(a.optimizer)) {
+  const Loss loss = parse_loss(a.loss);
+  const size_t L = a.has_bias.size(), P = a.params.size();
   size_t expected = L;
-  for (const int64_t has : has_bias) expected += has != 0;
+  for (const int64_t has : a.has_bias) expected += has != 0;
   TORCH_CHECK(
-      L > 0 && activations.size() == L && P == expected && states.size() == row.states * P &&
-          counts.size() == (row.counts ? P : 0) && numbers.size() == P,
+      L > 0 && a.activations.size() == L && P == expected && a.states.size() == row.states * P &&
+          a.counts.size() == (row.counts ? P : 0) && a.numbers.size() == P,
       "train_step_: expected one activation for each layer, and states, counts and a number of options of ",
-      optimizer, " for each of ", expected, " params");
-  for (const int64_t index : numbers)
-    TORCH_CHECK(-1 <= index && row.options * (index + 1) <= options.size(),
+      a.optimizer, " for each of ", expected, " params");
+  for (const int64_t index : a.numbers)
+    TORCH_CHECK(-1 <= index && row.options * (index + 1) <= a.options.size(),
                 "numbers: expected those of options, ", row.options, " each, got ", index);
   const bool given = loss == Loss::given;
-  TORCH_CHECK(left.size() == (given ? L : 0), "left: expected ", given ? L : 0, " tensors, got ",
-              left.size());
+  TORCH_CHECK(a.left.size() == (given ? L : 0), "left: expected ", given ? L : 0, " tensors, got ",
+              a.left.size());
+  const OptionalTensor& norm = a.norm;
   TORCH_CHECK(!norm || (norm->is_cpu() && norm->scalar_type() == at::kFloat && norm->numel() == 1),
               "norm: expected one float32 on the CPU");
-  TORCH_CHECK((max_norm > 0) == norm.has_value(),
-              "max_norm: expected a positive number where norm is given, else 0, got ", max_norm);
+  TORCH_CHECK((a.max_norm > 0) == norm.has_value(),
+              "max_norm: expected a positive number where norm is given, else 0, got ", a.max_norm);
+  const Tensor &input = a.input, &target = a.target;
   TORCH_CHECK(input.is_cpu() && input.scalar_type() == at::kFloat && input.layout() == c10::kStrided &&
                   input.dim() >= 1,
               "input: expected a float32 tensor on the CPU of shape [..., in_features], got ",
               input.scalar_type(), " on ", input.device(), " of shape ", input.sizes());
   TORCH_CHECK(!input.requires_grad(),
               "input: expected a tensor that requires no gradient, since a step computes none");
-  TORCH_CHECK(workspace.is_cpu() && workspace.scalar_type() == at::kByte && workspace.is_contiguous(),
+  TORCH_CHECK(a.workspace.is_cpu() && a.workspace.scalar_type() == at::kByte && a.workspace.is_contiguous(),
               "workspace: expected a contiguous uint8 tensor on the CPU");
 
   const int64_t M = rows_of(input);
-  const Tensor x = as_matrix(input, M, input.size(-1));
-  const LayerActivations layer_activations = parse_activations(activations, parameters);
-  std::vector<Forward> layers;
-  std::vector<Optimizer> optimizers(P);
-  std::vector<Trained> weights(L), biases(L);
+  x = as_matrix(input, M, input.size(-1));
+  const LayerActivations activations = parse_activations(a.activations, a.parameters);
+  const bool reduced = is_reduced(input);
+  optimizers.resize(P), weights.resize(L), biases.resize(L), layers.reserve(L), trained.reserve(P);
   int64_t width = input.size(-1);
-  for (size_t i = 0, at = 0; i < L; ++i) {
-    const auto take = [&](Trained& to) {
-      const TensorList own = states.slice(row.states * at, row.states);
-      check_parameter(at, params[at], own);
-      to = {};
-      to.update.param = params[at].mutable_data_ptr<float>();
-      to.update.size = params[at].numel();
-      if (numbers[at] >= 0) {
-        const at::ArrayRef<double> given = options.slice(row.options * numbers[at], row.options);
-        size_t kinds = 0;
-        for (; kinds < row.states && own[kinds].numel(); ++kinds)
-          to.update.states[kinds] = own[kinds].mutable_data_ptr<float>();
-        TORCH_CHECK(!row.counts || is_count(counts[at]), "counts[", at,
-                    "]: expected a float32 or float64 of one element on the CPU, got ", counts[at].toString(),
-                    " of shape ", counts[at].sizes());
-        to.update.rates = rates_of(row, given, row.counts ? count_of(counts[at]) + 1 : 0);
-        optimizers[at] = optimizer_of(row, given, Dtype::float32, kinds);
-        to.optimizer = &optimizers[at];
-      }
-      ++at;
-    };
-    const Tensor& weight = params[at];
+  for (size_t i = 0; i < L; ++i) {
+    const size_t at = trained.size();
+    const Tensor& weight = a.params[at];
     const bool fits = weight.dim() == 2 && weight.size(1) == width;
     TORCH_CHECK(i > 0 || fits, "input: expected shape [..., in_features] for a first weight of shape ",
                 weight.sizes(), ", got ", input.sizes());
     TORCH_CHECK(fits, "params[", at, "]: expected shape [*, ", width, "], got ", weight.sizes());
-    TORCH_CHECK(!has_bias[i] || params[at + 1].sizes().equals({weight.size(0)}), "params[", at + 1,
-                "]: expected shape [", weight.size(0), "], got ", params[at + 1].sizes());
-    take(weights[i]);
-    if (has_bias[i]) take(biases[i]);
-    else biases[i] = {};
-    const float* const kept = given ? left_of(left, i, M, weight.size(0)) : nullptr;
-    const bool is_z = layer_activations[i].reads_z();
+    TORCH_CHECK(!a.has_bias[i] || a.params[at + 1].sizes().equals({weight.size(0)}), "params[", at + 1,
+                "]: expected shape [", weight.size(0), "], got ", a.params[at + 1].sizes());
+    take_parameter(weights[i]);
+    if (a.has_bias[i]) take_parameter(biases[i]);
+    const float* const kept = given ? left_of(a.left, i, M, weight.size(0)) : nullptr;
+    const bool is_z = activations[i].reads_z();
     layers.push_back({.dtype = Dtype::float32,
-                      .reduced = is_reduced(input),
-                      .activation = layer_activations[i].kernel,
+                      .reduced = reduced,
+                      .activation = activations[i].kernel,
                       .M = M,
                       .N = weight.size(0),
                       .K = width,
@@ -165,89 +142,257 @@ Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params,
   }
 
   const bool classes = loss == Loss::cross_entropy;
-  TORCH_CHECK((loss != Loss::smooth_l1 && loss != Loss::huber) || number > 0,
-              "number: expected a positive bound of the loss, got ", number);
+  TORCH_CHECK((loss != Loss::smooth_l1 && loss != Loss::huber) || a.number > 0,
+              "number: expected a positive bound of the loss, got ", a.number);
   at::DimVector sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = width;
   if (classes) sizes.pop_back();
   TORCH_CHECK(!classes || input.dim() == 2,
               "input: expected shape [batch, in_features] for cross-entropy, got ", input.sizes());
   TORCH_CHECK(!classes || width > 0, "params: expected a class or more, got a last weight of shape ",
-              params.back().sizes());
+              a.params.back().sizes());
   TORCH_CHECK(target.is_cpu() && target.scalar_type() == (classes ? at::kLong : at::kFloat),
               "target: expected ", classes ? at::kLong : at::kFloat, " on the CPU, got ",
               target.scalar_type(), " on ", target.device());
   TORCH_CHECK(target.sizes() == at::IntArrayRef(sizes), "target: expected shape ", at::IntArrayRef(sizes),
               ", got ", target.sizes());
-  const Tensor targets = target.contiguous(), weighs = over_outputs("weight", weight, width, !classes),
-               pos_weighs = over_outputs("pos_weight", pos_weight, width, !classes);
-  std::vector<Memory> memories = {memory_of(x), memory_of(targets), memory_of(weighs), memory_of(pos_weighs)};
-  for (const TensorList tensors : {params, states, counts})
+  targets = target.contiguous();
+  weighs = over_outputs("weight", a.weight, width, !classes);
+  pos_weighs = over_outputs("pos_weight", a.pos_weight, width, !classes);
+  Memories memories = {memory_of(x), memory_of(targets), memory_of(weighs), memory_of(pos_weighs)};
+  for (const TensorList tensors : {a.params, a.states, a.counts})
     for (const Tensor& t : tensors) memories.push_back(memory_of(t));
   TORCH_CHECK_VALUE(
       !overlap(std::move(memories)),
       "params: expected tensors that share no memory with one another, nor with input or target");
-  Tensor value = given ? Tensor() : at::empty({}, input.options());
-  const Step step{.count = int64_t(L),
-                  .layers = layers.data(),
-                  .weights = weights.data(),
-                  .biases = biases.data(),
-                  .loss = loss,
-                  .cross_entropy = {.dtype = Dtype::float32,
-                                    .reduction = mean ? Reduction::mean : Reduction::sum,
-                                    .N = M,
-                                    .C = width,
-                                    .input = nullptr,
-                                    .target = classes ? targets.const_data_ptr<int64_t>() : nullptr,
-                                    .weight = floats_of(weighs),
-                                    .ignore_index = ignore_index,
-                                    .label_smoothing = float(number),
-                                    .loss = nullptr,
-                                    .grad = nullptr},
-                  .pointwise = {.N = width,
-                                .target = classes ? nullptr : targets.const_data_ptr<float>(),
-                                .weight = floats_of(weighs),
-                                .pos_weight = floats_of(pos_weighs),
-                                .bound = float(number),
-                                .mean = mean},
-                  .gradient = given ? targets.const_data_ptr<float>() : nullptr,
-                  .value = given ? nullptr : value.mutable_data_ptr<float>(),
-                  .max_norm = max_norm,
-                  .norm = norm ? norm->mutable_data_ptr<float>() : nullptr};
+  step = {.count = int64_t(L),
+          .layers = layers.data(),
+          .weights = weights.data(),
+          .biases = biases.data(),
+          .loss = loss,
+          .cross_entropy = {.dtype = Dtype::float32,
+                            .reduction = a.mean ? Reduction::mean : Reduction::sum,
+                            .N = M,
+                            .C = width,
+                            .input = nullptr,
+                            .target = classes ? targets.const_data_ptr<int64_t>() : nullptr,
+                            .weight = floats_of(weighs),
+                            .ignore_index = a.ignore_index,
+                            .label_smoothing = float(a.number),
+                            .loss = nullptr,
+                            .grad = nullptr},
+          .pointwise = {.N = width,
+                        .target = classes ? nullptr : targets.const_data_ptr<float>(),
+                        .weight = floats_of(weighs),
+                        .pos_weight = floats_of(pos_weighs),
+                        .bound = float(a.number),
+                        .mean = a.mean},
+          .gradient = given ? targets.const_data_ptr<float>() : nullptr,
+          .value = nullptr,
+          .max_norm = a.max_norm,
+          .norm = norm ? norm->mutable_data_ptr<float>() : nullptr};
+}
+
+// The next one.
+void CheckedStep::take_parameter(Trained& to) {
+  const size_t at = trained.size();
+  trained.push_back(&to);
+  const Tensor& t = a.params[at];
+  const TensorList states = a.states.slice(row.states * at, row.states);
+  check_parameter(at, t, states);
+  to.update.param = t.mutable_data_ptr<float>();
+  to.update.size = t.numel();
+  if (a.numbers[at] < 0) return;
+  to.optimizer = &optimizers[at];
+  for (size_t k = 0; k < row.states && states[k].numel(); ++k)
+    to.update.states[k] = states[k].mutable_data_ptr<float>();
+  TORCH_CHECK(!row.counts || is_count(a.counts[at]), "counts[", at,
+              "]: expected a float32 or float64 of one element on the CPU, got ", a.counts[at].toString(),
+              " of shape ", a.counts[at].sizes());
+}
+
+// As options and counts are now.
+void CheckedStep::optimize() {
+  double last = -1;
+  for (size_t i = 0; i < trained.size(); ++i) {
+    if (!trained[i]->optimizer) continue;
+    const auto options = a.options.slice(row.options * size_t(a.numbers[i]), row.options);
+    void* const* const own = trained[i]->update.states;
+    void* const* const states = std::find(own, own + row.states, nullptr);
+    optimizers[i] = optimizer_of(row, options, Dtype::float32, size_t(states - own));
+    const double count = row.counts ? count_of(a.counts[i]) + 1 : 0;
+    // Powers take longer than all else, and are mostly the last parameter's.
+    const bool is_last = i > 0 && count == last && a.numbers[i] == a.numbers[i - 1];
+    trained[i]->update.rates = is_last ? trained[i - 1]->update.rates : rates_of(row, options, count);
+    last = count;
+  }
+}
+
+double CheckedStep::multiply_adds() const {
+  double weights = 0;
+  for (const Forward& p : layers) weights += double(p.N) * double(p.K);
+  return 3 * double(layers.front().M) * weights;
+}
+
+void CheckedStep::take(float* value) {
+  optimize();
+  step.value = value;
   // Kept by the caller from step to step: a block as large would come from the system as new pages each time.
   const int threads = at::get_num_threads();
   const int64_t bytes = cpu::train_workspace(step, threads);
-  if (workspace.numel() < bytes) workspace.set_(empty({bytes}, workspace.options()));
-  const int64_t wrong = cpu::train(step, workspace.mutable_data_ptr(), threads);
-  TORCH_CHECK_INDEX(wrong < 0, "target: expected classes from 0 to ", width - 1, ", got ",
-                    targets.const_data_ptr<int64_t>()[wrong], " in row ", wrong);
+  if (a.workspace.numel() < bytes) a.workspace.set_(empty({bytes}, a.workspace.options()));
+  const int64_t wrong = cpu::train(step, a.workspace.mutable_data_ptr(), threads);
+  TORCH_CHECK_INDEX(wrong < 0, "target: expected classes from 0 to ", step.cross_entropy.C - 1, ", got ",
+                    step.cross_entropy.target[wrong], " in row ", wrong);
   const auto changed = [](const Tensor& t) {  // so that autograd notices where it has saved one of them
     if (t.numel()) t.unsafeGetTensorImpl()->bump_version();
   };
-  for (size_t i = 0; i < P; ++i) {
-    if (numbers[i] < 0) continue;
-    changed(params[i]);
-    for (const Tensor& state : states.slice(row.states * i, row.states)) changed(state);
-    if (row.counts) count_up(counts[i]);
+  for (size_t i = 0; i < trained.size(); ++i) {
+    if (!trained[i]->optimizer) continue;
+    changed(a.params[i]);
+    for (const Tensor& state : a.states.slice(row.states * i, row.states)) changed(state);
+    if (row.counts) count_up(a.counts[i]);
   }
-  return value;
+}
+
+namespace {
+
+Tensor train_step_(const Tensor& input, const Tensor& target, TensorList params, TensorList states,
+                   TensorList counts, const Tensor& workspace, at::IntArrayRef has_bias, Names activations,
+                   Numbers parameters, std::string_view loss, bool mean, const OptionalTensor& weight,
+                   const OptionalTensor& pos_weight, int64_t ignore_index, double number,
+                   std::string_view optimizer, Numbers options, at::IntArrayRef numbers,
+                   const OptionalTensors& left, const OptionalTensor& norm, double max_norm) {
+  return take_step({input,       target,     params,  states,  counts,     workspace,  has_bias,
+                    activations, parameters, loss,    mean,    weight,     pos_weight, ignore_index,
+                    number,      optimizer,  options, numbers, read(left), norm,       max_norm});
+}
+
+// Whether the dispatcher would call the kernel at once.
+bool is_unseen(const StepArguments& a) {
+  c10::DispatchKeySet keys = a.input.key_set() | a.target.key_set() | a.workspace.key_set();
+  for (const TensorList tensors : {a.params, a.states, a.counts})
+    for (const Tensor& t : tensors) keys = keys | t.key_set();
+  for (const OptionalTensor* const t : {&a.weight, &a.pos_weight, &a.norm})
+    if (*t) keys = keys | (*t)->key_set();
+  for (const OptionalTensor& t : a.left)
+    if (t) keys = keys | t->key_set();
+  return nobody_sees(keys);
 }
 
 }  // namespace
 
-Tensor call_train_step(const Tensor& input, const Tensor& target, TensorList params, TensorList states,
-                       TensorList counts, const Tensor& workspace, at::IntArrayRef has_bias,
-                       Names activations, Numbers parameters, std::string_view loss, bool mean,
-                       const OptionalTensor& weight, const OptionalTensor& pos_weight, int64_t ignore_index,
-                       double number, std::string_view optimizer, at::ArrayRef<double> options,
-                       at::IntArrayRef numbers, const OptionalTensors& left, const OptionalTensor& norm,
-                       double max_norm) {
+Tensor take_step(const StepArguments& a) {
+  CheckedStep step(a);
+  const Tensor value = a.loss == "given" ? Tensor() : at::detail::empty_cpu({}, at::kFloat);
+  const Unlocked unlocked(PyGILState_Check() && step.multiply_adds() >= long_enough);
+  step.take(value.defined() ? value.mutable_data_ptr<float>() : nullptr);
+  return value;
+}
+
+Tensor call_train_step(const StepArguments& a) {
+  if (is_unseen(a)) return take_step(a);
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fastmlp::train_step_", "")
-                             .typed<decltype(call_train_step)>();
-  return op.call(input, target, params, states, counts, workspace, has_bias, activations, parameters, loss,
-                 mean, weight, pos_weight, ignore_index, number, optimizer, options, numbers, left, norm,
-                 max_norm);
+                             .typed<decltype(train_step_)>();
+  OptionalTensors left;
+  for (const OptionalTensor& t : a.left) left.push_back(t);
+  const pybind11::gil_scoped_release no_gil;
+  return op.call(a.input, a.target, a.params, a.states, a.counts, a.workspace, a.has_bias, a.activations,
+                 a.parameters, a.loss, a.mean, a.weight, a.pos_weight, a.ignore_index, a.number, a.optimizer,
+                 a.options, a.numbers, left, a.norm, a.max_norm);
+}
+
+PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 11 && PyTuple_Check(arguments[2]) && PyTuple_Check(arguments[5]) &&
+                       PyTuple_GET_SIZE(arguments[5]) == 6 && is_list(arguments[6]),
+                   "train_step: expected 11 arguments, a loss of 6 items and a list of what is left");
+  PyObject *const model = arguments[2], *const target = arguments[4];
+  Chain chain;
+  THPObjectPtr x;
+  if (PyTuple_GET_SIZE(model) == 3) {
+    Chain::Objects* const lists[] = {&chain.weights, &chain.biases, &chain.activations};
+    for (int i = 0; i < 3; ++i)
+      for (PyObject* const o : items_of(PyTuple_GET_ITEM(model, i))) lists[i]->push_back(Py_NewRef(o));
+    x = THPObjectPtr::dup(arguments[3]);
+    TORCH_CHECK_TYPE(is_plain(x) && is_plain(target), "input, target: expected tensors of torch's own type");
+  } else {
+    if (!is_plain(target) || at::autocast::is_autocast_enabled(at::kCPU)) Py_RETURN_NOTIMPLEMENTED;
+    x = find_unwatched(arguments[0], model, arguments[3], chain);
+    if (!x || !is_plain(x) || !THPVariable_Unpack(x).is_cpu()) Py_RETURN_NOTIMPLEMENTED;
+  }
+
+  Chain::Objects parameters;
+  c10::SmallVector<int64_t, 8> has_bias;
+  for (size_t i = 0; i < chain.weights.size(); ++i) {
+    parameters.push_back(chain.weights[i]);
+    has_bias.push_back(chain.biases[i] != Py_None);
+    if (has_bias.back()) parameters.push_back(chain.biases[i]);
+  }
+  const OptionalTensor norm = tensor_or_none(arguments[8]);
+  Training training;
+  const std::string why = training.collect(arguments[1], arguments[7], parameters, norm.has_value());
+  if (!why.empty()) return PyUnicode_FromStringAndSize(why.data(), Py_ssize_t(why.size()));
+  const Objects loss = items_of(arguments[5]);
+  const OptionalTensor weight = tensor_or_none(loss[2]), pos_weight = tensor_or_none(loss[3]);
+  Tensors left;
+  for (PyObject* const t : items_of(arguments[6])) left.push_back(tensor_or_none(t));
+  const NamedActivations activations(chain.activations);
+  const std::string name = string_of(loss[0]);
+  const StepArguments step{.input = THPVariable_Unpack(x),
+                           .target = THPVariable_Unpack(target),
+                           .params = training.params,
+                           .states = training.states,
+                           .counts = training.counts,
+                           .workspace = THPVariable_Unpack(arguments[10]),
+                           .has_bias = has_bias,
+                           .activations = activations.names,
+                           .parameters = activations.parameters,
+                           .loss = name,
+                           .mean = loss[1] == Py_True,
+                           .weight = weight,
+                           .pos_weight = pos_weight,
+                           .ignore_index = PyLong_AsLongLong(loss[4]),
+                           .number = PyFloat_AsDouble(loss[5]),
+                           .optimizer = training.row->name,
+                           .options = training.options,
+                           .numbers = training.numbers,
+                           .left = left,
+                           .norm = norm,
+                           .max_norm = PyFloat_AsDouble(arguments[9])};
+  if (PyErr_Occurred()) throw python_error();
+  Tensor value = call_train_step(step);
+  training.finish();
+  return THPVariable_Wrap(std::move(value));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* known_loss(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  static PyObject *const buffers = interned("_buffers"), *const weight = interned("weight"),
+                         *const pos_weight = interned("pos_weight"),
+                         *const ignore_index = interned("ignore_index"),
+                         *const reduction = interned("reduction"), *const none = PyLong_FromLong(0);
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 2, "known_loss: expected what is known and a loss");
+  PyObject *const losses = arguments[0], *const loss = arguments[1];
+  const bool is_function = PyFunction_Check(loss);
+  PyObject* const row = get(losses, is_function ? loss : reinterpret_cast<PyObject*>(Py_TYPE(loss)));
+  if (!row || is_function) return Py_NewRef(row ? row : Py_None);
+  THPObjectPtr own = attributes_of(PyTuple_GET_ITEM(row, 0), loss);
+  PyObject* const how = own ? get(own, reduction) : nullptr;
+  const bool is_mean = how && PyUnicode_Check(how) && PyUnicode_CompareWithASCIIString(how, "mean") == 0;
+  if (!is_mean && !(how && PyUnicode_Check(how) && PyUnicode_CompareWithASCIIString(how, "sum") == 0))
+    Py_RETURN_NONE;
+  PyObject* const tensors = get(own, buffers);
+  const auto item = [](PyObject* dict, PyObject* key, PyObject* otherwise) {
+    PyObject* const found = get(dict, key);
+    return found ? found : otherwise;
+  };
+  return PyTuple_Pack(6, PyTuple_GET_ITEM(row, 1), is_mean ? Py_True : Py_False,
+                      item(tensors, weight, Py_None), item(tensors, pos_weight, Py_None),
+                      item(own, ignore_index, none), item(own, PyTuple_GET_ITEM(row, 2), none));
+  END_HANDLE_TH_ERRORS
 }
 
 TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
