@@ -234,6 +234,15 @@ int64_t cross_entropy(const CrossEntropy&, void* workspace, int threads);
 int64_t train_workspace(const Step&, int threads);
 int64_t train(const Step&, void* workspace, int threads);
 
+// The same of several networks, each as it is alone, to the bit. Those of `layers` have `count` layers each, and follow one
+// another. The wrong target's row is counted through all of them.
+int64_t forward_workspace(const Forward* layers, int64_t count, int64_t networks, int threads);
+void forward(const Forward* layers, int64_t count, int64_t networks, void* workspace, int threads);
+int64_t backward_workspace(const Backward* layers, int64_t count, int64_t networks, int threads);
+void backward(const Backward* layers, int64_t count, int64_t networks, void* workspace, int threads);
+int64_t train_workspace(const Step* steps, int64_t networks, int threads);
+int64_t train(const Step* steps, int64_t networks, void* workspace, int threads);
+
 }  // namespace cpu
 
 namespace cuda {

@@ -7,6 +7,7 @@
 #include "torch/checks.cpp"
 #include "torch/clip.cpp"
 #include "torch/cross_entropy.cpp"
+#include "torch/ensemble.cpp"
 #ifdef FASTMLP_WITH_CUDA
 #include "torch/library.cpp"
 #endif

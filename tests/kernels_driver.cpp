@@ -124,6 +124,22 @@ int backward(const Backward* layers, int64_t count, void* workspace, unsigned va
   cpu::backward(layers, count, workspace, threads(variant));
   return 0;
 }
+int forward_all(const Forward* layers, int64_t count, int64_t networks, void* workspace, unsigned variant) {
+  omp_set_num_threads(threads(variant));
+  cpu::forward(layers, count, networks, workspace, threads(variant));
+  return 0;
+}
+int backward_all(const Backward* layers, int64_t count, int64_t networks, void* workspace, unsigned variant) {
+  omp_set_num_threads(threads(variant));
+  cpu::backward(layers, count, networks, workspace, threads(variant));
+  return 0;
+}
+int64_t forward_all_workspace(const Forward* layers, int64_t count, int64_t networks, unsigned variant) {
+  return cpu::forward_workspace(layers, count, networks, threads(variant));
+}
+int64_t backward_all_workspace(const Backward* layers, int64_t count, int64_t networks, unsigned variant) {
+  return cpu::backward_workspace(layers, count, networks, threads(variant));
+}
 int optimize(const Optimizer* o, const Update* updates, int64_t count, unsigned variant) {
   omp_set_num_threads(threads(variant));
   cpu::optimize(*o, updates, count, threads(variant));

@@ -59,6 +59,7 @@ FAULTS = [
     Fault("csrc/cpu/isa/softmax.inc", "if (counts) grad[t] -=", "grad[t < 0 ? 0 : t] -=", PORTABLE),
     Fault("csrc/cpu/isa/avx2.cpp", "if (n & 1) _mm_store_ss(p, rest);", "if (n & 3) _mm_store_ss(p, rest);", "tests/test_kernels.py -m slow -k avx2-float32"),
     Fault("csrc/cpu/network.cpp", "first > rows.begin, nullptr, 0, 1)", "false, nullptr, 0, 1)", PORTABLE),
+    Fault("csrc/cpu/ensemble.cpp", "for (int64_t n = alone; n < networks; ++n)", "for (int64_t n = alone + 1; n < networks; ++n)", PORTABLE),
     Fault("csrc/cpu/loss.cpp", "if (t < 0 || t >= p.C)", "if (t < 0 || t > p.C)", PORTABLE),
     Fault("csrc/cpu/loss.cpp", "if (sums.wrong < 0) sums.wrong = b->wrong;", "sums.wrong = b->wrong;", PORTABLE),
     # CUDA's kernels, on the emulator.
@@ -110,6 +111,8 @@ FAULTS = [
     # The ops; these build the extension.
     Fault("csrc/torch/clip.cpp", "if (error_if_nonfinite && !std::isfinite", "if (!std::isfinite", "tests/test_clip.py"),
     Fault("csrc/torch/clip.cpp", "  return !overlap(std::move(memories));", "  return true;", "tests/test_clip.py"),
+    Fault("csrc/torch/ensemble.cpp", "grads[0] = grads[0].sum(0);", "grads[0] = grads[0].select(0, 0);", "tests/test_ensemble.py"),
+    Fault("csrc/torch/ensemble.cpp", "!at::GradMode::is_enabled() && ", "", "tests/test_ensemble.py -k gradients_of_gradients"),
     Fault("csrc/torch/chain.cpp", "if (input.dim() == 2) layers.front().ldx = input.stride(0);", "", "tests/test_fuse.py -k nobody_sees"),
     Fault("csrc/torch/chain.cpp", "return !is_differentiated && ", "return ", "tests/test_fuse.py -k values_and_gradients"),
     Fault("csrc/torch/chain.cpp", "keys = (keys | local.included_) - local.excluded_;", "keys = keys - local.excluded_;", "tests/test_fuse.py -k nobody_sees"),

@@ -297,7 +297,9 @@ def backend(request, builds: Builds) -> ctypes.CDLL:
 
 def loaded(path: Path, name: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
-    workspaces = [f"{name}_workspace" for name in ("forward", "backward", "cross_entropy", "clip")]
+    calls = ["forward", "backward", "cross_entropy", "clip"]
+    calls += ["forward_all", "backward_all"] if name in INSTRUCTION_SETS else []
+    workspaces = [f"{call}_workspace" for call in calls]
     for function in (*workspaces, "cross_entropy"):
         getattr(library, function).restype = ctypes.c_int64
     library.activations.restype = ctypes.c_char_p
@@ -398,14 +400,20 @@ def complaint(backend: ctypes.CDLL) -> str:
     return backend.complaint().decode()
 
 
-def run(backend: ctypes.CDLL, variant: int, *layers: Forward | Backward) -> None:
-    """Calls the backend with the layers, in a workspace of the size that it asks for."""
+def run(backend: ctypes.CDLL, variant: int, *layers: Forward | Backward, networks: int | None = None) -> None:
+    """Calls the backend with the layers, in a workspace of the size that it asks for.
+
+    `networks`: how many networks they are, one after the other, where they are called together.
+    """
     name = "forward" if isinstance(layers[0], Forward) else "backward"
     array = (type(layers[0]) * len(layers))(*layers)
-    count = ctypes.c_int64(len(layers))
-    size = getattr(backend, f"{name}_workspace")(array, count, variant)
+    counts = [len(layers)]
+    if networks is not None:
+        name, counts = f"{name}_all", [len(layers) // networks, networks]
+    arguments = array, *map(ctypes.c_int64, counts)
+    size = getattr(backend, f"{name}_workspace")(*arguments, variant)
     workspace = Buffer("float32", (size // 4,))
-    error = getattr(backend, name)(array, count, ctypes.c_void_p(workspace.pointer), variant)
+    error = getattr(backend, name)(*arguments, ctypes.c_void_p(workspace.pointer), variant)
     assert error == 0, f"error {error}: {complaint(backend)}"
     workspace.check_bands()
 
@@ -712,6 +720,44 @@ def check_network(backend, dtype, batch, sizes, activations):
     run(backend, 3, *arguments)
     for name, index in [("grad_x", -1), *itertools.product(EVERYTHING[1:], range(len(layers)))]:
         assert (together[index][name].float64() == alone[index][name].float64()).all()
+
+
+@pytest.mark.parametrize("batch", [70, 1100])  # by layers, and by rows
+@every_variant
+@every_backend(INSTRUCTION_SETS)
+def test_networks_together_give_the_bits_of_each_alone(backend, variant, batch):
+    networks = [
+        [Layer(backend, "float32", "silu", (batch, 33, 20), seed=2 * n),
+         Layer(backend, "float32", "relu", (batch, 5, 33), seed=2 * n + 1)]
+        for n in range(5)
+    ]  # fmt: skip
+
+    def forward():
+        ys = [Buffer("float32", (batch, 5)) for _ in networks]
+        return ys, [
+            layer
+            for y, (first, last) in zip(ys, networks, strict=True)
+            for layer in (first.forward_arguments(first.x_memory, None), last.forward_arguments(None, y))
+        ]
+
+    def backward():
+        outputs, layers = [], []
+        for first, last in networks:
+            own = last.gradients("grad_weight", "grad_bias"), first.gradients(*EVERYTHING)
+            arguments = last.backward_arguments(**own[0]), first.backward_arguments(**own[1])
+            arguments[0].weight, arguments[1].grad_y = last.weight_memory.pointer, None
+            outputs += [gradient for each in own for gradient in each.values()]
+            layers += arguments
+        return outputs, layers
+
+    for direction in (forward, backward):
+        outputs, layers = direction()
+        for n in range(len(networks)):
+            run(backend, 0, *layers[2 * n : 2 * n + 2])
+        alone = [output.float64() for output in outputs]
+        outputs, layers = direction()
+        run(backend, variant, *layers, networks=len(networks))
+        assert all((output.float64() == right).all() for output, right in zip(outputs, alone, strict=True))
 
 
 @every_backend()

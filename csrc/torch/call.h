@@ -17,6 +17,10 @@ PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 // the three lists of weights, biases and activations. NotImplemented where they are not.
 PyObject* find_layers(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
+// ensemble(known, models, input): what each of the models, which are layers alone and of equal shapes, makes of the input, or of
+// its own in the input's first of three dimensions. NotImplemented, with nothing done, where they are not, or somebody looks on.
+PyObject* ensemble(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
 // is_untouched(known): whether there are no hooks for all modules, and torch's functions are what they have been.
 PyObject* is_untouched(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 

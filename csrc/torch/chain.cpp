@@ -63,7 +63,6 @@ class Walk {
     return true;
   }
 
- private:
   bool part(PyObject* o) {
     static PyObject* const of_fused = interned("__fastmlp__");
     PyTypeObject* const type = Py_TYPE(o);
@@ -76,6 +75,7 @@ class Walk {
     return own && named(PyTuple_GET_ITEM(role, 0), own, PyTuple_GET_ITEM(role, 4), o);
   }
 
+ private:
   bool function(PyObject* o) {
     static PyObject* const no_arguments = PyDict_New();
     PyObject* const name = get(known.functions, o);
@@ -273,6 +273,16 @@ bool nobody_sees(c10::DispatchKeySet keys) {
                                      c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
   return keys - passed == c10::DispatchKeySet(c10::DispatchKey::CPU) &&
          !at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
+}
+
+bool find_chains(PyObject* known, PyObject* parts, std::vector<Chain>& chains) {
+  const Known own(known);
+  const Objects items = items_of(parts);
+  chains = std::vector<Chain>(items.size());
+  if (at::impl::PythonTorchFunctionTLS::stack_len() > 0 || !is_untouched(own)) return false;
+  for (size_t i = 0; i < items.size(); ++i)
+    if (!Walk(own, chains[i]).part(items[i])) return false;
+  return true;
 }
 
 void run_here(Forward* layers, int64_t count) {

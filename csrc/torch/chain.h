@@ -3,6 +3,8 @@
 
 #include <torch/csrc/utils/object_ptr.h>
 
+#include <vector>
+
 #include "arguments.h"
 #include "backends.h"
 
@@ -20,6 +22,9 @@ struct Chain {
   using Objects = c10::SmallVector<PyObject*, 8>;
   Objects views, weights, biases, activations;
 };
+
+// Whether each of the parts is layers alone, where nobody looks on: its chain then. `known` is what layers.py knows.
+bool find_chains(PyObject* known, PyObject* parts, std::vector<Chain>& chains);
 
 // Other threads of Python go on meanwhile.
 struct Unlocked {

@@ -80,6 +80,7 @@ PyMethodDef functions[] = {
     {"batch", fast(fastmlp::batch), METH_FASTCALL, nullptr},
     {"clip_grad_norm", fast(fastmlp::clip_grad_norm), METH_FASTCALL, nullptr},
     {"count_up_numbers", fast(fastmlp::count_up_numbers), METH_FASTCALL, nullptr},
+    {"ensemble", fast(fastmlp::ensemble), METH_FASTCALL, nullptr},
     {"find", fast(fastmlp::find), METH_FASTCALL, nullptr},
     {"find_layers", fast(fastmlp::find_layers), METH_FASTCALL, nullptr},
     {"is_unchanged", fast(fastmlp::is_unchanged), METH_FASTCALL, nullptr},

@@ -1,0 +1,98 @@
+// Networks beside one another: a thread takes whole ones, waits for nobody, and finds them again in its cache at the next
+// call. Those left over, fewer than threads, are shared by all threads one after the other, where each is worth it.
+#include "loss.h"
+#include "plan.h"
+
+namespace fastmlp::cpu {
+namespace {
+
+// What there is to one network, of its layers, or of a step that counts as one.
+double work(const Forward* layers, int64_t count) {
+  return Plan({.forward = layers, .forwards = count}, nullptr, 1).multiply_adds;
+}
+double work(const Backward* layers, int64_t count) {
+  return Plan({.backward = layers, .backwards = count}, nullptr, 1).multiply_adds;
+}
+double work(const Step* s, int64_t) { return 3 * work(s->layers, s->count); }
+
+int64_t bytes(const Forward* layers, int64_t count, int threads) {
+  return forward_workspace(layers, count, threads);
+}
+int64_t bytes(const Backward* layers, int64_t count, int threads) {
+  return backward_workspace(layers, count, threads);
+}
+int64_t bytes(const Step* s, int64_t, int threads) { return train_workspace(*s, threads); }
+
+void run(const Forward* layers, int64_t count, void* workspace, int threads) {
+  forward(layers, count, workspace, threads);
+}
+void run(const Backward* layers, int64_t count, void* workspace, int threads) {
+  backward(layers, count, workspace, threads);
+}
+void run(const Step* s, int64_t, void* workspace, int threads) { train(*s, workspace, threads); }
+
+template <class Layer>
+struct Networks {
+  const Layer* layers;
+  int64_t count, networks;
+  int threads;
+  double multiply_adds = networks ? work(layers, count) : 0;
+  int64_t alone = multiply_adds < FASTMLP_LEAST_PARALLEL_WORK ? networks : networks - networks % threads;
+
+  int64_t most_bytes(int threads) const {
+    int64_t most = 0;
+    for (int64_t n = 0; n < networks; ++n) most = std::max(most, bytes(layers + n * count, count, threads));
+    return ceil_div(most, cache_line) * cache_line;
+  }
+  int64_t workspace() const {
+    return std::max(threads * most_bytes(1), alone < networks ? most_bytes(threads) : 0);
+  }
+
+  void run_all(void* workspace) const {
+    const auto run_one = [&](int64_t n, void* memory, int threads) {
+      run(layers + n * count, count, memory, threads);
+    };
+    const int64_t each = most_bytes(1);
+    share(threads, multiply_adds * double(alone), [&](int rank, int size) {
+      const Range own = part(alone, 1, rank, size);
+      for (int64_t n = own.begin; n < own.end; ++n)
+        run_one(n, static_cast<char*>(workspace) + rank * each, 1);
+    });
+    for (int64_t n = alone; n < networks; ++n) run_one(n, workspace, threads);
+  }
+};
+
+}  // namespace
+
+int64_t forward_workspace(const Forward* layers, int64_t count, int64_t networks, int threads) {
+  return Networks<Forward>{layers, count, networks, threads}.workspace();
+}
+
+void forward(const Forward* layers, int64_t count, int64_t networks, void* workspace, int threads) {
+  Networks<Forward>{layers, count, networks, threads}.run_all(workspace);
+}
+
+int64_t backward_workspace(const Backward* layers, int64_t count, int64_t networks, int threads) {
+  return Networks<Backward>{layers, count, networks, threads}.workspace();
+}
+
+void backward(const Backward* layers, int64_t count, int64_t networks, void* workspace, int threads) {
+  Networks<Backward>{layers, count, networks, threads}.run_all(workspace);
+}
+
+int64_t train_workspace(const Step* steps, int64_t networks, int threads) {
+  return Networks<Step>{steps, 1, networks, threads}.workspace();
+}
+
+// All targets are looked at before anything is changed.
+int64_t train(const Step* steps, int64_t networks, void* workspace, int threads) {
+  int64_t wrong = -1, rows = 0;
+  for (const Step* s = steps; s != steps + networks; rows += s++->layers->M) {
+    divisor(*s, wrong);
+    if (wrong >= 0) return rows + wrong;
+  }
+  Networks<Step>{steps, 1, networks, threads}.run_all(workspace);
+  return -1;
+}
+
+}  // namespace fastmlp::cpu

@@ -1,0 +1,258 @@
+"""An ensemble computes what its models compute, to the bit, and leaves them what they are."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from reference import chain, gradients
+from torch import nn
+
+import fastmlp
+
+
+def ensemble_of(count, *sizes, **options):
+    return fastmlp.Ensemble([fastmlp.fuse(chain(*sizes, **options)) for _ in range(count)])
+
+
+def one_by_one(ensemble, x):
+    """The same, of calls of the models."""
+    xs = [x] * len(ensemble.models) if x.dim() == 2 else x
+    return torch.stack([model(own) for model, own in zip(ensemble.models, xs, strict=True)])
+
+
+def is_together(y):
+    return "EnsembleFunction" in y.grad_fn.name()
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+# Small ones, and such that those left over are shared by all threads: by layers and by rows.
+@pytest.mark.parametrize(
+    ("count", "batch", "sizes"), [(3, 5, (4, 7, 2)), (5, 70, (20, 130, 65)), (4, 1100, (9, 65, 33))]
+)
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])  # of which backward reads y, and z
+@pytest.mark.parametrize("is_shared", [True, False], ids=["shared", "own"])
+def test_output_and_gradients_are_the_models_to_the_bit(threads, count, batch, sizes, activation, is_shared):
+    torch.manual_seed(0)
+    ensemble = ensemble_of(count, *sizes, activation=activation)
+    x = torch.randn(*(() if is_shared else (count,)), batch, sizes[0])
+    wanted = [*ensemble.parameters()]
+    y, *own = gradients(ensemble(x), *wanted)
+    _, *right = gradients(one_by_one(ensemble, x), *wanted)
+    assert is_together(y)
+    torch.testing.assert_close(y, one_by_one(ensemble, x), rtol=0, atol=0)
+    torch.testing.assert_close(own, right, rtol=0, atol=0)
+    with torch.no_grad():
+        assert torch.equal(ensemble(x), y)
+
+
+def test_the_gradient_of_what_each_model_gets_is_its_own_and_of_what_they_share_the_sum():
+    ensemble, x = ensemble_of(3, 4, 7, 2), torch.randn(3, 5, 4, requires_grad=True)
+    _, own = gradients(ensemble(x), x)
+    _, right = gradients(one_by_one(ensemble, x), x)
+    assert torch.equal(own, right)
+    shared = x.detach()[0].requires_grad_()
+    _, own = gradients(ensemble(shared), shared)
+    _, right = gradients(one_by_one(ensemble, shared), shared)
+    torch.testing.assert_close(own, right)
+
+
+@pytest.mark.parametrize("wanted", [[0], [3], [1, 10], [11]], ids=str)
+def test_some_of_the_gradients_can_be_had_alone(wanted):
+    ensemble, x = ensemble_of(3, 4, 7, 2), torch.randn(5, 4)
+    some = [[*ensemble.parameters()][number] for number in wanted]
+    own = torch.autograd.grad(ensemble(x).sum(), some)
+    right = torch.autograd.grad(one_by_one(ensemble, x).sum(), some)
+    assert all(torch.equal(a, b) for a, b in zip(own, right, strict=True))
+
+
+@pytest.mark.parametrize("frozen", ["0.weight", "0.bias", "2.weight"])
+def test_parameters_that_are_frozen_in_all_models_get_no_gradient(frozen):
+    ensemble, x = ensemble_of(3, 4, 7, 2), torch.randn(5, 4)
+    for model in ensemble.models:
+        model.get_parameter(frozen).requires_grad_(False)
+    y = ensemble(x)
+    assert is_together(y)
+    y.sum().backward()
+    own = [parameter.grad for parameter in ensemble.parameters()]
+    ensemble.zero_grad()
+    one_by_one(ensemble, x).sum().backward()
+    for grad, parameter in zip(own, ensemble.parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.SiLU])
+@pytest.mark.parametrize("is_shared", [True, False], ids=["shared", "own"])
+def test_gradients_of_gradients_are_right(activation, is_shared):
+    models = [chain(3, 4, 2, activation=activation).double() for _ in range(2)]
+    x = torch.randn(*(() if is_shared else (2,)), 5, 3, dtype=torch.float64)
+    penalties = []
+    for dtype, compute in ((torch.float32, fastmlp.Ensemble(models)), (torch.float64, None)):
+        for model in models:
+            model.to(dtype)
+        own = x.to(dtype).requires_grad_()
+        y = compute(own) if compute else one_by_one(fastmlp.Ensemble(models), own)
+        (grad,) = torch.autograd.grad(y.square().sum(), own, create_graph=True)
+        parameters = [parameter for model in models for parameter in model.parameters()]
+        found = torch.autograd.grad(grad.square().sum(), [own, *parameters], materialize_grads=True)
+        penalties.append([each.double() for each in found])
+    torch.testing.assert_close(*penalties, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(5, 4).expand(3, 5, 4),
+        torch.randn(3, 5, 8)[:, :, ::2],
+        torch.randn(3, 4, 5).transpose(1, 2),
+        torch.randn(5, 3, 4).transpose(0, 1),
+        torch.randn(4, 5).t(),
+        torch.randn(1, 4).expand(5, 4),
+        torch.randn(0, 4),
+        torch.randn(3, 0, 4),
+    ],
+    ids=lambda x: f"{list(x.shape)} {x.stride()}",
+)
+def test_x_may_lie_as_it_likes(x):
+    ensemble = ensemble_of(3, 4, 7, 2)
+    wanted = [*ensemble.parameters()]
+    y, *own = gradients(ensemble(x), *wanted)
+    right_y, *right = gradients(one_by_one(ensemble, x), *wanted)
+    assert is_together(y)
+    torch.testing.assert_close([y, *own], [right_y, *right], rtol=0, atol=0)
+
+
+def of_other_widths():
+    return [chain(4, hidden, 2) for hidden in (7, 8)]
+
+
+def of_other_activations():
+    return [chain(4, 7, 2, activation=kind) for kind in (nn.ReLU, nn.Tanh)]
+
+
+def of_other_layers():
+    return [nn.Sequential(nn.Linear(4, 7), nn.LayerNorm(7), nn.Linear(7, 2)) for _ in range(2)]
+
+
+def in_double_precision():
+    return [chain(4, 7, 2).double() for _ in range(2)]
+
+
+def one_frozen():
+    models = [chain(4, 7, 2) for _ in range(2)]
+    models[1][0].weight.requires_grad_(False)
+    return models
+
+
+def one_without_bias():
+    return [nn.Sequential(nn.Linear(4, 2, bias=bias)) for bias in (True, False)]
+
+
+def one_hooked():
+    models = [chain(4, 7, 2) for _ in range(2)]
+    models[1][0].register_forward_hook(lambda module, args, output: 2 * output)
+    return models
+
+
+OTHERS = [of_other_widths, of_other_activations, of_other_layers, in_double_precision]
+OTHERS += [one_frozen, one_without_bias, one_hooked]
+
+
+@pytest.mark.parametrize("models", OTHERS)
+def test_other_models_are_called_one_after_the_other(models):
+    ensemble = fastmlp.Ensemble(models())
+    x = torch.randn(5, 4, dtype=next(ensemble.parameters()).dtype)
+    wanted = [parameter for parameter in ensemble.parameters() if parameter.requires_grad]
+    y, *own = gradients(ensemble(x), *wanted)
+    assert not is_together(y)
+    torch.testing.assert_close([y, *own], [*gradients(one_by_one(ensemble, x), *wanted)])
+
+
+def test_what_looks_on_sees_the_models():
+    ensemble, x = ensemble_of(2, 4, 7, 2), torch.randn(5, 4)
+    right = one_by_one(ensemble, x).detach()
+    called = []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module)):
+        ensemble(x)
+    assert [module for module in called if module in [*ensemble.models]] == [*ensemble.models]
+    with torch.profiler.profile() as profile:
+        ensemble(x)
+    assert sum(event.name == "fastmlp::network_forward" for event in profile.events()) == 2
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: called.append(t) or t, lambda t: t):
+        assert not is_together(ensemble(x))
+    torch.testing.assert_close(torch.func.vmap(ensemble)(x.expand(3, 5, 4)), right.expand(3, 2, 5, 2))
+    _, tangent = torch.func.jvp(ensemble, (x,), (torch.ones_like(x),))
+    _, expected = torch.func.jvp(lambda x: one_by_one(ensemble, x), (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ensemble(x).dtype == torch.bfloat16
+
+
+def test_gradients_of_a_batch_of_outputs_are_right():
+    ensemble, directions = ensemble_of(2, 4, 7, 2), torch.randn(3, 2, 5, 2)
+    parameters, y = [*ensemble.parameters()], ensemble(torch.randn(5, 4))
+    each = [torch.autograd.grad(y, parameters, direction, retain_graph=True) for direction in directions]
+    own = torch.autograd.grad(y, parameters, directions, is_grads_batched=True)
+    torch.testing.assert_close(own, tuple(map(torch.stack, zip(*each, strict=True))))
+
+
+def test_a_compiled_ensemble_is_the_same():
+    ensemble, x = ensemble_of(2, 4, 7, 2), torch.randn(5, 4)
+    compiled = torch.compile(ensemble, backend="aot_eager", fullgraph=True)
+    y, *own = gradients(compiled(x), *ensemble.parameters())
+    torch.testing.assert_close([y, *own], [*gradients(ensemble(x), *ensemble.parameters())])
+
+
+def test_what_backward_reads_must_not_have_been_changed_meanwhile():
+    ensemble, x = ensemble_of(2, 4, 7, 2), torch.randn(5, 4)
+    y = ensemble(x)
+    with torch.no_grad():
+        ensemble.models[1][0].bias.add_(1)  # which it does not read
+    y.sum().backward(retain_graph=True)
+    with torch.no_grad():
+        ensemble.models[1][2].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_bfloat16_is_computed_together():
+    ensemble, x = ensemble_of(3, 4, 7, 2).bfloat16(), torch.randn(5, 4).bfloat16()
+    before = fastmlp._C.instruction_set()
+    fastmlp._C.use_instruction_set(before)  # asks for the kernels, on every processor
+    y, *own = gradients(ensemble(x), *ensemble.parameters())
+    assert is_together(y)
+    torch.testing.assert_close(
+        [y, *own], [*gradients(one_by_one(ensemble, x), *ensemble.parameters())], rtol=0, atol=0
+    )
+
+
+def test_models_stay_modules_of_their_own():
+    models = [chain(4, 7, 2) for _ in range(2)]
+    ensemble, x = fastmlp.Ensemble(models), torch.randn(5, 4)
+    assert [*ensemble.models] == models
+    models[1].load_state_dict(models[0].state_dict())
+    assert torch.equal(*ensemble(x))
+    ensemble.models[1] = chain(4, 7, 2)
+    assert not torch.equal(*ensemble(x))
+    for other in (copy.deepcopy(ensemble), pickle.loads(pickle.dumps(ensemble))):
+        assert torch.equal(other(x), ensemble(x))
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"models: expected one or more, got none"):
+        fastmlp.Ensemble([])
+    with pytest.raises(TypeError, match=r"models\[1\]: expected a torch.nn.Module, got function"):
+        fastmlp.Ensemble([chain(4, 2), lambda x: x])
+    ensemble = ensemble_of(2, 4, 7, 2)
+    for shape in ((4,), (3, 5, 4), (1, 2, 5, 4)):
+        with pytest.raises(ValueError, match=r"x: expected shape \[batch, in_features\], or \[2, batch, in_"):
+            ensemble(torch.randn(shape))
+    with pytest.raises(RuntimeError, match=r"input: expected shape"):
+        ensemble(torch.randn(5, 3))
