@@ -8,6 +8,7 @@
 #include "torch/clip.cpp"
 #include "torch/cross_entropy.cpp"
 #include "torch/ensemble.cpp"
+#include "torch/ensemble_step.cpp"
 #ifdef FASTMLP_WITH_CUDA
 #include "torch/library.cpp"
 #endif

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,14 @@ from .nn import CrossEntropyLoss
 from .optim import OPTIMIZERS, clip_grad_norm_, drop_gradients, take_step
 from .rewrite import Rewritten
 
-__all__ = ["TrainStep"]
+__all__ = ["KINDS", "LOOP", "LOSSES", "NOT_KNOWN", "ONE_CALL", "TrainStep"]
 
 _network_backward = torch.ops.fastmlp.network_backward.default
 
 
 #: What csrc/torch/step.cpp is to know of losses: by class, the methods that it must have, its name there, and
 #: the attribute that is the label smoothing or the bound; and functions that are by themselves a loss's mean.
-_LOSSES: dict[Any, tuple[Any, ...]] = {
+LOSSES: dict[Any, tuple[Any, ...]] = {
     owner: (Role.of(owner, name), name, number)
     for owner, name, number in (
         (nn.CrossEntropyLoss, "cross_entropy", "label_smoothing"),
@@ -44,6 +44,8 @@ _LOSSES: dict[Any, tuple[Any, ...]] = {
     F.huber_loss: ("huber", True, None, None, 0, 1.0),
     F.binary_cross_entropy_with_logits: ("bce_with_logits", True, None, None, 0, 0.0),
 }
+#: Models that have a step of their own.
+KINDS: dict[type[nn.Module], Any] = {}
 _CAPTURED = {"cuda"}  # the devices whose steps become graphs
 
 
@@ -111,6 +113,12 @@ class TrainStep:
         TrainStep(MLP, CrossEntropyLoss, SGD), in one call
     """
 
+    def __new__(cls, model: Any = None, *_: Any, **__: Any) -> Self:
+        """A step of the model's own kind, where there is one."""
+        own: Any = next((step for kind, step in KINDS.items() if isinstance(model, kind)), cls)
+        made: Self = object.__new__(own if issubclass(own, cls) else cls)
+        return made
+
     def __init__(
         self,
         model: nn.Module,
@@ -168,7 +176,7 @@ class TrainStep:
         loss = self.loss if hasattr(self.loss, "__name__") else type(self.loss)
         names = type(self.model).__name__, loss.__name__, type(self.optimizer).__name__
         way, why = self._way or self._expected_way()
-        return f"TrainStep({', '.join(names)}), {way}" + (f": {why}" if way == _LOOP else "")
+        return f"TrainStep({', '.join(names)}), {way}" + (f": {why}" if way == LOOP else "")
 
     def reason(self, *batch: Any) -> str | None:
         """Why the last call was not one call of a kernel, or the first would not be; None where it is.
@@ -179,7 +187,7 @@ class TrainStep:
         expected = self._expected_way()
         if not batch:
             return (self._way or expected)[1]
-        if expected[0] == _LOOP:  # of hooks, say, which copies do not have
+        if expected[0] == LOOP:  # of hooks, say, which copies do not have
             return expected[1]
         other = copy.deepcopy(self)
         other.strict = False
@@ -210,7 +218,7 @@ class TrainStep:
             raise RuntimeError(
                 "TrainStep: expected gradients to be enabled, which the loss needs to be taken"
             )
-        known = _C.known_loss(_LOSSES, self.loss) if len(targets) == 1 else None
+        known = _C.known_loss(LOSSES, self.loss) if len(targets) == 1 else None
         is_plain = self.accumulate == 1 and self.process_group is None and "cpu" not in _CAPTURED
         if known is not None and is_plain:
             try:
@@ -218,7 +226,7 @@ class TrainStep:
             except (*_REFUSALS, Slower):  # which the other ways will meet again
                 value = NotImplemented
             if value is not NotImplemented:
-                self._way = _ONE_CALL, None
+                self._way = ONE_CALL, None
                 return value
         if isinstance(self.optimizer, torch.optim.LBFGS):
             return self._closure_step(x, targets)
@@ -257,8 +265,8 @@ class TrainStep:
         try:
             self._check_options()
         except Slower as slower:
-            return _LOOP, str(slower)
-        return (_ONE_CALL, None) if _C.known_loss(_LOSSES, self.loss) else (_TWO_CALLS, _NOT_KNOWN)
+            return LOOP, str(slower)
+        return (ONE_CALL, None) if _C.known_loss(LOSSES, self.loss) else (_TWO_CALLS, NOT_KNOWN)
 
     # ---- in calls of kernels
 
@@ -277,7 +285,7 @@ class TrainStep:
         if torch.is_autocast_enabled(device):
             raise Slower(f"autocast is enabled on {device}")
         known = (
-            _C.known_loss(_LOSSES, self.loss)
+            _C.known_loss(LOSSES, self.loss)
             if len(targets) == 1 and type(targets[0]) in functional.TENSORS
             else None
         )
@@ -290,14 +298,14 @@ class TrainStep:
             return value
         if device in _CAPTURED or device != "cpu":
             raise Slower(f"on {device} a step is the loop, or with a loss that the kernels know a CUDA graph")
-        why = _NOT_KNOWN
+        why = NOT_KNOWN
         if known is not None:
             try:
                 value = self._call(layers, x, targets[0], known)
             except _REFUSALS as error:
                 why = str(error)  # torch will do it, or raise
             else:
-                self._way = _ONE_CALL, None
+                self._way = ONE_CALL, None
                 return value
         parameters, is_clipped = [*parameters_of(layers)], self.max_grad_norm is not None
         if slower := _C.why_not_trained(OPTIMIZERS, self.optimizer, parameters, is_clipped):
@@ -391,7 +399,7 @@ class TrainStep:
         """Notes that the step is the loop, or raises where it must not be."""
         if self.strict:
             raise ValueError(f"strict: expected no step that is the standard loop, but {why}")
-        self._way = _LOOP, why
+        self._way = LOOP, why
 
     def _standard_step(self, x: Any, targets: tuple[Any, ...], layers: Layers, why: str) -> Any:
         """The loop, from what comes to the last layers; without any, from what the model has returned."""
@@ -440,8 +448,8 @@ class TrainStep:
         return _detached(first)
 
 
-_ONE_CALL, _TWO_CALLS, _LOOP = "in one call", "in two calls around the loss", "in the standard loop"
-_NOT_KNOWN = "loss: the kernels know torch's own, of one target, as a mean or a sum"
+ONE_CALL, _TWO_CALLS, LOOP = "in one call", "in two calls around the loss", "in the standard loop"
+NOT_KNOWN = "loss: the kernels know torch's own, of one target, as a mean or a sum"
 _LBFGS = "optimizer: LBFGS asks for the loss itself"
 _GIVEN = ("given", False, None, None, 0, 0.0)  # a loss whose gradient is known
 _REFUSALS = IndexError, RuntimeError, TypeError, ValueError  # of the op

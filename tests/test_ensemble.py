@@ -256,3 +256,261 @@ def test_what_does_not_fit_is_refused_by_name():
             ensemble(torch.randn(shape))
     with pytest.raises(RuntimeError, match=r"input: expected shape"):
         ensemble(torch.randn(5, 3))
+
+
+# ---- steps
+
+
+def sgd(parameters, lr):
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=0.01)
+
+
+def adam(parameters, lr):
+    return torch.optim.Adam(parameters, lr=lr, amsgrad=True)
+
+
+def adamw(parameters, lr):
+    return fastmlp.AdamW(parameters, lr=lr, weight_decay=0.1)
+
+
+def one_each(models, kind):
+    return [kind(model.parameters(), lr=0.01 * (1 + index)) for index, model in enumerate(models)]
+
+
+def one_for_all(models, kind):
+    return kind([parameter for model in models for parameter in model.parameters()], lr=0.01)
+
+
+def one_of_groups(models, kind):
+    groups = [{"params": [*model.parameters()], "lr": 0.01 * (1 + n)} for n, model in enumerate(models)]
+    return kind(groups, lr=0.01)
+
+
+def batch_of(ensemble, loss, batch, is_shared=True):
+    layers = [layer for layer in ensemble.models[0].modules() if isinstance(layer, nn.Linear)]
+    lead = () if is_shared else (len(ensemble.models),)
+    x = torch.randn(*lead, batch, layers[0].in_features)
+    outputs = layers[-1].out_features
+    if isinstance(loss, nn.CrossEntropyLoss):
+        return x, torch.randint(outputs, (*lead, batch))
+    return x, torch.rand(*lead, batch, outputs)
+
+
+def assert_same_training(ensemble, loss, optimizers, batches, way="in one call", **options):
+    """The step against a TrainStep of each model, to the bit; the step."""
+    others, own_optimizers = copy.deepcopy((ensemble.models, optimizers(ensemble.models)))
+    optimizer = optimizers(ensemble.models)
+    step = fastmlp.TrainStep(ensemble, loss, optimizer, **options)
+    each = own_optimizers if isinstance(own_optimizers, list) else [own_optimizers] * len(others)
+    steps = [
+        fastmlp.TrainStep(*pair, **options) for pair in zip(others, [loss] * len(others), each, strict=True)
+    ]
+    for x, target in batches:
+        values = step(x, target)
+        is_shared = x.dim() == 2
+        right = [
+            one(x if is_shared else x[n], target if is_shared else target[n]) for n, one in enumerate(steps)
+        ]
+        torch.testing.assert_close(values, torch.stack(right), rtol=0, atol=0)
+        if options.get("max_grad_norm"):
+            norms = torch.stack([one.grad_norm for one in steps])
+            torch.testing.assert_close(step.grad_norm, norms, rtol=0, atol=0)
+    assert way in repr(step)
+    for own, right in zip(ensemble.parameters(), others.parameters(), strict=True):
+        torch.testing.assert_close(own, right, rtol=0, atol=0)
+    for own, right in zip(
+        *(o if isinstance(o, list) else [o] for o in (optimizer, own_optimizers)), strict=True
+    ):
+        torch.testing.assert_close(own.state_dict(), right.state_dict(), rtol=0, atol=0)
+    return step
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "sizes"), [(3, 5, (4, 7, 3)), (5, 70, (20, 130, 3)), (3, 1100, (9, 65, 3))]
+)
+@pytest.mark.parametrize(
+    ("optimizers", "kind", "max_grad_norm", "is_shared"),
+    [
+        (one_each, sgd, None, True),
+        (one_for_all, sgd, 0.1, False),
+        (one_each, adam, 0.1, False),
+        (one_of_groups, adam, None, True),
+        (one_of_groups, sgd, 0.1, True),
+        (one_for_all, adamw, 0.1, False),
+    ],
+)
+def test_a_step_is_that_of_each_model_to_the_bit(
+    threads, count, batch, sizes, optimizers, kind, max_grad_norm, is_shared
+):
+    torch.manual_seed(0)
+    ensemble, loss = ensemble_of(count, *sizes, activation=nn.SiLU), nn.CrossEntropyLoss()
+    batches = [batch_of(ensemble, loss, batch, is_shared) for _ in range(3)]
+    assert_same_training(
+        ensemble, loss, lambda models: optimizers(models, kind), batches, max_grad_norm=max_grad_norm
+    )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(torch.tensor([1.0, 0.5, 2.0]), ignore_index=1, label_smoothing=0.1),
+        nn.MSELoss(reduction="sum"),
+        nn.HuberLoss(delta=0.25),
+        nn.BCEWithLogitsLoss(pos_weight=torch.tensor([3.0, 0.0, 1.0])),
+        nn.functional.l1_loss,
+    ],
+    ids=lambda loss: getattr(loss, "__name__", type(loss).__name__),
+)
+def test_a_step_with_any_loss_of_the_table_is_that_of_each_model(loss):
+    ensemble = ensemble_of(3, 4, 7, 3)
+    batches = [batch_of(ensemble, loss, 12) for _ in range(2)]
+    assert_same_training(ensemble, loss, lambda models: one_each(models, sgd), batches)
+
+
+def squared_and_largest(y, target):
+    return (y - target).square().mean(), y.max()
+
+
+def rmsprop(parameters, lr):
+    return torch.optim.RMSprop(parameters, lr=lr)
+
+
+def with_parameters_in_common():
+    models = [chain(4, 7, 2) for _ in range(2)]
+    models[1][2].weight = models[0][2].weight
+    return models
+
+
+def alike():
+    return [chain(4, 7, 2) for _ in range(2)]
+
+
+CLIPPED = {"max_grad_norm": 0.1}
+SLOWER = [(models, nn.MSELoss(), sgd, CLIPPED, "models: they are no chains") for models in OTHERS]
+SLOWER += [
+    (with_parameters_in_common, nn.MSELoss(), sgd, CLIPPED, "share no memory"),
+    (alike, lambda y, target: (y - target).square().mean(), adam, CLIPPED, "loss: the kernels know"),
+    (
+        alike,
+        nn.MSELoss(),
+        rmsprop,
+        CLIPPED,
+        "optimizer: the kernels know SGD, Adam and AdamW, and not RMSprop",
+    ),
+    (alike, nn.MSELoss(), sgd, {"accumulate": 2}, "accumulate"),
+]
+
+
+@pytest.mark.parametrize(("models", "loss", "kind", "options", "why"), SLOWER)
+def test_what_the_kernels_do_not_cover_is_trained_model_by_model(models, loss, kind, options, why):
+    ensemble = fastmlp.Ensemble(models())
+    dtype = next(ensemble.parameters()).dtype
+    batches = [[each.to(dtype) for each in batch_of(ensemble, loss, 12)] for _ in range(3)]
+    step = assert_same_training(
+        ensemble, loss, lambda models: one_each(models, kind), batches, way="model by model", **options
+    )
+    assert why in fastmlp.why_not_fused(step)
+    before = copy.deepcopy(ensemble.state_dict())
+    step.strict = True
+    with pytest.raises(ValueError, match=r"strict: expected no step that goes model by model, but "):
+        step(*batches[0])
+    torch.testing.assert_close(ensemble.state_dict(), before)
+
+
+def test_what_a_loss_returns_beside_its_value_is_returned_for_each_model():
+    ensemble = ensemble_of(2, 4, 7, 2)
+    x, target = batch_of(ensemble, None, 5)
+    right = [squared_and_largest(model(x), target) for model in ensemble.models]
+    step = fastmlp.TrainStep(ensemble, squared_and_largest, one_each(ensemble.models, sgd))
+    values, largest = step(x, target)
+    torch.testing.assert_close(values, torch.stack([value.detach() for value, _ in right]))
+    assert largest == tuple(each for _, each in right)
+
+
+def test_a_target_that_is_no_class_changes_nothing():
+    ensemble, loss = ensemble_of(3, 4, 7, 2), nn.CrossEntropyLoss()
+    step = fastmlp.TrainStep(ensemble, loss, one_each(ensemble.models, adam))
+    x, target = batch_of(ensemble, loss, 5, is_shared=False)
+    step(x, target)
+    before = copy.deepcopy((ensemble.state_dict(), [own.state_dict() for own in step.optimizer]))
+    target[1, 3] = 2
+    with pytest.raises(IndexError, match=r"target: expected classes from 0 to 1, got 2 in row 3 of model 1"):
+        step(x, target)
+    torch.testing.assert_close((ensemble.state_dict(), [own.state_dict() for own in step.optimizer]), before)
+
+
+def test_models_losses_and_optimizers_may_be_exchanged_between_steps():
+    ensemble = ensemble_of(2, 4, 7, 2)
+    step = fastmlp.TrainStep(ensemble, nn.MSELoss(), one_each(ensemble.models, sgd))
+    x, target = batch_of(ensemble, None, 5)
+    step(x, target)
+    for loss in (
+        nn.L1Loss(),
+        lambda y, target: (y - target).square().sum(),
+    ):  # in one call, and model by model
+        ensemble.models[1] = chain(4, 7, 2)
+        step.optimizer, step.loss = one_each(ensemble.models, sgd), loss
+        right = [loss(model(x), target).detach() for model in ensemble.models]
+        before = copy.deepcopy(ensemble.state_dict())
+        torch.testing.assert_close(step(x, target), torch.stack(right))
+        changed = [not torch.equal(own, before[name]) for name, own in ensemble.state_dict().items()]
+        assert all(changed)
+
+
+def test_a_scheduler_of_one_model_sets_its_learning_rate():
+    ensemble = ensemble_of(2, 4, 7, 2)
+    optimizers = one_each(ensemble.models, torch.optim.SGD)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizers[0], lambda epoch: 1.0 if epoch == 0 else 0.0)
+    step = fastmlp.TrainStep(ensemble, nn.MSELoss(), optimizers)
+    x, target = batch_of(ensemble, None, 5)
+    step(x, target)
+    scheduler.step()
+    before = copy.deepcopy(ensemble.state_dict())
+    step(x, target)
+    same = [torch.equal(before[name], own) for name, own in ensemble.state_dict().items()]
+    assert same == [True] * 4 + [False] * 4
+
+
+def test_autograd_notices_that_a_step_has_changed_parameters():
+    ensemble = ensemble_of(2, 4, 7, 2)
+    x, target = batch_of(ensemble, None, 5)
+    y = ensemble(x)
+    fastmlp.TrainStep(ensemble, nn.MSELoss(), one_each(ensemble.models, sgd))(x, target)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_step_of_an_ensemble_can_be_copied_and_pickled():
+    ensemble = ensemble_of(2, 4, 7, 2)
+    x, target = batch_of(ensemble, None, 5)
+    step = fastmlp.TrainStep(ensemble, nn.MSELoss(), one_each(ensemble.models, adam), max_grad_norm=1.0)
+    step(x, target)
+    others = copy.deepcopy(step), pickle.loads(pickle.dumps(step))
+    values = [each(x, target) for each in (step, *others) for _ in range(2)]
+    assert all(torch.equal(values[n], values[n % 2]) for n in range(6))
+    assert fastmlp.why_not_fused(others[0]) is None
+
+
+def test_what_a_step_cannot_be_of_is_refused_by_name():
+    ensemble, loss = ensemble_of(2, 4, 7, 2), nn.MSELoss()
+    optimizers = one_each(ensemble.models, sgd)
+    with pytest.raises(ValueError, match=r"optimizer: expected one, or one for each of 2 models, got 1"):
+        fastmlp.TrainStep(ensemble, loss, optimizers[:1])
+    with pytest.raises(
+        TypeError, match=r"optimizer: expected a torch.optim.Optimizer or a list of them, got str"
+    ):
+        fastmlp.TrainStep(ensemble, loss, "adam")
+    with pytest.raises(TypeError, match=r"optimizer: expected a torch.optim.Optimizer, got NoneType"):
+        fastmlp.TrainStep(ensemble, loss, [optimizers[0], None])
+    with pytest.raises(ValueError, match=r"optimizer: expected one LBFGS for each model"):
+        fastmlp.TrainStep(ensemble, loss, torch.optim.LBFGS(ensemble.parameters()))
+    step = fastmlp.TrainStep(ensemble, loss, optimizers)
+    x, target = batch_of(ensemble, loss, 5, is_shared=False)
+    with pytest.raises(
+        ValueError, match=r"x: expected shape \[batch, in_features\], or \[2, batch, in_features\]"
+    ):
+        step(x[:1], target)
+    with pytest.raises(ValueError, match=r"target: expected shape \[2, ...\], as x has one for each"):
+        step(x, target[0])
+    with pytest.raises(RuntimeError, match=r"expected gradients to be enabled"), torch.no_grad():
+        step(x, target)

@@ -21,6 +21,11 @@ PyObject* find_layers(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 // its own in the input's first of three dimensions. NotImplemented, with nothing done, where they are not, or somebody looks on.
 PyObject* ensemble(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
+// train_ensemble(known, optimizers, models, x, target, loss, own, norm, max_norm, workspace): a training step of each of the
+// models, and their losses. As train_step; `own` is a list of one optimizer for all of them, or one for each, and norm has
+// an element for each, or is None.
+PyObject* train_ensemble(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
 // is_untouched(known): whether there are no hooks for all modules, and torch's functions are what they have been.
 PyObject* is_untouched(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 

@@ -66,6 +66,11 @@ bool Networks::find(PyObject* known, PyObject* models, const Tensor& input) {
   return true;
 }
 
+bool Networks::takes(const Tensor& input) const {
+  const bool is_one_each = input.dim() == 3 && input.size(0) == int64_t(count);
+  return (input.dim() == 2 || is_one_each) && input.size(-1) == K;
+}
+
 namespace {
 
 using torch::autograd::AutogradContext;
@@ -317,10 +322,8 @@ PyObject* ensemble(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (!is_plain(arguments[2])) Py_RETURN_NOTIMPLEMENTED;
   const Tensor input = THPVariable_Unpack(arguments[2]);
   Networks own;
-  if (at::SavedTensorDefaultHooks::get_hooks() || !own.find(arguments[0], arguments[1], input))
-    Py_RETURN_NOTIMPLEMENTED;
-  const bool is_shared = input.dim() == 2;
-  if ((!is_shared && (input.dim() != 3 || input.size(0) != int64_t(own.count))) || input.size(-1) != own.K)
+  if (at::SavedTensorDefaultHooks::get_hooks() || !own.find(arguments[0], arguments[1], input) ||
+      !own.takes(input))
     Py_RETURN_NOTIMPLEMENTED;
   variable_list params;
   bool has_grad = input.requires_grad();

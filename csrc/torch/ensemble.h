@@ -14,6 +14,9 @@ class Networks {
   // CPU, or where somebody looks on. `known` is what layers.py knows.
   bool find(PyObject* known, PyObject* models, const Tensor& input);
 
+  // Whether the input is one for all, [batch, K], or one for each, [networks, batch, K].
+  bool takes(const Tensor& input) const;
+
   // A layer's, of one of the networks; undefined for no bias.
   const Tensor& weight(size_t n, size_t i) const { return weights[n * layers + i]; }
   const Tensor& bias(size_t n, size_t i) const { return biases[n * layers + i]; }

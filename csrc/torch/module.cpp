@@ -95,6 +95,7 @@ PyMethodDef functions[] = {
     {"predict", fast(fastmlp::predict), METH_FASTCALL, nullptr},
     {"snapshot", fast(fastmlp::snapshot), METH_FASTCALL, nullptr},
     {"states", fast(fastmlp::states), METH_FASTCALL, nullptr},
+    {"train_ensemble", fast(fastmlp::train_ensemble), METH_FASTCALL, nullptr},
     {"train_step", fast(fastmlp::train_step), METH_FASTCALL, nullptr},
     {"why_not_trained", fast(fastmlp::why_not_trained), METH_FASTCALL, nullptr},
     {"differentiate_down_to", fast(fastmlp::differentiate_down_to), METH_FASTCALL, nullptr},

@@ -234,9 +234,14 @@ double CheckedStep::multiply_adds() const {
   return 3 * double(layers.front().M) * weights;
 }
 
-void CheckedStep::take(float* value) {
+const Step& CheckedStep::prepare(float* value) {
   optimize();
   step.value = value;
+  return step;
+}
+
+void CheckedStep::take(float* value) {
+  prepare(value);
   // Kept by the caller from step to step: a block as large would come from the system as new pages each time.
   const int threads = at::get_num_threads();
   const int64_t bytes = cpu::train_workspace(step, threads);
@@ -244,6 +249,10 @@ void CheckedStep::take(float* value) {
   const int64_t wrong = cpu::train(step, a.workspace.mutable_data_ptr(), threads);
   TORCH_CHECK_INDEX(wrong < 0, "target: expected classes from 0 to ", step.cross_entropy.C - 1, ", got ",
                     step.cross_entropy.target[wrong], " in row ", wrong);
+  finish();
+}
+
+void CheckedStep::finish() {
   const auto changed = [](const Tensor& t) {  // so that autograd notices where it has saved one of them
     if (t.numel()) t.unsafeGetTensorImpl()->bump_version();
   };

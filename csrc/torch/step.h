@@ -43,6 +43,9 @@ class CheckedStep {
   double multiply_adds() const;
   // Takes it. Raises IndexError for a class that is none, with nothing changed.
   void take(float* value);
+  // The same in parts: the step as options and counts are now, and what it leaves when it has been taken.
+  const Step& prepare(float* value);
+  void finish();
 
  private:
   template <class T>
