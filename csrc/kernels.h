@@ -226,6 +226,9 @@ void backward(const Backward* layers, int64_t count, void* workspace, int thread
 void optimize(const Optimizer&, const Update* updates, int64_t count, int threads);  // of `count` tensors
 void clip(const Clip&, const Gradient* gradients, int64_t count, int threads);
 
+// Row i of `to` becomes row rows[i] of `from`, for i < count. Rows are of so many bytes, and lie without gaps.
+void gather(const void* from, const int64_t* rows, int64_t count, int64_t bytes, void* to, int threads);
+
 // Returns -1, or the first row whose target is neither a class nor ignore_index: nothing is written then.
 int64_t cross_entropy_workspace(const CrossEntropy&);
 int64_t cross_entropy(const CrossEntropy&, void* workspace, int threads);

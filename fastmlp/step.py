@@ -218,9 +218,8 @@ class TrainStep:
             raise RuntimeError(
                 "TrainStep: expected gradients to be enabled, which the loss needs to be taken"
             )
-        known = _C.known_loss(LOSSES, self.loss) if len(targets) == 1 else None
-        is_plain = self.accumulate == 1 and self.process_group is None and "cpu" not in _CAPTURED
-        if known is not None and is_plain:
+        may_be_one_call = len(targets) == 1 and self._may_be_one_call()
+        if may_be_one_call and (known := _C.known_loss(LOSSES, self.loss)):
             try:
                 value = self._call((self.model,), x, targets[0], known)
             except (*_REFUSALS, Slower):  # which the other ways will meet again
@@ -242,10 +241,130 @@ class TrainStep:
             why = str(slower)
         return self._standard_step(x, targets, layers, why)
 
+    def run(
+        self,
+        x: Tensor,
+        *targets: Tensor,
+        batch_size: int,
+        order: Tensor | None = None,
+        rates: Tensor | Sequence[Any] | None = None,
+        callback: Callable[[int, Tensor], Any] | None = None,
+    ) -> Tensor:
+        """Takes steps over data in memory: an epoch, or any number of them.
+
+        The same, to the bit, as
+
+            for rows in order.split(batch_size):
+                step(x[rows], *(target[rows] for target in targets))
+
+        Where a step is one call, so are all of them: batches are gathered in it, and Python sees to signals
+        and other threads each 10 ms. An exception, KeyboardInterrupt too, leaves whole steps. Model and
+        optimizer are looked at anew each time, after a callback too.
+
+        Args:
+            x: what the model takes, of shape [rows, ...].
+            *targets: what the loss takes besides the model's output, of shape [rows, ...] each.
+            batch_size: rows of a step. The last step may have fewer.
+            order: numbers of rows, int64 of any length: a permutation, say; else all in their order.
+            rates: a learning rate for each step, of shape [steps]; or of shape [steps, groups] for each of
+                the optimizer's groups. They take the place of the groups' own, which stay as they are.
+            callback: called after each step with its number, from 0 on, and its loss: to show progress, to
+                step a scheduler, to raise an exception and so to stop. Steps are then one call each.
+
+        Returns:
+            The losses, each before its step's update, of shape [steps].
+
+        Raises:
+            TypeError: for data that is no tensor, or an order that is not int64.
+            ValueError: for a batch_size below 1, targets or rates of another length, or other shapes.
+            IndexError: for a row in `order` that x does not have; with nothing changed, as the two above.
+
+        And all that a step raises, once the steps before it have been taken.
+
+        Examples:
+            >>> model = fastmlp.MLP(20, 64, 3)
+            >>> optimizer = torch.optim.Adam(model.parameters())
+            >>> step = fastmlp.TrainStep(model, torch.nn.CrossEntropyLoss(), optimizer)
+            >>> x, target = torch.randn(1000, 20), torch.randint(3, (1000,))
+            >>> step.run(x, target, batch_size=64, order=torch.randperm(1000)).shape
+            torch.Size([16])
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return self._untraced_run(
+                x, *targets, batch_size=batch_size, order=order, rates=rates, callback=callback
+            )
+        rows = _checked_rows((x, *targets), batch_size, order)
+        count = -(-rows // batch_size)
+        groups = self.optimizer.param_groups
+        if rates is not None:
+            rates = torch.as_tensor(rates, dtype=torch.float64, device="cpu").detach()
+            if rates.shape not in ((count,), (count, len(groups))):
+                raise ValueError(
+                    f"rates: expected shape [{count}] or [{count}, {len(groups)}], got {[*rates.shape]}"
+                )
+            rates = rates.reshape(count, -1).expand(count, len(groups)).contiguous()
+        data = [t.contiguous() for t in (x, *targets)]
+        order = None if order is None else order.contiguous()
+        losses, number = torch.empty(count, dtype=torch.float32, device="cpu"), 0
+        memory = data  # of a batch
+        if order is not None:
+            memory = [t.new_empty(min(batch_size, rows), *t.shape[1:]) for t in data]
+        while number < count:
+            begin = number * batch_size
+            end = min(begin + batch_size, rows)
+            first = begin if order is None else 0
+            batch = [t[first : first + end - begin] for t in memory]
+            steps = 1 if callback else max(1, (rows - begin) // batch_size)
+            done = self._run_in_one_call(batch, (*data, losses, order, rates, begin, steps, number))
+            if not done:
+                if order is not None:
+                    batch = [t[order[begin:end]] for t in data]
+                value = self._at_rates(batch, rates if rates is None else rates[number].tolist())
+                if losses.dtype != value.dtype or losses.device != value.device:
+                    losses = losses.to(value)
+                losses[number], done = value, 1
+            number += done
+            if callback:
+                callback(number - 1, losses[number - 1])
+        return losses
+
+    def _run_in_one_call(self, batch: list[Tensor], run: tuple[Any, ...]) -> int:
+        """As many steps as there is time for, from this batch on; 0 where the next is no call of a kernel."""
+        if len(batch) != 2 or not torch.is_grad_enabled() or not self._may_be_one_call():
+            return 0
+        known = _C.known_loss(LOSSES, self.loss)
+        try:
+            done = self._call((self.model,), batch[0], batch[1], known, run=run) if known else 0
+        except (*_REFUSALS, Slower):  # which the step by itself will meet again
+            return 0
+        if done is NotImplemented or done == 0:
+            return 0
+        self._way = ONE_CALL, None
+        return int(done)
+
+    def _at_rates(self, batch: list[Tensor], rates: list[float] | None) -> Any:
+        """The loss of one step; with learning rates, which take the place of the groups' own for it."""
+        if rates is None:
+            return _loss_in(self(*batch))
+        groups = self.optimizer.param_groups
+        own = [group["lr"] for group in groups]
+        try:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+            return _loss_in(self(*batch))
+        finally:
+            for group, rate in zip(groups, own, strict=False):
+                group["lr"] = rate
+
+    # torch.compile has nothing to gain here, and cannot follow all that a step does to an optimizer.
+
     @_disable_dynamo
     def _untraced(self, x: Any, *targets: Any) -> Any:
-        # torch.compile has nothing to gain here, and cannot follow all that a step does to an optimizer.
         return self(x, *targets)
+
+    @_disable_dynamo
+    def _untraced_run(self, *data: Tensor, **options: Any) -> Tensor:
+        return self.run(*data, **options)
 
     # ---- which way
 
@@ -259,6 +378,9 @@ class TrainStep:
             raise Slower("accumulate: gradients outlive a call")
         if self.process_group is not None:
             raise Slower("process_group: processes share gradients")
+
+    def _may_be_one_call(self) -> bool:
+        return self.accumulate == 1 and self.process_group is None and "cpu" not in _CAPTURED
 
     def _expected_way(self) -> tuple[str, str | None]:
         """What the first call will be, if the model lets it."""
@@ -320,8 +442,9 @@ class TrainStep:
         target: Any,
         loss: tuple[Any, ...],
         left: Sequence[Tensor | None] = (),
+        run: tuple[Any, ...] | None = None,
     ) -> Any:
-        """The op train_step_, of a model that is a chain of layers from its input on, or of those.
+        """The op train_step_, or a run, of a model that is a chain of layers from its input on, or of those.
 
         Returns NotImplemented where the model is none, or somebody looks on.
 
@@ -344,6 +467,7 @@ class TrainStep:
             norm,
             bound or 0.0,
             self._workspace,
+            run,
         )
         if type(value) is str:
             raise Slower(value)
@@ -453,6 +577,30 @@ NOT_KNOWN = "loss: the kernels know torch's own, of one target, as a mean or a s
 _LBFGS = "optimizer: LBFGS asks for the loss itself"
 _GIVEN = ("given", False, None, None, 0, 0.0)  # a loss whose gradient is known
 _REFUSALS = IndexError, RuntimeError, TypeError, ValueError  # of the op
+
+
+def _checked_rows(data: tuple[Tensor, ...], batch_size: int, order: Tensor | None) -> int:
+    """How many rows the steps of a run take together."""
+    for number, t in enumerate(data):
+        name = f"target {number}" if number else "x"
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if t.dim() == 0 or len(t) != len(data[0]):
+            rows = len(data[0]) if number else "rows"
+            raise ValueError(f"{name}: expected shape [{rows}, ...], got {[*t.shape]}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected a number of rows from 1 on, got {batch_size}")
+    rows = len(data[0])
+    if order is None:
+        return rows
+    if not isinstance(order, Tensor) or order.dtype != torch.int64:
+        raise TypeError(f"order: expected a tensor of int64, got {getattr(order, 'dtype', type(order))}")
+    if order.dim() != 1:
+        raise ValueError(f"order: expected shape [any], got {[*order.shape]}")
+    for row in (int(order.min()), int(order.max())) if len(order) else ():
+        if not 0 <= row < rows:
+            raise IndexError(f"order: expected rows from 0 to {rows - 1}, got {row}")
+    return len(order)
 
 
 def _loss_in(result: Any) -> Any:

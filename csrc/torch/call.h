@@ -29,10 +29,12 @@ PyObject* train_ensemble(PyObject*, PyObject* const* arguments, Py_ssize_t count
 // is_untouched(known): whether there are no hooks for all modules, and torch's functions are what they have been.
 PyObject* is_untouched(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
-// train_step(known, optimizers, model, x, target, loss, left, optimizer, norm, max_norm, workspace): the op train_step_, with
-// what the optimizer has for the layers that the model is; `model` is a tuple of it, or of the three lists of them. What is
-// to be found in the optimizer is left there. `loss` is a tuple of the op's six arguments. Returns the loss; or, with nothing
-// changed, why the optimizer cannot be taken, and NotImplemented where the model is no such layers, or somebody looks on.
+// train_step(known, optimizers, model, x, target, loss, left, optimizer, norm, max_norm, workspace, run): the op train_step_,
+// with what the optimizer has for the layers that the model is; `model` is a tuple of it, or of the three lists of them.
+// What is to be found in the optimizer is left there. `loss` is a tuple of the op's six arguments. Returns the loss; or,
+// with nothing changed, why the optimizer cannot be taken, and NotImplemented where the model is no such layers, or
+// somebody looks on. With a run (see step.cpp) in place of None it takes steps for a while, of which x and target are the
+// first's, and returns how many.
 PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
 // known_loss(losses, loss): that tuple for a loss that the kernels know, else None. `losses` is what step.py knows.

@@ -134,7 +134,8 @@ std::string why_not_known(PyObject* optimizers, PyObject* optimizer) {
   return has_hooks ? "optimizer: it has step hooks" : "";
 }
 
-std::string Training::collect(PyObject* optimizers, PyObject* of, Objects parameters, bool knows_all) {
+std::string Training::collect(PyObject* optimizers, PyObject* of, Objects parameters, bool knows_all,
+                              Numbers rates) {
   static const Keywords names =
       keywords({"param_groups", "state", "differentiable", "params", "made", "step"});
   static const Tensor& nothing = *new Tensor(at::detail::empty_cpu({0}, at::kFloat));
@@ -153,7 +154,10 @@ std::string Training::collect(PyObject* optimizers, PyObject* of, Objects parame
     groups.push_back(
         {THPObjectPtr::dup(group), THPObjectPtr::dup(required(group, names[3])), states_of(*row, group)});
   }
+  TORCH_CHECK_VALUE(rates.empty() || rates.size() == groups.size(), "rates: expected one for each of ",
+                    groups.size(), " groups of the optimizer, got ", rates.size());
   if (!has_numbers) return "optimizer: an option is neither a number nor a tensor of one on the CPU";
+  set_rates(rates);
 
   const auto has = [](PyObject* hooks) { return hooks && is_true(hooks); };
   Search search(groups);
@@ -205,6 +209,10 @@ std::string Training::collect(PyObject* optimizers, PyObject* of, Objects parame
     numbers.push_back(number);
   }
   return is_trained ? "" : "optimizer: it trains none of the last layers' parameters";
+}
+
+void Training::set_rates(Numbers rates) {
+  for (size_t i = 0; i < rates.size(); ++i) options[row->options * i] = rates[i];
 }
 
 void Training::finish() {
