@@ -87,10 +87,12 @@ class TrainStep:
     for a shape whose capture has failed, with a warning.
 
     Args:
-        model: any module of one input.
+        model: any module of one input. Of a ``fastmlp.Ensemble`` each model takes a step of its own: see
+            ``fastmlp.ensemble.EnsembleStep``, which is made then.
         loss: any callable of the model's output and the targets. It returns the loss, or a tuple whose first
             element is the loss.
-        optimizer: any optimizer. Parameters that it does not know stay as they are.
+        optimizer: any optimizer; of an Ensemble also a list of one for each model. Parameters that it does
+            not know stay as they are.
         max_grad_norm: where given, gradients are clipped as by torch.nn.utils.clip_grad_norm_. `grad_norm`
             is then the norm that they had in the last step, a tensor.
         accumulate: parameters change once in so many calls, by the mean of their gradients.
@@ -123,7 +125,7 @@ class TrainStep:
         self,
         model: nn.Module,
         loss: Callable[..., Any],
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer],
         *,
         max_grad_norm: float | None = None,
         accumulate: int = 1,

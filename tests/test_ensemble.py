@@ -35,7 +35,8 @@ def threads(request):
 
 # Small ones, and such that those left over are shared by all threads: by layers and by rows.
 @pytest.mark.parametrize(
-    ("count", "batch", "sizes"), [(3, 5, (4, 7, 2)), (5, 70, (20, 130, 65)), (4, 1100, (9, 65, 33))]
+    ("count", "batch", "sizes"),
+    [(3, 5, (4, 7, 2)), (5, 70, (20, 130, 65)), (4, 1100, (9, 65, 33)), (3, 2, (2, 1030, 1030))],
 )
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])  # of which backward reads y, and z
 @pytest.mark.parametrize("is_shared", [True, False], ids=["shared", "own"])
@@ -231,6 +232,26 @@ def test_bfloat16_is_computed_together():
     torch.testing.assert_close(
         [y, *own], [*gradients(one_by_one(ensemble, x), *ensemble.parameters())], rtol=0, atol=0
     )
+
+
+def test_what_fuse_makes_of_models_with_a_forward_is_computed_together():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 7), nn.Linear(7, 2)
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.first(x)))
+
+    ensemble, x = fastmlp.Ensemble([Net(), Net()]), torch.randn(5, 4)
+    right = ensemble(x)
+    assert not is_together(right)
+    y = fastmlp.fuse(ensemble)(x)
+    assert is_together(y)
+    torch.testing.assert_close(y, right)
+    step = fastmlp.TrainStep(ensemble, nn.MSELoss(), one_for_all(ensemble.models, sgd))
+    step(x, y[0].detach())
+    assert fastmlp.why_not_fused(step) is None
 
 
 def test_models_stay_modules_of_their_own():

@@ -1,10 +1,13 @@
 // Networks beside one another: a thread takes whole ones, waits for nobody, and finds them again in its cache at the next
-// call. Those left over, fewer than threads, are shared by all threads one after the other, where each is worth it.
+// call. Those left over, fewer than threads, are shared by all threads one after the other, where each is worth it; so are
+// all that are too large for a core's caches, where threads would read their weights from memory again and again.
 #include "loss.h"
 #include "plan.h"
 
 namespace fastmlp::cpu {
 namespace {
+
+constexpr int64_t most_weights = 1 << 20;  // 4 MiB of float32, which a core has of its caches
 
 // What there is to one network, of its layers, or of a step that counts as one.
 double work(const Forward* layers, int64_t count) {
@@ -14,6 +17,14 @@ double work(const Backward* layers, int64_t count) {
   return Plan({.backward = layers, .backwards = count}, nullptr, 1).multiply_adds;
 }
 double work(const Step* s, int64_t) { return 3 * work(s->layers, s->count); }
+
+template <class Layer>
+int64_t weights(const Layer* layers, int64_t count) {
+  int64_t sum = 0;
+  for (const Layer* p = layers; p != layers + count; ++p) sum += p->N * p->K;
+  return sum;
+}
+int64_t weights(const Step* s, int64_t) { return weights(s->layers, s->count); }
 
 int64_t bytes(const Forward* layers, int64_t count, int threads) {
   return forward_workspace(layers, count, threads);
@@ -37,15 +48,19 @@ struct Networks {
   int64_t count, networks;
   int threads;
   double multiply_adds = networks ? work(layers, count) : 0;
-  int64_t alone = multiply_adds < FASTMLP_LEAST_PARALLEL_WORK ? networks : networks - networks % threads;
+  int64_t alone = count_alone();
 
+  int64_t count_alone() const {
+    if (networks == 0 || weights(layers, count) > most_weights) return 0;
+    return multiply_adds < FASTMLP_LEAST_PARALLEL_WORK ? networks : networks - networks % threads;
+  }
   int64_t most_bytes(int threads) const {
     int64_t most = 0;
     for (int64_t n = 0; n < networks; ++n) most = std::max(most, bytes(layers + n * count, count, threads));
     return ceil_div(most, cache_line) * cache_line;
   }
   int64_t workspace() const {
-    return std::max(threads * most_bytes(1), alone < networks ? most_bytes(threads) : 0);
+    return std::max(alone ? threads * most_bytes(1) : 0, alone < networks ? most_bytes(threads) : 0);
   }
 
   void run_all(void* workspace) const {
