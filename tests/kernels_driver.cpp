@@ -18,7 +18,11 @@
 #endif
 
 #ifndef FASTMLP_EMULATE
-#include "../csrc/cpu/backend.h"
+#include <dlfcn.h>
+
+#include <atomic>
+
+#include "../csrc/cpu/plan.h"
 
 // For those of the instruction sets that this is linked without.
 namespace fastmlp::cpu {
@@ -55,6 +59,16 @@ static void library(const cuda::Product& p) {
 
 // `variant` is what must not change a bit: the order of the emulator's threads, or how many the CPU's are.
 [[maybe_unused]] static int threads(unsigned variant) { return int(1 + variant % 7); }
+
+#ifndef FASTMLP_EMULATE
+// In the place of libgomp's barrier: how often threads have come to one.
+static std::atomic<int64_t> arrivals{0};
+extern "C" void GOMP_barrier() {
+  static const auto barrier = reinterpret_cast<void (*)()>(dlsym(RTLD_NEXT, "GOMP_barrier"));
+  ++arrivals;
+  barrier();
+}
+#endif
 
 extern "C" {
 const char* activations() {
@@ -114,15 +128,27 @@ int64_t cross_entropy(const CrossEntropy* p, void* workspace, unsigned variant) 
 }
 #else
 int use(const char* instruction_set) { return cpu::use(instruction_set); }
+// Whether threads have come to as many barriers as the plan counts.
+static int check_barriers(const cpu::Plan& plan, unsigned variant) {
+  const int size = threads(variant);
+  return arrivals.exchange(0) == (size > 1 ? size * plan.barriers : 0) ? 0 : -1;
+}
+int pays(int threads, double multiply_adds, int64_t barriers) {
+  return cpu::pays(threads, multiply_adds, barriers, 1);
+}
 int forward(const Forward* layers, int64_t count, void* workspace, unsigned variant) {
   omp_set_num_threads(threads(variant));
+  arrivals = 0;
   cpu::forward(layers, count, workspace, threads(variant));
-  return 0;
+  return check_barriers(cpu::Plan({.forward = layers, .forwards = count}, workspace, threads(variant)),
+                        variant);
 }
 int backward(const Backward* layers, int64_t count, void* workspace, unsigned variant) {
   omp_set_num_threads(threads(variant));
+  arrivals = 0;
   cpu::backward(layers, count, workspace, threads(variant));
-  return 0;
+  return check_barriers(cpu::Plan({.backward = layers, .backwards = count}, workspace, threads(variant)),
+                        variant);
 }
 int forward_all(const Forward* layers, int64_t count, int64_t networks, void* workspace, unsigned variant) {
   omp_set_num_threads(threads(variant));

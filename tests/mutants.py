@@ -45,6 +45,10 @@ FAULTS = [
     Fault("csrc/optimizer.h", "if (weight_decay != 0) g = fused(V{} + weight_decay, w, g);  //", "g = fused(V{} + weight_decay, w, g);  //", PORTABLE),
     Fault("csrc/optimizer.h", "return (a != a) | (a > b) ? a : b;", "return (a != a) | (a < b) ? a : b;", PORTABLE),
     Fault("csrc/optimizer.h", "c.max_norm / (norm + 1e-6)", "c.max_norm / (norm + 1e-2)", PORTABLE),
+    # When the CPU's threads are woken.
+    Fault("csrc/cpu/threads.h", "barrier = 0.6 + 0.3 * n", "barrier = 0.6", "tests/test_kernels.py -k more_threads"),
+    Fault("csrc/cpu/threads.h", "region = 0.9 + 0.3 * n", "region = 0.9", "tests/test_kernels.py -k more_threads"),
+    Fault("csrc/cpu/plan.cpp", "stride > 0 : between", "stride > 0 : 2 * between", PORTABLE),
     # The CPU's kernels.
     Fault("csrc/cpu/isa/inner.inc", "if (k < K) inner_step", "if (k + 1 < K) inner_step", PORTABLE),
     Fault("csrc/cpu/isa/inner.inc", "if (z) activate(Identity{}, sums", "if (z) activate(activation, sums", PORTABLE),

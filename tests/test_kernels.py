@@ -189,14 +189,14 @@ FLAGS = {
     # Few multiprocessors, so that small shapes need the large tiles. Elements are read as words, which a
     # CPU's optimizer need not see as a reading of them. Each library has an emulator of its own.
     "cuda": ["-DFASTMLP_EMULATE", "-DFASTMLP_MULTIPROCESSORS=8", "-fno-strict-aliasing", "-fno-gnu-unique"],
-    "cpu": ["-DFASTMLP_LEAST_PARALLEL_WORK=0"],
+    "cpu": ["-DFASTMLP_COST_OF_THREADS=0"],
 }
 OLDEST = "g++-11"  # the oldest compiler that the package can be built with
 # The instruction sets that can be emulated, and the flag of a processor that has them.
 EMULATED = {"avx512bf16": "avx512_bf16", "avx512": "avx512vl"}
 PROCESSOR = Path("/proc/cpuinfo").read_text().split()
 LACKING = [name for name, flag in EMULATED.items() if flag not in PROCESSOR]
-LIBRARY = ["-shared", "-fPIC"]
+LIBRARY = ["-shared", "-fPIC", "-Wl,-Bsymbolic"]  # for a symbol of libgomp that the driver replaces
 
 
 def emulate(instruction_sets: Iterable[str]) -> list[str]:
@@ -660,6 +660,27 @@ def test_neither_the_number_of_threads_nor_their_order_changes_a_bit(backend, va
     assert (layer.forward() == layer.forward(variant)).all()
     gradients, again = layer.backward(), layer.backward(variant)
     assert all((gradients[name] == again[name]).all() for name in gradients)
+
+
+def least_work(backend: ctypes.CDLL, threads: int, barriers: int) -> float:
+    """The multiply-adds from which on so many threads are worth waking."""
+    backend.pays.argtypes = [ctypes.c_int, ctypes.c_double, ctypes.c_int64]
+    low, high = 1.0, 1e12
+    while high - low > 1:
+        middle = (low + high) / 2
+        low, high = (low, middle) if backend.pays(threads, middle, barriers) else (middle, high)
+    return high
+
+
+@pytest.mark.parametrize("backend", [BEST], indirect=True)
+def test_more_threads_and_more_barriers_ask_for_more_work(backend):
+    counts = (4, 16, 64)  # two save less than four, and so ask for no less
+    least = np.array([[least_work(backend, n, barriers) for n in counts] for barriers in (0, 2, 6)])
+    assert (np.diff(least, axis=1) > 0).all()
+    assert (np.diff(least, axis=0) > 0).all()
+    policy, classifier = 2 * 4864, 2 * 397000  # 8-64-64-4 and 784-500-10 at batch 1
+    assert policy < least.min()
+    assert least_work(backend, 2, 1) < classifier < least_work(backend, 64, 1)
 
 
 QUICK_NETWORKS = [(NETWORKS[1], "relu"), (NETWORKS[3], "mixed"), (NETWORKS[2], "mixed")]

@@ -10,13 +10,19 @@ namespace {
 constexpr int64_t most_weights = 1 << 20;  // 4 MiB of float32, which a core has of its caches
 
 // What there is to one network, of its layers, or of a step that counts as one.
-double work(const Forward* layers, int64_t count) {
-  return Plan({.forward = layers, .forwards = count}, nullptr, 1).multiply_adds;
+struct Work {
+  double multiply_adds;
+  int64_t barriers;
+  Work(const Pass& pass) : Work(Plan(pass, nullptr, 1)) {}
+  Work(const Plan& plan) : multiply_adds(plan.multiply_adds), barriers(plan.barriers) {}
+};
+Work work(const Forward* layers, int64_t count) { return Pass{.forward = layers, .forwards = count}; }
+Work work(const Backward* layers, int64_t count) { return Pass{.backward = layers, .backwards = count}; }
+Work work(const Step* s, int64_t) {
+  Work w = work(s->layers, s->count);
+  w.multiply_adds *= 3, w.barriers = 2 * w.barriers + 2;
+  return w;
 }
-double work(const Backward* layers, int64_t count) {
-  return Plan({.backward = layers, .backwards = count}, nullptr, 1).multiply_adds;
-}
-double work(const Step* s, int64_t) { return 3 * work(s->layers, s->count); }
 
 template <class Layer>
 int64_t weights(const Layer* layers, int64_t count) {
@@ -47,13 +53,18 @@ struct Networks {
   const Layer* layers;
   int64_t count, networks;
   int threads;
-  double multiply_adds = networks ? work(layers, count) : 0;
-  int64_t alone = count_alone();
+  double multiply_adds = 0;  // of a network
+  int64_t alone = networks;
 
-  int64_t count_alone() const {
-    if (networks == 0 || weights(layers, count) > most_weights) return 0;
-    return multiply_adds < FASTMLP_LEAST_PARALLEL_WORK ? networks : networks - networks % threads;
+  Networks(const Layer* layers, int64_t count, int64_t networks, int threads)
+      : layers(layers), count(count), networks(networks), threads(threads) {
+    if (networks == 0) return;
+    const Work one = work(layers, count);
+    multiply_adds = one.multiply_adds;
+    if (weights(layers, count) > most_weights) alone = 0;
+    else if (pays(threads, multiply_adds, one.barriers)) alone -= networks % threads;
   }
+
   int64_t most_bytes(int threads) const {
     int64_t most = 0;
     for (int64_t n = 0; n < networks; ++n) most = std::max(most, bytes(layers + n * count, count, threads));
@@ -68,7 +79,7 @@ struct Networks {
       run(layers + n * count, count, memory, threads);
     };
     const int64_t each = most_bytes(1);
-    share(threads, multiply_adds * double(alone), [&](int rank, int size) {
+    share(threads, multiply_adds * double(alone), 0, [&](int rank, int size) {
       const Range own = part(alone, 1, rank, size);
       for (int64_t n = own.begin; n < own.end; ++n)
         run_one(n, static_cast<char*>(workspace) + rank * each, 1);
