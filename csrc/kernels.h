@@ -51,7 +51,8 @@ struct Trained;
 // A network is an array of layers, from the last to the first. Between two of them dy is the backend's own: every
 // grad_x but the last's and every grad_y but the first's are null.
 //
-// Where the layer below has saved its z and not its y, that z is given for x, and its activation: x is found from it.
+// Where the layer below has saved its z and not its y, that z is given for x, without gaps, and its activation: x is
+// found from it.
 struct Backward {
   Dtype dtype;
   bool reduced;

@@ -92,17 +92,26 @@ int owner_of(int kind, int dtype, int reduced, double operations) {
 const char* complaint() { return emulator::complaint; }
 uint64_t bank_conflicts() { return emulator::bank_conflicts; }
 uint64_t launches() { return emulator::launches; }
+void run_each_launch(unsigned times) { emulator::times = times; }
 int set_device(int device) { return cudaSetDevice(device); }
 int device() { return emulator::device; }
 int last_error() { return cudaGetLastError(); }
 int runs_on(int device) { return cuda::runs_on(device); }
 int forward(const Forward* layers, int64_t count, void* workspace, unsigned variant) {
   emulator::order = variant;
-  return cuda::forward(layers, count, workspace, nullptr);
+  emulator::watched = static_cast<char*>(workspace);
+  emulator::watched_bytes = cuda::forward_workspace(layers, count);
+  const int error = cuda::forward(layers, count, workspace, nullptr);
+  emulator::watched_bytes = 0;
+  return error;
 }
 int backward(const Backward* layers, int64_t count, void* workspace, unsigned variant) {
   emulator::order = variant;
-  return cuda::backward(layers, count, workspace, nullptr);
+  emulator::watched = static_cast<char*>(workspace);
+  emulator::watched_bytes = cuda::backward_workspace(layers, count);
+  const int error = cuda::backward(layers, count, workspace, nullptr);
+  emulator::watched_bytes = 0;
+  return error;
 }
 int optimize(const Optimizer* o, const Update* updates, int64_t count, unsigned variant) {
   emulator::order = variant;
