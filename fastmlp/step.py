@@ -297,14 +297,14 @@ class TrainStep:
             )
         rows = _checked_rows((x, *targets), batch_size, order)
         count = -(-rows // batch_size)
-        groups = self.optimizer.param_groups
         if rates is not None:
+            groups = len(self.optimizer.param_groups)
             rates = torch.as_tensor(rates, dtype=torch.float64, device="cpu").detach()
-            if rates.shape not in ((count,), (count, len(groups))):
+            if rates.shape not in ((count,), (count, groups)):
                 raise ValueError(
-                    f"rates: expected shape [{count}] or [{count}, {len(groups)}], got {[*rates.shape]}"
+                    f"rates: expected shape [{count}] or [{count}, {groups}], got {[*rates.shape]}"
                 )
-            rates = rates.reshape(count, -1).expand(count, len(groups)).contiguous()
+            rates = rates[:, None].contiguous() if rates.dim() == 1 else rates.contiguous()
         data = [t.contiguous() for t in (x, *targets)]
         order = None if order is None else order.contiguous()
         losses, number = torch.empty(count, dtype=torch.float32, device="cpu"), 0
@@ -349,9 +349,11 @@ class TrainStep:
         if rates is None:
             return _loss_in(self(*batch))
         groups = self.optimizer.param_groups
+        if len(rates) not in (1, len(groups)):
+            raise ValueError(f"rates: expected one for each of {len(groups)} groups, got {len(rates)}")
         own = [group["lr"] for group in groups]
         try:
-            for group, rate in zip(groups, rates, strict=True):
+            for group, rate in zip(groups, rates if len(rates) > 1 else rates * len(groups), strict=True):
                 group["lr"] = rate
             return _loss_in(self(*batch))
         finally:

@@ -164,6 +164,15 @@ def test_data_in_the_memory_of_a_weight_is_read_as_steps_read_it():
     torch.testing.assert_close(left_by(step), left_by(other))
 
 
+def test_a_run_in_a_compiled_function_trains_as_elsewhere():
+    model = stock(5, 9, 3)
+    step, other = (step_of(m, MSE) for m in (model, copy.deepcopy(model)))
+    data = torch.randn(ROWS, 5), torch.randn(ROWS, 3)
+    compiled = torch.compile(lambda *data: step.run(*data, batch_size=5), backend="eager")
+    torch.testing.assert_close(compiled(*data), other.run(*data, batch_size=5), rtol=0, atol=0)
+    assert_same(step, other)
+
+
 def test_a_profiler_sees_every_step():
     step = step_of(stock(5, 9, 3), MSE)
     with torch.profiler.profile() as profile:
@@ -218,6 +227,21 @@ def test_each_group_may_have_rates_of_its_own(kind):
     torch.testing.assert_close(losses, expected, rtol=0, atol=0)
     torch.testing.assert_close(model.state_dict(), other.model.state_dict(), rtol=0, atol=0)
     assert [group["lr"] for group in step.optimizer.param_groups] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("loss", [MSE, lambda y, t: (y - t).square().mean()], ids=["one call", "two calls"])
+def test_rates_of_groups_that_a_callback_adds_to_are_refused(loss):
+    model = stock(5, 9, 3)
+    groups = [{"params": [p]} for p in model[0].parameters()]
+    step = fastmlp.TrainStep(model, loss, torch.optim.SGD(groups, lr=0.1))
+
+    def add_group(number, value):
+        step.optimizer.add_param_group({"params": model[2].parameters()})
+
+    with pytest.raises(ValueError, match="rates: expected one for each of 3 groups, got 2"):
+        step.run(
+            torch.randn(6, 5), torch.randn(6, 3), batch_size=2, rates=torch.ones(3, 2), callback=add_group
+        )
 
 
 @pytest.mark.parametrize("loss", [MSE, lambda y, t: (y - t).square().mean()], ids=["one call", "two calls"])

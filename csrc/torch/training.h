@@ -15,7 +15,8 @@ namespace fastmlp {
 class Training {
  public:
   // Collects it, anew at each call. Returns nothing, or why no kernel takes the parameters so; one that the optimizer does
-  // not know is a reason where `knows_all`. `rates`, if any, are the groups' learning rates in place of their own.
+  // not know is a reason where `knows_all`. `rates`, if any, are learning rates in place of the groups' own:
+  // one for all, or one each.
   std::string collect(PyObject* optimizers, PyObject* optimizer, Objects parameters, bool knows_all,
                       Numbers rates = {});
   // Leaves with the optimizer, after a step, the states that are new.
@@ -30,7 +31,7 @@ class Training {
   c10::SmallVector<int64_t, 8> numbers;  // of each parameter's options; -1 where it is not trained
   // Whether there is a state that is new.
   bool begins() const { return !made.empty(); }
-  // The groups' learning rates from now on, but for a parameter whose state is new.
+  // Other rates from now on, but for a parameter whose state is new.
   void set_rates(Numbers rates);
 
  private:
