@@ -498,6 +498,24 @@ def test_a_scheduler_of_one_model_sets_its_learning_rate():
     assert same == [True] * 4 + [False] * 4
 
 
+@pytest.mark.parametrize("is_shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("order", [None, torch.tensor([3, 0, 8, 8, 1])], ids=["all", "some"])
+def test_a_run_is_its_steps(is_shared, order):
+    ensemble = ensemble_of(2, 4, 7, 2)
+    step = fastmlp.TrainStep(ensemble, nn.MSELoss(), one_each(ensemble.models, sgd))
+    other, (x, target), seen = copy.deepcopy(step), batch_of(ensemble, None, 9, is_shared), []
+    losses = step.run(
+        x, target, batch_size=2, order=order, callback=lambda number, values: seen.append((number, values))
+    )
+    rows = torch.arange(9) if order is None else order
+    right = [other(*(t[..., some, :] for t in (x, target))) for some in rows.split(2)]
+    assert torch.equal(losses, torch.stack(right))
+    assert [number for number, _ in seen] == [*range(len(right))]
+    assert all(map(torch.equal, ensemble.parameters(), other.model.parameters()))
+    with pytest.raises(ValueError, match=r"rates: expected None"):
+        step.run(x, target, batch_size=2, rates=[0.1])
+
+
 def test_autograd_notices_that_a_step_has_changed_parameters():
     ensemble = ensemble_of(2, 4, 7, 2)
     x, target = batch_of(ensemble, None, 5)
