@@ -10,7 +10,7 @@ from fastmlp import _C
 from fastmlp.graph import Slower
 from fastmlp.layers import KNOWN
 from fastmlp.optim import OPTIMIZERS
-from fastmlp.step import KINDS, LOOP, LOSSES, NOT_KNOWN, ONE_CALL, TrainStep
+from fastmlp.step import KINDS, LOOP, LOSSES, NOT_KNOWN, ONE_CALL, TrainStep, checked_rows
 
 __all__ = ["Ensemble", "EnsembleStep"]
 
@@ -20,8 +20,8 @@ class Ensemble(nn.Module):
 
     What the models compute is computed in one call, and spread over the threads, one network each, where they
     are chains of linear layers and activations (an MLP, an nn.Sequential, or what ``fastmlp.fuse`` makes of a
-    forward), differ in nothing but the values of their parameters, and are on the CPU. All other models are
-    called one after the other. Either way the numbers are those of the models, to the bit.
+    forward), with the same activations, and are on the CPU. Hidden layers may be of other widths. All other
+    models are called one after the other. Either way the numbers are those of the models, to the bit.
 
     They stay ordinary modules, in `models`, with their own parameters, hooks and ``state_dict``: each may be
     used, saved, and trained by itself at any time, or exchanged for another.
@@ -204,6 +204,39 @@ class EnsembleStep(TrainStep):
         self._way = _ONE_BY_ONE, why
         return self._one_by_one(x, targets)
 
+    def run(
+        self,
+        x: Tensor,
+        *targets: Tensor,
+        batch_size: int,
+        order: Tensor | None = None,
+        rates: Any = None,
+        callback: Callable[[int, Tensor], Any] | None = None,
+    ) -> Tensor:
+        """As of TrainStep, a call a step, and without rates. The losses are of shape [steps, models].
+
+        Args:
+            x: of shape [rows, in_features] for all models, or [models, rows, in_features], one for each.
+            *targets: as of a step, of as many rows.
+            batch_size: as of TrainStep.
+            order: as of TrainStep, the same for all models.
+            rates: None. The optimizers have their own.
+            callback: as of TrainStep, called with the models' losses.
+        """
+        if rates is not None:
+            raise ValueError("rates: expected None, as the optimizers of an ensemble have their own")
+        rows = checked_rows(self.model.split(x, *targets)[0], batch_size, order)
+        losses = torch.empty(-(-rows // batch_size), len(self.model.models))
+        for number, begin in enumerate(range(0, rows, batch_size)):
+            some = (
+                slice(begin, min(begin + batch_size, rows)) if order is None else order[begin:][:batch_size]
+            )
+            values = self(*(t[some] if x.dim() == 2 else t[:, some] for t in (x, *targets)))
+            losses[number] = values[0] if isinstance(values, tuple) else values
+            if callback:
+                callback(number, losses[number])
+        return losses
+
     def _together(self, x: Tensor, targets: tuple[Tensor, ...]) -> Any:
         """In one call; Slower, with nothing changed, where that cannot be."""
         known = _C.known_loss(LOSSES, self.loss) if len(targets) == 1 else None
@@ -230,9 +263,7 @@ class EnsembleStep(TrainStep):
         except (RuntimeError, TypeError, ValueError) as error:
             raise Slower(str(error)) from None
         if values is NotImplemented:
-            raise Slower(
-                "models: they are no chains of layers of equal shapes on the CPU, or somebody looks on"
-            )
+            raise Slower("models: they are no chains of layers alike on the CPU, or somebody looks on")
         if type(values) is str:
             raise Slower(values)
         self.grad_norm = norms

@@ -295,7 +295,7 @@ class TrainStep:
             return self._untraced_run(
                 x, *targets, batch_size=batch_size, order=order, rates=rates, callback=callback
             )
-        rows = _checked_rows((x, *targets), batch_size, order)
+        rows = checked_rows((x, *targets), batch_size, order)
         count = -(-rows // batch_size)
         if rates is not None:
             groups = len(self.optimizer.param_groups)
@@ -583,7 +583,7 @@ _GIVEN = ("given", False, None, None, 0, 0.0)  # a loss whose gradient is known
 _REFUSALS = IndexError, RuntimeError, TypeError, ValueError  # of the op
 
 
-def _checked_rows(data: tuple[Tensor, ...], batch_size: int, order: Tensor | None) -> int:
+def checked_rows(data: tuple[Tensor, ...], batch_size: int, order: Tensor | None) -> int:
     """How many rows the steps of a run take together."""
     for number, t in enumerate(data):
         name = f"target {number}" if number else "x"

@@ -11,6 +11,7 @@
 
 #include "call.h"
 #include "network.h"
+#include "together.h"
 
 namespace fastmlp {
 namespace {
@@ -172,7 +173,8 @@ bool is_unseen(const Tensor& input, Objects weights, Objects biases) {
   return !is_differentiated && nobody_sees(keys);
 }
 
-// That kernel at once, where it covers the arguments; else nothing.
+}  // namespace
+
 Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, const NamedActivations& named) {
   const at::ScalarType dtype = input.scalar_type();
   if (weights.empty() || biases.size() != weights.size() || named.names.size() != weights.size() ||
@@ -215,9 +217,12 @@ Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, const Na
   layers.front().x = input.const_data_ptr();
   if (input.dim() == 2) layers.front().ldx = input.stride(0);
   layers.back().y = y.mutable_data_ptr();
-  run_here(layers.data(), int64_t(layers.size()));
+  if (Together::current) Together::current->add(layers.data(), layers.size(), {});
+  else run_here(layers.data(), int64_t(layers.size()));
   return y;
 }
+
+namespace {
 
 PyObject* network(PyObject* input, const Chain& chain) {
   const Objects weights = chain.weights, biases = chain.biases;

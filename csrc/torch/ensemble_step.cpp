@@ -18,7 +18,7 @@ PyObject* train_ensemble(PyObject*, PyObject* const* arguments, Py_ssize_t count
   if (!is_plain(arguments[3]) || !is_plain(arguments[4])) Py_RETURN_NOTIMPLEMENTED;
   const Tensor &x = THPVariable_Unpack(arguments[3]), &target = THPVariable_Unpack(arguments[4]);
   Networks own;
-  if (!own.find(arguments[0], arguments[2], x) || !own.takes(x)) Py_RETURN_NOTIMPLEMENTED;
+  if (!own.find(arguments[0], arguments[2], x)) Py_RETURN_NOTIMPLEMENTED;
   const bool is_shared = x.dim() == 2;
   if (!nobody_sees(target.key_set()) ||
       (!is_shared && (target.dim() == 0 || target.size(0) != int64_t(own.count))))
@@ -53,28 +53,24 @@ PyObject* train_ensemble(PyObject*, PyObject* const* arguments, Py_ssize_t count
   if (PyErr_Occurred()) throw python_error();
   const Tensor& workspace = THPVariable_Unpack(arguments[9]);
   Tensor values = at::detail::empty_cpu({int64_t(own.count)}, at::kFloat);
-  struct Given {  // what the arguments refer to
-    Tensor input, target;
-    OptionalTensor norm;
-  };
-  std::deque<Given> given;
+  const std::vector<Tensor> targets = is_shared ? std::vector<Tensor>(own.count, target) : target.unbind();
+  std::vector<OptionalTensor> each_norm(own.count);
+  if (norms)
+    for (size_t n = 0; n < own.count; ++n) each_norm[n] = norms->select(0, int64_t(n));
   std::deque<StepArguments> steps_arguments;
   std::deque<CheckedStep> steps;
   std::vector<Step> calls;
   Memories memories = {memory_of(x), memory_of(target), memory_of(weight.value_or(Tensor())),
                        memory_of(pos_weight.value_or(Tensor()))};
   for (size_t n = 0; n < own.count; ++n) {
-    const auto part = [&](const Tensor& t) { return is_shared ? t : t.select(0, int64_t(n)); };
     const Training& training = trainings[n % trainings.size()];
     const size_t first = trainings.size() == 1 ? n * P : 0, kinds = training.row->states;
     const bool counts = training.row->counts;
     const at::IntArrayRef numbers = at::IntArrayRef(training.numbers).slice(first, P);
     if (std::all_of(numbers.begin(), numbers.end(), [](int64_t index) { return index < 0; }))
       Py_RETURN_NOTIMPLEMENTED;  // which will raise
-    given.push_back(
-        {part(x), part(target), norms ? OptionalTensor(norms->select(0, int64_t(n))) : std::nullopt});
-    steps_arguments.push_back({.input = given.back().input,
-                               .target = given.back().target,
+    steps_arguments.push_back({.input = own.xs[n],
+                               .target = targets[n],
                                .params = at::TensorList(training.params).slice(first, P),
                                .states = at::TensorList(training.states).slice(first * kinds, P * kinds),
                                .counts = at::TensorList(training.counts).slice(counts * first, counts * P),
@@ -92,7 +88,7 @@ PyObject* train_ensemble(PyObject*, PyObject* const* arguments, Py_ssize_t count
                                .options = training.options,
                                .numbers = numbers,
                                .left = {},
-                               .norm = given.back().norm,
+                               .norm = each_norm[n],
                                .max_norm = max_norm});
     const StepArguments& a = steps_arguments.back();
     calls.push_back(steps.emplace_back(a).prepare(values.mutable_data_ptr<float>() + n));
@@ -111,7 +107,7 @@ PyObject* train_ensemble(PyObject*, PyObject* const* arguments, Py_ssize_t count
     const pybind11::gil_scoped_release no_gil;
     wrong = cpu::train(calls.data(), networks, workspace.mutable_data_ptr(), threads);
   }
-  TORCH_CHECK_INDEX(wrong < 0, "target: expected classes from 0 to ", own.N - 1, ", got ",
+  TORCH_CHECK_INDEX(wrong < 0, "target: expected classes from 0 to ", calls[0].cross_entropy.C - 1, ", got ",
                     calls[size_t(wrong / M)].cross_entropy.target[wrong % M], " in row ", wrong % M,
                     " of model ", wrong / M);
   for (CheckedStep& step : steps) step.finish();
