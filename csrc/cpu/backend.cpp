@@ -120,7 +120,7 @@ void clip(const Clip& c, const Gradient* gradients, int64_t count, int threads) 
 
 void gather(const void* from, const int64_t* rows, int64_t count, int64_t bytes, void* to, int threads) {
   constexpr double cost = 2;  // of a byte, in multiply-adds
-  share(threads, cost * double(count * bytes), [&](int rank, int size) {
+  share(threads, cost * double(count * bytes), 0, [&](int rank, int size) {
     const Range own = part(count, 1, rank, size);
     for (int64_t i = own.begin; i < own.end; ++i)
       std::memcpy(static_cast<char*>(to) + i * bytes, static_cast<const char*>(from) + rows[i] * bytes,
