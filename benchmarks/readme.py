@@ -222,6 +222,7 @@ INFERENCES = {
     "numpy": "NumPy",
     "fused": "`fuse`",
     "predictor": "`Predictor`",
+    "reading": "reading the weights",
 }
 PACKAGES = {
     "jax": "JAX",
