@@ -30,9 +30,10 @@ bool Networks::find(PyObject* known, PyObject* models, const Tensor& input) {
   if (layers == 0 || (input.dim() != 2 && !is_one_each)) return false;
   c10::DispatchKeySet keys = input.key_set();
   bool has_tangent = input._fw_grad(0).defined();
+  requires_grad = input.requires_grad();
   const auto read = [&](PyObject* o) {
     const Tensor& t = THPVariable_Unpack(o);
-    keys = keys | t.key_set(), has_tangent |= t._fw_grad(0).defined();
+    keys = keys | t.key_set(), has_tangent |= t._fw_grad(0).defined(), requires_grad |= t.requires_grad();
     return t;
   };
   for (const Chain& own : chains) {
@@ -62,16 +63,10 @@ PyObject* ensemble(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (!is_plain(arguments[2]) || at::SavedTensorDefaultHooks::get_hooks() ||
       !own.find(arguments[0], arguments[1], THPVariable_Unpack(arguments[2])))
     Py_RETURN_NOTIMPLEMENTED;
-  const auto requires_grad = [](const OptionalTensor& t) { return t && t->requires_grad(); };
-  bool has_grad = own.xs[0].requires_grad();
-  for (size_t n = 0; n < own.count; ++n) {
-    const Network one = own[n];
-    if (why_not_fused(one)) Py_RETURN_NOTIMPLEMENTED;
-    has_grad |= std::any_of(one.weights.begin(), one.weights.end(), requires_grad) ||
-                std::any_of(one.biases.begin(), one.biases.end(), requires_grad);
-  }
   std::vector<Tensor> ys;
-  if (has_grad && at::GradMode::is_enabled()) {
+  if (own.requires_grad && at::GradMode::is_enabled()) {
+    for (size_t n = 0; n < own.count; ++n)
+      if (why_not_fused(own[n])) Py_RETURN_NOTIMPLEMENTED;
     const pybind11::gil_scoped_release no_gil;
     ys = call_networks(own);
   } else {

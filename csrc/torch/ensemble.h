@@ -19,6 +19,7 @@ class Networks {
   }
 
   size_t count, layers;  // of networks, and of each network's layers
+  bool requires_grad;    // whether any of them, or the input, does
   std::vector<Chain> chains;
   std::vector<Tensor> xs, weights;  // an input and the weights of each network
   std::vector<OptionalTensors> biases;
