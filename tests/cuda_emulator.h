@@ -12,6 +12,8 @@
 //     it and met, one of them has told by an atomic operation, and the reader's block has learnt it by one;
 //   - a barrier that the threads of a block do not all reach fails the launch, as does a misaligned row or copy;
 //   - a launch fails that has more dynamic shared memory than was asked for, or on a device that there is no code for;
+//   - the accesses of a warp at one instruction are counted together, where that is asked for: the sectors of 32 bytes
+//     that they touch in global memory, and how often they wait for a bank of shared memory;
 //   - the blocks and the fibers run forward, reversed or shuffled, and a launch more than once, as in a graph.
 //
 // What went wrong is in emulator::complaint. Not thread-safe.
@@ -31,6 +33,8 @@
 #include <new>
 #include <numeric>
 #include <random>
+#include <set>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -142,7 +146,8 @@ namespace emulator {
 
 // The order of blocks, and of fibers between barriers: 0 forward, 1 reversed, else a seed to shuffle by.
 inline unsigned order = 0;
-inline unsigned times = 1;  // that each launch runs
+inline unsigned times = 1;          // that each launch runs
+inline std::vector<int64_t> grids;  // the blocks of each launch so far
 
 inline char complaint[200];
 
@@ -397,6 +402,80 @@ UNSEEN inline void tell() {
   if (!heard_epoch) heard_epoch = block_epoch, heard_thread = thread;
 }
 
+// ---- how a warp's accesses go together
+
+// An access of a thread: how often it had come by the instruction before puts it beside those of the other lanes.
+struct Access {
+  const void* instruction;
+  uint32_t times, thread;
+  uintptr_t address;
+  size_t bytes;
+};
+struct Traffic {
+  int64_t global_bytes, global_sectors, shared_requests, shared_waits;
+};
+inline bool counts_traffic, in_count;
+inline std::pair<uintptr_t, uintptr_t> traced_data[64];  // global memory that is counted
+inline size_t traced_count;
+
+UNSEEN inline bool is_traced(const void* p) {
+  const auto* const all = traced_data;
+  for (size_t i = 0; i < traced_count; ++i)
+    if (all[i].first <= uintptr_t(p) && uintptr_t(p) < all[i].second) return true;
+  return false;
+}
+inline Traffic traffic;
+inline std::vector<Access> accesses[2];  // to global and to shared memory
+inline std::map<std::pair<unsigned, const void*>, uint32_t> passed;
+
+UNSEEN inline void count_access(const void* instruction, const void* p, size_t bytes, bool is_shared) {
+  if (!counts_traffic || in_count) return;
+  in_count = true;  // what is called here is seen
+  accesses[is_shared].push_back({instruction, passed[{thread, instruction}]++, thread, uintptr_t(p), bytes});
+  in_count = false;
+}
+
+// Calls f(first, last) for the accesses of each warp at once.
+template <class F>
+void each_request(std::vector<Access>& all, F f) {
+  const auto key = [](const Access& a) { return std::tuple(a.thread / lanes, a.instruction, a.times); };
+  std::stable_sort(all.begin(), all.end(), [&](const auto& a, const auto& b) { return key(a) < key(b); });
+  for (auto first = all.begin(); first != all.end();) {
+    auto last = first;
+    while (last != all.end() && key(*last) == key(*first)) ++last;
+    f(first, last);
+    first = last;
+  }
+  all.clear();
+}
+
+// Of a block that is through. 128 bytes of shared memory go at once: of lanes that ask for 16 bytes, 8.
+inline void count_traffic() {
+  in_count = true;
+  each_request(accesses[0], [](auto first, auto last) {
+    std::set<uintptr_t> bytes, sectors;
+    for (; first != last; ++first)
+      for (uintptr_t at = first->address; at < first->address + first->bytes; ++at)
+        bytes.insert(at), sectors.insert(at / 32);
+    traffic.global_bytes += int64_t(bytes.size()), traffic.global_sectors += int64_t(sectors.size());
+  });
+  each_request(accesses[1], [](auto first, auto last) {
+    const unsigned at_once = unsigned(std::min<size_t>(lanes, 128 / std::max<size_t>(first->bytes, 4)));
+    while (first != last) {
+      const unsigned group = first->thread / at_once;
+      std::set<uintptr_t> words[32];
+      for (; first != last && first->thread / at_once == group; ++first)
+        for (uintptr_t word = first->address / 4; word < (first->address + first->bytes + 3) / 4; ++word)
+          words[word % 32].insert(word);
+      size_t most = 1;
+      for (const auto& of_bank : words) most = std::max(most, of_bank.size());
+      ++traffic.shared_requests, traffic.shared_waits += int64_t(most) - 1;
+    }
+  });
+  passed.clear();
+  in_count = false;
+}
+
 UNSEEN inline void touch(unsigned who, const void* address, size_t bytes, bool writes) {
   Cell* cell = cells_at(address);
   if (!cell) return touch_global(who, address, bytes, writes);
@@ -474,6 +553,9 @@ void copy_async(void* to, const void* from, bool inside) {
   if (misaligned(to) || (inside && misaligned(from))) complain("a copy of %d bytes is misaligned", bytes);
   const Copy copy{to, from, bytes, inside, groups[thread]};
   touch(thread, to, bytes, true);
+  static const char global = 0, shared = 0;
+  count_access(&shared, to, bytes, true);
+  if (inside && is_traced(from)) count_access(&global, from, bytes, false);
   std::memset(to, 0xff, bytes);
   set_filling(copy, block_epoch);
   copies[thread].push_back(copy);
@@ -527,7 +609,10 @@ void load_matrices(uint32_t (&registers)[4], const void* row) {
     uint32_t* registers;
     const void* row;
   } mine{registers, row};
+  static const char shared = 0;
+  count_access(&shared, row, 16, true);
   meet("ldmatrix", mine, [](Argument** arguments) {
+    const bool counted = std::exchange(in_count, true);  // by each lane
     for (unsigned matrix = 0; matrix < 4; ++matrix) {
       uint16_t elements[8][8];
       unsigned banks = 0;
@@ -547,6 +632,7 @@ void load_matrices(uint32_t (&registers)[4], const void* row) {
         arguments[lane]->registers[matrix] = low | high << 16;
       }
     }
+    in_count = counted;
   });
 }
 
@@ -640,31 +726,40 @@ inline bool run_block(unsigned threads) {
 
 }  // namespace emulator
 
+namespace emulator {
+
+UNSEEN inline void access(const void* instruction, const void* p, size_t bytes, bool writes) {
+  touch(thread, p, bytes, writes);
+  if (counts_traffic && (cells_at(p) || is_traced(p))) count_access(instruction, p, bytes, cells_at(p));
+}
+
+}  // namespace emulator
+
 // What -fsanitize=thread calls at every access to memory.
 extern "C" {
-#define FASTMLP_ACCESS(bytes)                                                      \
+#define FASTMLP_ACCESSES(bytes)                                                    \
   __attribute__((weak, used)) UNSEEN void __tsan_read##bytes(void* p) {            \
-    emulator::touch(emulator::thread, p, bytes, false);                            \
+    emulator::access(__builtin_return_address(0), p, bytes, false);                \
   }                                                                                \
   __attribute__((weak, used)) UNSEEN void __tsan_write##bytes(void* p) {           \
-    emulator::touch(emulator::thread, p, bytes, true);                             \
+    emulator::access(__builtin_return_address(0), p, bytes, true);                 \
   }                                                                                \
   __attribute__((weak, used)) UNSEEN void __tsan_unaligned_read##bytes(void* p) {  \
-    emulator::touch(emulator::thread, p, bytes, false);                            \
+    emulator::access(__builtin_return_address(0), p, bytes, false);                \
   }                                                                                \
   __attribute__((weak, used)) UNSEEN void __tsan_unaligned_write##bytes(void* p) { \
-    emulator::touch(emulator::thread, p, bytes, true);                             \
+    emulator::access(__builtin_return_address(0), p, bytes, true);                 \
   }
-FASTMLP_ACCESS(1)
-FASTMLP_ACCESS(2)
-FASTMLP_ACCESS(4)
-FASTMLP_ACCESS(8)
-FASTMLP_ACCESS(16)
+FASTMLP_ACCESSES(1)
+FASTMLP_ACCESSES(2)
+FASTMLP_ACCESSES(4)
+FASTMLP_ACCESSES(8)
+FASTMLP_ACCESSES(16)
 __attribute__((weak, used)) UNSEEN void __tsan_read_range(void* p, long bytes) {
-  emulator::touch(emulator::thread, p, bytes, false);
+  emulator::access(__builtin_return_address(0), p, size_t(bytes), false);
 }
 __attribute__((weak, used)) UNSEEN void __tsan_write_range(void* p, long bytes) {
-  emulator::touch(emulator::thread, p, bytes, true);
+  emulator::access(__builtin_return_address(0), p, size_t(bytes), true);
 }
 // Of the host: what kernels share is not atomic.
 __attribute__((weak, used)) UNSEEN char __tsan_atomic8_load(const volatile char* p, int) { return *p; }
@@ -745,6 +840,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulator::dynamic_shared_memory =
       static_cast<unsigned char*>(operator new(config->dynamicSmemBytes, alignment));
   emulator::set_region(emulator::regions[1], emulator::dynamic_shared_memory, config->dynamicSmemBytes);
+  emulator::grids.push_back(int64_t(blocks));
   std::vector<size_t> turn(blocks);
   std::iota(turn.begin(), turn.end(), 0);
   if (emulator::order == 1) std::reverse(turn.begin(), turn.end());
@@ -759,7 +855,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     }
     const size_t block = emulator::block = turn[i % blocks];
     blockIdx = dim3(block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y);
-    if (emulator::run_block(unsigned(threads))) continue;
+    if (emulator::run_block(unsigned(threads))) {
+      if (emulator::counts_traffic) emulator::count_traffic();
+      continue;
+    }
     emulator::fibers.clear();  // what they are in the middle of is abandoned
     for (emulator::Warp& warp : emulator::warps) warp.arrived = 0;
     return emulator::fail(cudaErrorLaunchFailure);

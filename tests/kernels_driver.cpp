@@ -4,6 +4,7 @@
 // Compiled with FASTMLP_EMULATE for the CUDA backend on the emulator, without for the CPU backend.
 #include <omp.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -15,6 +16,7 @@
 #include "cuda_emulator.h"
 #ifdef FASTMLP_EMULATE
 #include "../csrc/cuda/launch.cuh"
+#include "../csrc/cuda/plan.h"
 #endif
 
 #ifndef FASTMLP_EMULATE
@@ -55,6 +57,16 @@ static void library(const cuda::Product& p) {
   else if (p.dtype == Dtype::float16) multiply<__half>(p);
   else multiply<float>(p);
 }
+
+// The blocks of each launch that the plan says, and of each that was made.
+template <class Layer>
+static int64_t planned(const Layer* layers, int64_t count, int64_t* blocks) {
+  const auto owner = [](auto... of) { return cuda::owner_of(of...); };
+  int64_t launches = 0;
+  for (const cuda::Planned& p : cuda::plan(layers, count, owner, cuda::most_shared_memory()))
+    if (const int64_t own = cuda::numbers_of(p, layers, count).blocks) blocks[launches++] = own;
+  return launches;
+}
 #endif
 
 // `variant` is what must not change a bit: the order of the emulator's threads, or how many the CPU's are.
@@ -77,6 +89,18 @@ const char* activations() {
 }
 int reads_z(const Activation* activation) { return reads(*activation) == Reads::z; }
 #ifdef FASTMLP_EMULATE
+int64_t planned_forward(const Forward* layers, int64_t count, int64_t* blocks) {
+  return planned(layers, count, blocks);
+}
+int64_t planned_backward(const Backward* layers, int64_t count, int64_t* blocks) {
+  return planned(layers, count, blocks);
+}
+int64_t launched(int64_t* blocks) {  // since the last call
+  const int64_t launches = int64_t(emulator::grids.size());
+  std::copy(emulator::grids.begin(), emulator::grids.end(), blocks);
+  emulator::grids.clear();
+  return launches;
+}
 int use(const char* backend) {  // "cuda", or "cuda library" for one that leaves all products to the library
   const bool all = std::strcmp(backend, "cuda library") == 0;
   cuda::set_products(library, all ? cuda::Owner::library : cuda::Owner::kernels, nullptr, 0);
@@ -91,7 +115,14 @@ int owner_of(int kind, int dtype, int reduced, double operations) {
 }
 const char* complaint() { return emulator::complaint; }
 uint64_t bank_conflicts() { return emulator::bank_conflicts; }
-uint64_t launches() { return emulator::launches; }
+// Counts what kernels ask of these ranges of global memory, and of shared memory, until the next call.
+void count_traffic(const uintptr_t (*ranges)[2], int64_t count, emulator::Traffic* result) {
+  if (result) *result = emulator::traffic;
+  emulator::traffic = {};
+  emulator::counts_traffic = count > 0;
+  emulator::traced_count = size_t(count);
+  for (int64_t i = 0; i < count; ++i) emulator::traced_data[i] = {ranges[i][0], ranges[i][1]};
+}
 void run_each_launch(unsigned times) { emulator::times = times; }
 int set_device(int device) { return cudaSetDevice(device); }
 int device() { return emulator::device; }

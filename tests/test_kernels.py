@@ -206,6 +206,7 @@ FLAGS = {
     "cuda": [
         *("-DFASTMLP_EMULATE", "-DFASTMLP_MULTIPROCESSORS=4", "-DFASTMLP_FAN=3"),
         *("-fno-strict-aliasing", "-fno-gnu-unique"),
+        "-fno-tree-sra",  # packs are accessed as a whole
     ],
     "cpu": ["-DFASTMLP_COST_OF_THREADS=0"],
 }
@@ -384,7 +385,10 @@ class Buffer:
 
     def __init__(self, dtype: str, shape: tuple[int, ...], values: np.ndarray | None = None, guard: int = 64):
         self.dtype, self.shape, self.size, self.guard = dtype, shape, int(np.prod(shape)), guard
-        self.memory = np.empty(self.size + 2 * self.guard, STORAGE[dtype])
+        elements, item = self.size + 2 * self.guard, np.dtype(STORAGE[dtype]).itemsize
+        memory = np.empty(elements * item + 64, np.uint8)  # of which a part begins at a multiple of 64 bytes
+        begin = -memory.ctypes.data % 64
+        self.memory = memory[begin : begin + elements * item].view(STORAGE[dtype])
         self.memory.view(np.uint8)[:] = 0xFF
         self.elements = self.memory[self.guard : self.guard + self.size]
         if values is not None and dtype == "bfloat16":
@@ -418,10 +422,17 @@ def complaint(backend: ctypes.CDLL) -> str:
     return backend.complaint().decode()
 
 
+def blocks_of_launches(function: Callable[..., int], *arguments: object) -> list[int]:
+    """What a function of the driver tells of launches."""
+    blocks = (ctypes.c_int64 * 1000)()
+    return blocks[: function(*arguments, blocks)]
+
+
 def run(backend: ctypes.CDLL, variant: int, *layers: Forward | Backward, networks: int | None = None) -> None:
     """Calls the backend with the layers, in a workspace of the size that it asks for.
 
     `networks`: how many networks they are, one after the other, where they are called together.
+    What CUDA launches is what its plan says.
     """
     name = "forward" if isinstance(layers[0], Forward) else "backward"
     array = (type(layers[0]) * len(layers))(*layers)
@@ -431,9 +442,14 @@ def run(backend: ctypes.CDLL, variant: int, *layers: Forward | Backward, network
     arguments = array, *map(ctypes.c_int64, counts)
     size = getattr(backend, f"{name}_workspace")(*arguments, variant)
     workspace = Buffer("float32", (size // 4,))
+    if hasattr(backend, "launched"):
+        blocks_of_launches(backend.launched)
     error = getattr(backend, name)(*arguments, ctypes.c_void_p(workspace.pointer), variant)
     assert error == 0, f"error {error}: {complaint(backend)}"
     workspace.check_bands()
+    if hasattr(backend, "launched"):
+        backend.launches = blocks_of_launches(backend.launched)
+        assert backend.launches == blocks_of_launches(getattr(backend, f"planned_{name}"), *arguments)
 
 
 def row(backend: ctypes.CDLL, activation: str) -> Row:
@@ -1391,24 +1407,19 @@ def test_a_products_owner_computes_it(with_table):
 )
 def test_around_the_librarys_products_are_no_more_passes_than_torchs(builds, activation, forward, backward):
     library = loaded(builds["cuda library"], "cuda library")
-    library.launches.restype = ctypes.c_uint64
     layer = Layer(library, "bfloat16", activation, (600, 70, 40))
-    counts = [library.launches()]
-    for call in (layer.forward, layer.backward):
+    for call, expected in ((layer.forward, forward), (layer.backward, backward)):
         call()
-        counts.append(library.launches())
-    assert [after - before for before, after in itertools.pairwise(counts)] == [forward, backward]
+        assert len(library.launches) == expected
 
 
 @pytest.mark.parametrize(("sizes", "expected"), [((64,) * 5, 1), ((7, 128, 128, 3), 1), ((64, 129, 8), 2)])
 @cases(["dtype"], [(dtype,) for dtype in DTYPES], lambda dtype: dtype == "bfloat16")
 def test_the_layers_of_a_narrow_network_are_one_launch(builds, dtype, sizes, expected):
     library = loaded(builds["cuda"], "cuda")
-    library.launches.restype = ctypes.c_uint64
-    before = library.launches()
     arguments, _buffers = network(library, dtype, 40, sizes)
     run(library, 0, *arguments)
-    assert library.launches() - before == expected
+    assert len(library.launches) == expected
 
 
 # ---- what a launch needs of its GPU
@@ -1462,6 +1473,56 @@ def test_a_gpu_that_there_is_no_code_for_is_known_as_one_and_nobody_else_sees_th
     layer = Layer(on_gpu(WITHOUT_CODE), "float32", "relu", (3, 5, 7))
     with pytest.raises(AssertionError, match=f"error {NO_KERNEL_IMAGE}"):  # what a launch there would give
         layer.forward()
+
+
+class Traffic(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("bytes", "sectors", "requests", "waits")]
+
+
+def traffic(layer: Layer, direction: str, wanted: Iterable[str] = EVERYTHING) -> Traffic:
+    """What the kernels of a pass ask of memory, of the inputs alone in global memory."""
+    ranges = []
+    for buffer in (layer.x_memory, layer.weight_memory, layer.bias, layer.grad_y, layer.y, layer.z):
+        ranges.append((buffer.memory.ctypes.data, buffer.memory.ctypes.data + buffer.memory.nbytes))
+    result = Traffic()
+    pairs = (ctypes.c_size_t * 2 * len(ranges))(*ranges)
+    layer.backend.count_traffic(pairs, ctypes.c_int64(len(ranges)), None)
+    layer.forward() if direction == "forward" else layer.backward(wanted=wanted)
+    layer.backend.count_traffic(None, ctypes.c_int64(0), ctypes.byref(result))
+    return result
+
+
+every_pass = pytest.mark.parametrize("direction", ["forward", "backward"])
+every_math = pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16"])
+
+
+def counted_layer(builds, dtype, shape):
+    layer = Layer(loaded(builds["cuda"], "cuda"), dtype.replace("tf32", "float32"), "relu", shape)
+    layer.reduced = dtype == "tf32"
+    return layer
+
+
+@every_pass
+@every_math
+@pytest.mark.parametrize("shape", [(64, 64, 256), (250, 248, 256)], ids=str)  # of small tiles and of large
+def test_a_warp_uses_the_sectors_that_it_asks_for(builds, direction, dtype, shape):
+    counted = traffic(counted_layer(builds, dtype, shape), direction)
+    assert counted.bytes >= 0.9 * 32 * counted.sectors > 0
+
+
+@every_math
+@pytest.mark.parametrize("direction", ["forward", "dx", "dW"])
+@cases(["rows"], [(64,), (256,)], lambda rows: rows == 64)  # of small tiles and of large
+def test_no_access_of_a_main_loop_waits_for_a_bank(builds, direction, dtype, rows):
+    waits = []
+    for steps in (8, 16):  # of the sum: more of them cost no wait
+        K = 16 * steps
+        shape = {"forward": (rows, rows, K), "dx": (rows, K, rows), "dW": (K, rows, rows)}[direction]
+        layer = counted_layer(builds, dtype, shape)
+        layer.activation, layer.g = "identity", ACTIVATIONS["identity"]
+        wanted = {"forward": [], "dx": ["grad_x"], "dW": ["grad_weight", "grad_bias"]}[direction]
+        waits.append(traffic(layer, *(["backward", wanted] if wanted else ["forward"])).waits)
+    assert waits[0] == waits[1]
 
 
 def test_no_matrix_meets_a_bank_conflict_on_its_way_to_tensor_cores(builds):

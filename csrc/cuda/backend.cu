@@ -65,19 +65,17 @@ int64_t between_bytes(const Forward* layers, int64_t count) {
 using Large = Tiling<128, 128, 64, 32, 3, 1>;
 using Small = Tiling<64, 64, 32, 32, 4, 3>;
 
-constexpr int64_t blocks_of_sums = 4 * multiprocessors;
-
 // Bytes of the splits' sums.
-int64_t split_bytes(Dtype dtype, int64_t rows, int64_t columns, int64_t K) {
-  const Cut own = cut(dtype, rows, columns, K);
+int64_t split_bytes(const Cut& own, int64_t rows, int64_t columns) {
   const auto bytes = [](const Cut& c) {
     return Splits::bytes(c, c.size * c.size + (c.size == Large::m ? Large::threads : Small::threads));
   };
   return std::max(bytes(own), bytes(in_small_tiles(own, rows, columns)));
 }
-int64_t split_bytes(const Forward& f) { return split_bytes(f.dtype, f.M, f.N, f.K); }
+int64_t split_bytes(const Forward& f) { return split_bytes(cut(f.dtype, f.M, f.N, f.K, f.K, f.K), f.M, f.N); }
 int64_t split_bytes(const Backward& b) {  // does not depend on which outputs are asked for
-  return std::max(split_bytes(b.dtype, b.M, b.K, b.N), split_bytes(b.dtype, b.N, b.K, b.M));
+  return std::max(split_bytes(cut(b.dtype, b.M, b.K, b.N, b.N, b.K), b.M, b.K),
+                  split_bytes(cut(b.dtype, b.N, b.K, b.M, b.N, b.K), b.N, b.K));
 }
 
 // One layer after the other uses the same memory for them.
@@ -114,7 +112,8 @@ template <class A, class B>
 cudaError_t multiply(const A& a, const B& b, const Result<typename A::T>& result, int64_t K, bool reduced,
                      void* memory, cudaStream_t stream) {
   constexpr Dtype dtype = sizeof(typename A::T) == 4 ? Dtype::float32 : Dtype::bfloat16;
-  const Cut own = cut(dtype, result.rows, result.columns, K);
+  const Cut own = cut(dtype, result.rows, result.columns, K, A::transposed ? result.rows : K,
+                      B::transposed ? result.columns : K);
   if constexpr (dtype == Dtype::float32)
     if (!reduced) return multiply<Simt>(a, b, result, K, own, memory, stream);
   return multiply<TensorCore>(a, b, result, K, own, memory, stream);
@@ -137,55 +136,32 @@ int architecture() {
   return known ? 10 * major + minor : 0;
 }
 
+// The plan of a call.
 template <class Layer>
-bool is_librarys(Kind kind, const Layer& layer) {
-  const double operations = 2.0 * layer.M * layer.N * layer.K;
-  return owner_of(kind, layer.dtype, layer.reduced, operations) == Owner::library;
+std::vector<Planned> plan_of(const Layer* layers, int64_t count) {
+  const auto owner = [](Kind kind, Dtype dtype, bool reduced, double operations) {
+    return owner_of(kind, dtype, reduced, operations);
+  };
+  return plan(layers, count, owner, most_shared_memory());
+}
+bool has(const std::vector<Planned>& launches, Launch launch) {
+  return std::any_of(launches.begin(), launches.end(), [&](const Planned& p) { return p.launch == launch; });
 }
 
-// ---- narrow networks
-//
-//   all widths up to 64, or 128    the layers as one chain, where two weights or all fit in shared memory
-//
-// Tiles of 64 rows and all columns.
+// ---- chains
 
 using Narrow = Tiling<64, 64, 32, 32, 1, 1>;
 using LessNarrow = Tiling<64, 128, 32, 32, 1, 1>;
-
-// How many of `count` links' weights there is room for.
-template <class T, class Tiling>
-int slots(int64_t count) {
-  const int64_t rows = Shared<T, false, Tiling>::bytes(0);
-  const int64_t weight =
-      std::max(Shared<T, false, Tiling>::bytes(1), Shared<T, true, Tiling>::bytes(1)) - rows;
-  return static_cast<int>(std::clamp<int64_t>((most_shared_memory() - rows) / weight, 0, count));
-}
-
-template <class Layer>
-int64_t widest(const Layer* layers, int64_t count) {
-  int64_t width = 0;
-  for (int64_t i = 0; i < count; ++i) width = std::max({width, layers[i].N, layers[i].K});
-  return width;
-}
-
-template <class Layer>
-bool is_chain(Kind kind, const Layer* layers, int64_t count) {
-  const int64_t width = widest(layers, count);
-  if (count < 2 || count > most_links || width > LessNarrow::n) return false;
-  double operations = 0;
-  for (int64_t i = 0; i < count; ++i) operations += 2.0 * layers[i].M * layers[i].N * layers[i].K;
-  if (owner_of(kind, layers->dtype, layers->reduced, operations) == Owner::library) return false;
-  return with_dtype(layers->dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    return (width <= Narrow::n ? slots<T, Narrow>(count) : slots<T, LessNarrow>(count)) >= 2;
-  });
-}
 
 // With copies of 16 bytes, or of one element.
 template <template <class, class, class, class> class Math, class Tiling, class T, bool transposed>
 cudaError_t run_chain(const Operand<T, false>& first, Links<T, transposed> links, int64_t M,
                       cudaStream_t stream) {
-  links.slots = slots<T, Tiling>(links.count);
+  constexpr Dtype dtype = sizeof(T) == 4 ? Dtype::float32 : Dtype::bfloat16;
+  static_assert(Shared<T, transposed, Tiling>::bytes(0) == chain_rows_bytes(dtype, Tiling::n) &&
+                Shared<T, transposed, Tiling>::bytes(1) <=
+                    chain_rows_bytes(dtype, Tiling::n) + chain_weight_bytes(dtype, Tiling::n));
+  links.slots = chain_slots(dtype, Tiling::n, links.count, most_shared_memory());
   bool wide = width(first, links.links[0].K) == 16;
   for (int i = 0; i < links.count; ++i) wide &= width(links.links[i].weight, links.links[i].K) == 16;
   const int64_t bytes = Shared<T, transposed, Tiling>::bytes(links.slots);
@@ -250,15 +226,13 @@ Result<T> dx_of(const Backward& b, const Backward* below, void* x) {
 // ---- forward
 
 template <class T>
-cudaError_t forward(const Forward& f, void* memory, cudaStream_t stream) {
-  if (is_librarys(Kind::forward, f)) {
-    void* const z = f.z ? f.z : f.y;
-    products.library({f.dtype, f.M, f.N, f.K, {f.x, {f.ldx, 1}}, {f.weight, {1, f.ldw}}, f.bias, z});
-    if (z == f.y && f.activation == Activation::identity) return cudaSuccess;
-    return elementwise::activate<T>(z, f.y, f.M * f.N, f.activation, stream);
-  }
-  return multiply(operand<false, T>(f.x, f.ldx, f.M), operand<false, T>(f.weight, f.ldw, f.N),
-                  result_of<T>(f), f.K, f.reduced, memory, stream);
+cudaError_t forward(const Forward& f, Owner owner, void* memory, cudaStream_t stream) {
+  if (owner == Owner::kernels)
+    return multiply(operand<false, T>(f.x, f.ldx, f.M), operand<false, T>(f.weight, f.ldw, f.N),
+                    result_of<T>(f), f.K, f.reduced, memory, stream);
+  products.library(
+      {f.dtype, f.M, f.N, f.K, {f.x, {f.ldx, 1}}, {f.weight, {1, f.ldw}}, f.bias, f.z ? f.z : f.y});
+  return cudaSuccess;
 }
 
 template <class T>
@@ -271,12 +245,6 @@ cudaError_t forward_chain(const Forward* layers, int64_t count, cudaStream_t str
 }
 
 // ---- backward
-//
-// dz of the last layer comes of a pass of its own. Each other is formed where dx of the layer above is: as that leaves the
-// registers, or after the library's product. So is the x of that layer, where only z has been saved. Then come dW and db.
-
-bool is_dW_librarys(const Backward& b) { return b.grad_weight && is_librarys(Kind::dW, b); }
-bool is_found(const Backward& b) { return b.grad_weight && b.x_activation != Activation::identity; }
 
 // Where in the workspace a layer's dz is, and its x; and what all layers work in. A chain needs all dz and x at once;
 // else two dz are there in turn, and one x.
@@ -303,10 +271,7 @@ Places places(const Backward* layers, int64_t count, bool chained, int64_t layer
 int64_t bytes_to_work_in(const Backward* layers, int64_t count) {
   int64_t bytes = largest_split(layers, count);
   for (const Backward* b = layers; b != layers + count; ++b)
-    with_dtype(b->dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      bytes = std::max(bytes, elementwise::workspace<T>(b->M, b->N, blocks_of_sums));
-    });
+    bytes = std::max(bytes, elementwise::workspace(b->dtype, b->M, b->N));
   return bytes;
 }
 
@@ -322,37 +287,25 @@ cudaError_t backward_chain(const Backward* layers, int64_t count, void* const* x
                    layers->M, layers->reduced, stream);
 }
 
-// The pass over dy of a layer that the products leave: for dz where that is not there yet, and x of the layer above with
-// it; and for db, where dW is the library's.
-template <class T>
-cudaError_t form(Backward b, bool is_there, void* dz, void* x, void* memory, cudaStream_t stream) {
-  void* const grad_bias = is_dW_librarys(b) ? b.grad_bias : nullptr;
-  if (is_there) b.activation = {};
-  if (b.activation == Activation::identity && !grad_bias) return cudaSuccess;
-  return elementwise::differentiate<T>(b, dz, x, grad_bias, memory, blocks_of_sums, stream);
-}
-
 // Of a layer whose dy is dz.
 template <class T>
-cudaError_t dx(const Backward& b, const Backward* below, void* x, void* memory, cudaStream_t stream) {
-  if (is_librarys(Kind::dx, b)) {
-    products.library(
-        {b.dtype, b.M, b.K, b.N, {b.grad_y, {b.N, 1}}, {b.weight, {b.ldw, 1}}, nullptr, b.grad_x});
-    return cudaSuccess;
-  }
-  return multiply(operand<false, T>(b.grad_y, b.N, b.M), operand<true, T>(b.weight, b.ldw, b.K),
-                  dx_of<T>(b, below, x), b.N, b.reduced, memory, stream);
+cudaError_t dx(const Backward& b, const Backward* below, void* x, Owner owner, void* memory,
+               cudaStream_t stream) {
+  if (owner == Owner::kernels)
+    return multiply(operand<false, T>(b.grad_y, b.N, b.M), operand<true, T>(b.weight, b.ldw, b.K),
+                    dx_of<T>(b, below, x), b.N, b.reduced, memory, stream);
+  products.library({b.dtype, b.M, b.K, b.N, {b.grad_y, {b.N, 1}}, {b.weight, {b.ldw, 1}}, nullptr, b.grad_x});
+  return cudaSuccess;
 }
 
-// With db, of a layer whose dy is dz.
+// The same, with db.
 template <class T>
-cudaError_t dW(const Backward& b, void* memory, cudaStream_t stream) {
-  if (is_dW_librarys(b)) {
+cudaError_t dW(const Backward& b, Owner owner, void* memory, cudaStream_t stream) {
+  if (owner == Owner::library) {
     products.library(
         {b.dtype, b.N, b.K, b.M, {b.grad_y, {1, b.N}}, {b.x, {b.ldx, 1}}, nullptr, b.grad_weight});
     return cudaSuccess;
   }
-  if (!b.grad_weight && !b.grad_bias) return cudaSuccess;
   const Result<T> result{.c = static_cast<T*>(b.grad_weight),
                          .row_sums = static_cast<T*>(b.grad_bias),
                          .rows = b.N,
@@ -371,37 +324,41 @@ const char* architectures() { return FASTMLP_TEXT(__CUDA_ARCH_LIST__); }
 bool runs_on(int device) { return has_code<softmax::weigh>(device); }
 
 int64_t forward_workspace(const Forward* layers, int64_t count) {
-  return is_chain(Kind::chain_forward, layers, count)
+  return has(plan_of(layers, count), Launch::chain_forward)
              ? 0
              : 2 * between_bytes(layers, count) + largest_split(layers, count);
 }
 
 int forward(const Forward* layers, int64_t count, void* workspace, void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  char* const between = static_cast<char*>(workspace);
+  const int64_t bytes = between_bytes(layers, count);
   return with_dtype(layers->dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    if (is_chain(Kind::chain_forward, layers, count)) return forward_chain<T>(layers, count, stream);
-    char* const between = static_cast<char*>(workspace);
-    const int64_t bytes = between_bytes(layers, count);
-    cudaError_t error = cudaSuccess;
-    for (int64_t i = 0; i < count && error == cudaSuccess; ++i) {
-      Forward f = layers[i];
-      if (!f.x) f.x = between + (i + 1) % 2 * bytes;
-      if (!f.y) f.y = between + i % 2 * bytes;
-      error = forward<T>(f, between + 2 * bytes, stream);
+    for (const Planned& p : plan_of(layers, count)) {
+      Forward f = layers[p.layer];
+      if (!f.x) f.x = between + (p.layer + 1) % 2 * bytes;
+      if (!f.y) f.y = between + p.layer % 2 * bytes;
+      const cudaError_t error =
+          p.launch == Launch::chain_forward ? forward_chain<T>(layers, count, stream)
+          : p.launch == Launch::forward
+              ? forward<T>(f, p.owner, between + 2 * bytes, stream)
+              : elementwise::activate<T>(f.z ? f.z : f.y, f.y, f.M * f.N, f.activation, stream);
+      if (error != cudaSuccess) return error;
     }
-    return error;
+    return cudaSuccess;
   });
 }
 
 int64_t backward_workspace(const Backward* layers, int64_t count) {
-  return places(layers, count, is_chain(Kind::chain_backward, layers, count), 0).memory +
-         bytes_to_work_in(layers, count);
+  const bool chained = has(plan_of(layers, count), Launch::chain_backward);
+  return places(layers, count, chained, 0).memory + bytes_to_work_in(layers, count);
 }
 
 int backward(const Backward* layers_, int64_t count, void* workspace, void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  const bool chained = is_chain(Kind::chain_backward, layers_, count);  // asks the driver, so once
+  const std::vector<Planned> launches = plan_of(layers_, count);
+  const bool chained = has(launches, Launch::chain_backward);
   char* const own = static_cast<char*>(workspace);
   std::vector<Backward> layers(layers_, layers_ + count);
   std::vector<void*> x(count);
@@ -414,25 +371,32 @@ int backward(const Backward* layers_, int64_t count, void* workspace, void* stre
   }
   return with_dtype(layers_->dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    cudaError_t error = cudaSuccess;
-    const auto then = [&](auto f) { error = error == cudaSuccess ? f() : error; };
-    const bool is_given = layers[0].activation == Activation::identity;
-    then([&] { return form<T>(layers[0], false, is_given ? nullptr : own, nullptr, memory, stream); });
-    if (!is_given) layers[0].grad_y = own;
-    if (chained) then([&] { return backward_chain<T>(layers.data(), count, x.data(), stream); });
-    for (int64_t i = 0; i < count; ++i) {
-      Backward& b = layers[i];
-      const Backward* below = i + 1 < count ? &layers[i + 1] : nullptr;
-      const bool is_there = chained || !is_librarys(Kind::dx, b);  // the dz below
-      if (!chained && b.grad_x) then([&] { return dx<T>(b, below, x[i], memory, stream); });
-      if (below)
-        then([&] { return form<T>(*below, is_there, is_there ? nullptr : b.grad_x, x[i], memory, stream); });
-      if (x[i] && !below)
-        then([&] { return elementwise::activate<T>(b.x, x[i], b.M * b.K, b.x_activation, stream); });
-      if (x[i]) b.x = x[i], b.ldx = b.K;
-      then([&] { return dW<T>(b, memory, stream); });
-    }
-    return error;
+    const auto run = [&](const Planned& p) {
+      Backward& b = layers[p.layer];
+      const Backward* const below = p.layer + 1 < count ? &b + 1 : nullptr;
+      switch (p.launch) {
+        case Launch::differentiate: {  // in the place of dy, where that is not the caller's
+          void* const dz = p.layer ? const_cast<void*>(b.grad_y) : own;
+          const cudaError_t error =
+              elementwise::differentiate<T>(b, p.forms_dz ? dz : nullptr, p.layer ? x[p.layer - 1] : nullptr,
+                                            p.sums ? b.grad_bias : nullptr, memory, stream);
+          if (p.forms_dz) b.grad_y = dz;
+          return error;
+        }
+        case Launch::chain_backward:
+          return backward_chain<T>(layers.data(), count, x.data(), stream);
+        case Launch::dx:
+          return dx<T>(b, below, x[p.layer], p.owner, memory, stream);
+        case Launch::find_x:
+          return elementwise::activate<T>(b.x, x[p.layer], b.M * b.K, b.x_activation, stream);
+        default:
+          if (x[p.layer]) b.x = x[p.layer], b.ldx = b.K;
+          return dW<T>(b, p.owner, memory, stream);
+      }
+    };
+    for (const Planned& p : launches)
+      if (const cudaError_t error = run(p); error != cudaSuccess) return error;
+    return cudaSuccess;
   });
 }
 
@@ -450,7 +414,7 @@ Owner owner_of(Kind kind, Dtype dtype, bool reduced, double operations) {
     if (m.architecture == own && m.dtype == dtype && m.reduced == (reduced && dtype == Dtype::float32) &&
         m.kind == kind && m.size == size)
       return m.owner;
-  return operations < 1e8 ? Owner::kernels : Owner::library;
+  return owner_of(operations);
 }
 
 int64_t cross_entropy_workspace(const CrossEntropy& p) { return softmax::workspace(p); }

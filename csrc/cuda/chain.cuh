@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(Tiling::threads, 1)
   T* const rows = reinterpret_cast<T*>(ptx::dynamic_shared_memory());
   T* const weights = rows + S::tiles * Rows::size;
   const auto place = [&](int row, int n) {
-    return rows + n / depth<T> * Rows::size + row * Rows::pitch + n % depth<T>;
+    return rows + n / depth<T> * Rows::size + Rows::at(row, n % depth<T>);
   };
   const auto tiles_along = [](int K) { return (K + depth<T> - 1) / depth<T>; };
   const auto weight_of = [&](int use) { return weights + use % links.slots * S::weight_size; };

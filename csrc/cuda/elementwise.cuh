@@ -66,27 +66,9 @@ __global__ void __launch_bounds__(threads)
     store(grad_bias + column0 + threadIdx.x, sum);
 }
 
-// How a matrix is shared out among so many blocks, and how many threads are beside each other.
-struct Share {
-  int across;
-  Cut cut;
-};
-template <class T>
-Share share(int64_t rows, int64_t columns, int64_t blocks) {
-  const int64_t packs = blocks_of(columns, Pack<T>::size);
-  int across = 1;
-  while (across < 32 && across < packs) across *= 2;
-  const int64_t tiles = blocks_of(packs, across), least = 4 * threads / across;  // four rows a thread
-  const int64_t splits =
-      std::clamp<int64_t>(blocks / std::max<int64_t>(tiles, 1), 1, blocks_of(rows + 1, least));
-  const int64_t steps = blocks_of(rows + 1, splits);
-  return {across, {0, tiles, blocks_of(rows + 1, steps), steps}};
-}
-
 // Bytes of the splits' sums.
-template <class T>
-int64_t workspace(int64_t rows, int64_t columns, int64_t blocks) {
-  return Splits::bytes(share<T>(rows, columns, blocks).cut, threads);
+inline int64_t workspace(Dtype dtype, int64_t rows, int64_t columns) {
+  return Splits::bytes(share(dtype, rows, columns).cut, threads);
 }
 
 template <class T>
@@ -95,15 +77,15 @@ cudaError_t activate(const void* z, void* y, int64_t size, const Activation& g, 
                 static_cast<const T*>(z), static_cast<T*>(y), size, g);
 }
 
-// dz, y and db, each of them or null for none.
+// dz, y and db, each of them or null for none. Without dz, dy is dz.
 template <class T>
-cudaError_t differentiate(const Backward& b, void* dz, void* y, void* grad_bias, void* memory, int64_t blocks,
+cudaError_t differentiate(const Backward& b, void* dz, void* y, void* grad_bias, void* memory,
                           cudaStream_t stream) {
-  const Share own = share<T>(b.M, b.N, blocks);
+  const Share own = share(b.dtype, b.M, b.N);
   return launch(differentiate_all<T>, own.cut.tiles * own.cut.splits, threads, stream,
                 static_cast<const T*>(b.grad_y), static_cast<const T*>(b.saved), static_cast<T*>(dz),
-                static_cast<T*>(y), static_cast<T*>(grad_bias), b.activation, b.M, b.N, own.across,
-                Splits(own.cut, memory));
+                static_cast<T*>(dz ? y : nullptr), static_cast<T*>(grad_bias),
+                dz ? b.activation : Activation{}, b.M, b.N, own.across, Splits(own.cut, memory));
 }
 
 }  // namespace fastmlp::cuda::elementwise

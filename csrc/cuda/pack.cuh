@@ -39,7 +39,8 @@ __device__ __forceinline__ void store(T* p, const Pack<T>& pack, int64_t n, bool
 
 // Two neighbours at once.
 __device__ __forceinline__ void store_pair(float* p, float first, float second) {
-  *reinterpret_cast<float2*>(p) = {first, second};
+  const float2 pair{first, second};
+  *reinterpret_cast<float2*>(p) = pair;
 }
 template <class T>
 __device__ __forceinline__ void store_pair(T* p, float first, float second) {

@@ -33,16 +33,20 @@ struct Tiling {
 template <class T>
 constexpr int depth = 64 / sizeof(T);
 
-// An operand's tile in shared memory, in lines as in memory. A line of one row holds its `depth` elements along the
-// sum; transposed, a line of one k holds the elements of all rows. What a line is longer than its elements puts the
-// eight lines that a warp reads at once on different banks.
+// An operand's tile in shared memory, in lines as in memory. A line of one row holds its `depth` elements along the sum;
+// transposed, a line of one k holds the elements of all rows. Where its packs are puts those that a warp reads or writes
+// at once on different banks: a line of one row has them swapped by its number, of one k it is longer than its elements.
 template <class T, bool transposed_, int rows>
 struct Layout {
   static constexpr bool transposed = transposed_;
   static constexpr int lines = transposed ? depth<T> : rows;
   static constexpr int packs = (transposed ? rows : depth<T>) / Pack<T>::size;  // of a line
-  static constexpr int pitch = packs * Pack<T>::size + (transposed ? 8 : Pack<T>::size);
+  static constexpr int pitch = packs * Pack<T>::size + (transposed ? 8 : 0);
   static constexpr int size = lines * pitch;
+
+  static __device__ __forceinline__ int at(int line, int column) {
+    return line * pitch + (transposed ? column : column ^ line / 2 % 4 * Pack<T>::size);
+  }
 };
 
 // An operand in memory: A(row, k) at data[row * stride + k], or transposed at data[k * stride + row].
@@ -62,7 +66,8 @@ struct Carrier {
   static constexpr bool transposed = Operand::transposed;
   static constexpr int count = Layout::lines * Layout::packs / threads, apart = threads / Layout::packs;
   static_assert(count * threads == Layout::lines * Layout::packs && apart * Layout::packs == threads);
-  const T* from;  // the thread's first pack of the next tile
+  static_assert(transposed || apart % 8 == 0);  // lines whose packs are swapped alike
+  const T* from;                                // the thread's first pack of the next tile
   int64_t stride;
   int lines, columns;  // that are left from there on
   int to;
@@ -75,7 +80,7 @@ struct Carrier {
     from = operand.data + (transposed ? k0 + line : row0 + line) * stride + (transposed ? row0 : k0) + column;
     lines = (transposed ? K : rows) - line;
     columns = (transposed ? rows : K) - column;
-    to = line * Layout::pitch + column;
+    to = Layout::at(line, column);
   }
 
   __device__ __forceinline__ void start(T* shared) {
@@ -247,7 +252,11 @@ __global__ void __launch_bounds__(Tiling::threads, Tiling::blocks)
   const auto read = [&](int row, int column) {
     Pack<T> pack;
 #pragma unroll
-    for (int e = 0; e < Pack<T>::size; ++e) store(&pack.elements[e], shared_sums[row * pitch + column + e]);
+    for (int e = 0; e < Pack<T>::size; e += 4) {
+      const float4 sums = *reinterpret_cast<const float4*>(shared_sums + row * pitch + column + e);
+      store_pair(pack.elements + e, sums.x, sums.y);
+      store_pair(pack.elements + e + 2, sums.z, sums.w);
+    }
     return pack;
   };
   finish_tile<Tiling, pass_of<A, B>>(result, m0, n0, read, [](int, int, Pack<T>&) {});

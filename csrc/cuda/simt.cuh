@@ -51,8 +51,7 @@ struct Simt {
       for (int i = 0; i < down; i += A::transposed ? pack : 1)
 #pragma unroll
         for (int k = 0; k < (A::transposed ? pack : 1); ++k) {
-          const Pack<float> own =
-              load(a + (A::transposed ? (k0 + k) * A::pitch + row(i) : row(i) * A::pitch + k0));
+          const Pack<float> own = load(a + (A::transposed ? A::at(k0 + k, row(i)) : A::at(row(i), k0)));
 #pragma unroll
           for (int e = 0; e < pack; ++e) (A::transposed ? left[i + e][k] : left[i][e]) = own.elements[e];
         }
@@ -61,7 +60,7 @@ struct Simt {
         for (int k = 0; k < pack; ++k)
 #pragma unroll
           for (int j = 0; j < across; j += pack) {
-            const Pack<float> right = load(b + (k0 + k) * B::pitch + column(j));
+            const Pack<float> right = load(b + B::at(k0 + k, column(j)));
 #pragma unroll
             for (int i = 0; i < down; ++i)
 #pragma unroll
@@ -70,7 +69,7 @@ struct Simt {
       } else {
 #pragma unroll
         for (int j = 0; j < across; ++j) {
-          const Pack<float> right = load(b + column(j) * B::pitch + k0);
+          const Pack<float> right = load(b + B::at(column(j), k0));
 #pragma unroll
           for (int k = 0; k < pack; ++k)
 #pragma unroll

@@ -31,12 +31,12 @@ struct TensorCore {
 #pragma unroll
       for (int matrix = 0; matrix < 4; ++matrix)
         registers[matrix] = bit_cast<uint32_t>(
-            tile[(lower_k(matrix) + lane() % 4) * Layout::pitch + lower_row(matrix) + lane() / 4]);
+            tile[Layout::at(lower_k(matrix) + lane() % 4, lower_row(matrix) + lane() / 4)]);
     } else {
       const int own = lane() % 8, at_row = lower_row(lane() / 8), at_k = lower_k(lane() / 8);
-      ptx::load_matrices<Layout::transposed>(registers, Layout::transposed
-                                                            ? tile + (at_k + own) * Layout::pitch + at_row
-                                                            : tile + (at_row + own) * Layout::pitch + at_k);
+      ptx::load_matrices<Layout::transposed>(
+          registers,
+          tile + (Layout::transposed ? Layout::at(at_k + own, at_row) : Layout::at(at_row + own, at_k)));
     }
     if constexpr (sizeof(T) == 4)
       for (uint32_t& bits : registers) bits = ptx::round_to_tf32(bits);

@@ -3,11 +3,13 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <iterator>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "../cuda/plan.h"
 #include "../kernels.h"
 #include "activations.h"
 #include "call.h"
@@ -70,6 +72,49 @@ void use_products(const std::string& owner, const std::vector<MeasuredRow>& rows
 }
 #endif
 
+// What a GPU would launch for a network of ReLUs whose parameters are trained.
+using PlanRow = std::tuple<std::string, int64_t, std::string, std::array<int64_t, 8>, double, int64_t>;
+
+std::vector<PlanRow> plan(const std::vector<int64_t>& sizes, int64_t batch, const std::string& dtype_name,
+                          int64_t shared_bytes, bool own) {
+  using namespace fastmlp;
+  static constexpr const char* launches[] = {
+      "forward", "chain forward", "g", "dz", "chain backward", "dx", "dW", "x"};
+  const Dtype dtype = dtype_name == "float32"    ? Dtype::float32
+                      : dtype_name == "bfloat16" ? Dtype::bfloat16
+                                                 : Dtype::float16;
+  static char wanted;  // an address for what is not null
+  std::vector<Forward> forwards;
+  std::vector<Backward> backwards;
+  const int64_t count = int64_t(sizes.size()) - 1;
+  for (int64_t i = 0; i < count; ++i) {
+    const Activation g{i + 1 < count ? Activation::relu : Activation::identity};
+    Forward f{};
+    Backward back{};
+    f.dtype = back.dtype = dtype, f.activation = back.activation = g;
+    f.M = back.M = batch, f.N = back.N = sizes[i + 1], f.K = back.K = sizes[i];
+    back.grad_weight = back.grad_bias = &wanted;
+    forwards.push_back(f);
+    backwards.insert(backwards.begin(), back);
+  }
+  std::vector<PlanRow> rows;
+  const auto add = [&](const auto& layers, bool is_forward) {
+    const auto owner = [&](cuda::Kind, Dtype, bool, double operations) {
+      return own ? cuda::Owner::kernels : cuda::owner_of(operations);
+    };
+    for (const cuda::Planned& p : cuda::plan(layers.data(), count, owner, shared_bytes)) {
+      const cuda::Numbers n = cuda::numbers_of(p, layers.data(), count);
+      rows.emplace_back(launches[int(p.launch)], is_forward ? p.layer : count - 1 - p.layer,
+                        p.owner == cuda::Owner::kernels ? "own" : "library",
+                        std::array<int64_t, 8>{n.rows, n.columns, n.K, n.cut.size, n.cut.tiles, n.cut.splits,
+                                               n.cut.steps, n.blocks},
+                        n.fill, n.bytes);
+    }
+  };
+  add(forwards, true), add(backwards, false);
+  return rows;
+}
+
 PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
@@ -113,6 +158,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return supported;
   });
   m.def("use_instruction_set", use, py::arg("name"));
+  m.def("plan", plan, py::arg("sizes"), py::arg("batch"), py::arg("dtype"), py::arg("shared_bytes"),
+        py::arg("own"));
   py::dict activations;  // each with the defaults of its parameters
   for (const fastmlp::ActivationFormula& formula : fastmlp::formulas)
     activations[py::str(std::string(formula.name))] = py::tuple(py::cast(formula.defaults));
