@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PORTABLE = "tests/test_kernels.py -k portable"
 CUDA = "tests/test_kernels.py -k cuda"
 GPU = "tests/test_kernels.py -k gpu"
+STEP = "tests/test_whole_step.py"
 
 
 class Fault(NamedTuple):
@@ -72,9 +73,9 @@ FAULTS = [
     Fault("csrc/cuda/launch.cuh", "most_shared_memory() - static_cast<int64_t>(own.sharedSizeBytes)", "most_shared_memory()", GPU),
     Fault("csrc/cuda/launch.cuh", "  if (error != cudaSuccess) cudaGetLastError();", "", GPU),
     Fault("csrc/cuda/launch.cuh", "  cudaSetDevice(current);", "", GPU),
-    Fault("csrc/cuda/softmax.cuh", "if (counts && smooths) gradient -=", "if (smooths) gradient -=", CUDA),
+    Fault("csrc/cuda/softmax.cuh", "if (counts && smooths) dz -=", "if (smooths) dz -=", CUDA),
     Fault("csrc/cuda/softmax.cuh", "if (t == p.ignore_index) return 0.0f;", "", CUDA),
-    Fault("csrc/cuda/update.cuh", "const bool aligned = is_aligned<T>(addresses);", "const bool aligned = true;", CUDA),
+    Fault("csrc/cuda/update.cuh", "const bool aligned = is_aligned<T, Row>(u);", "const bool aligned = true;", CUDA),
     Fault("csrc/cuda/clip.cuh", "own += blocks;", "", CUDA),
     Fault("csrc/cuda/elementwise.cuh", "rotate(sums, sums[0] + dz);", "rotate(sums, sums[0]);", CUDA),
     Fault("csrc/cuda/elementwise.cuh", "const int64_t split = blockIdx.x / tiles", "const int64_t split = 0 * tiles", CUDA),
@@ -82,6 +83,11 @@ FAULTS = [
     Fault("csrc/cuda/backend.cu", "x = memory, ldx = b.K;", "", CUDA),
     Fault("csrc/cuda/backend.cu", "return operations < 1e8 ?", "return operations < 1e7 ?", CUDA),
     Fault("csrc/cuda/backend.cu", "link.activation_of_saved = layers[i + 1].activation;", "link.activation_of_saved = layers[i].activation;", CUDA),
+    Fault("csrc/cuda/step.cuh", "below.z ? below.z : y_of(l - 1)", "y_of(l - 1)", STEP),
+    Fault("csrc/cuda/step.cuh", "!is_last || blockIdx.x == 0", "true", STEP),
+    Fault("csrc/cuda/step.cuh", "o.first = false;", "", STEP),
+    Fault("csrc/cuda/lanes.cuh", "upper ? own[e] : own[count / 2 + e], step", "own[count / 2 + e], step", STEP),
+    Fault("csrc/cuda/step_plan.h", "padded(ceil_div(N[l], share))", "ceil_div(N[l], share)", STEP),
     # Python.
     Fault("fastmlp/layers.py", 'or own["_forward_pre_hooks"]\n                or own["_backward_hooks"]', 'or own["_backward_hooks"]', "tests/test_fuse.py tests/test_mlp.py"),
     Fault("fastmlp/layers.py", 'elif name == "identity" or (name == "dropout" and _drops(own) is False):', 'elif name in ("identity", "dropout"):', "tests/test_fuse.py"),
