@@ -108,6 +108,7 @@ FAULTS = [
     Fault("fastmlp/step.py", "parameter.grad /= size", "pass", "tests/test_step.py -k processes"),
     Fault("fastmlp/step.py", "own + other\n", "own\n", "tests/test_step.py -k any_loss"),
     Fault("fastmlp/step.py", "first = result if first is None else first", "first = result", "tests/test_step.py -k lbfgs"),
+    Fault("fastmlp/step.py", "                if value is not NotImplemented:\n                    self._way", "                if True:\n                    self._way", "tests/test_graph.py"),
     Fault("fastmlp/graph.py", "graph = self._graphs.pop(batch, None)", "graph = self._graphs.get(batch)", "tests/test_graph.py"),
     Fault("fastmlp/graph.py", "pools[0] if pools else torch.cuda.graph_pool_handle()", "(0, 1)", "tests/test_graph.py"),
     Fault("fastmlp/graph.py", "if counts or options != self._options:", "if self._options is None:", "tests/test_graph.py"),

@@ -459,7 +459,7 @@ int backward(const Backward* layers, int64_t count, void* workspace, void* strea
 }
 
 bool is_one_launch(int64_t M, const int64_t* widths, int64_t layers, bool clips) {
-  if (layers > whole_step::most_layers) return false;
+  if (layers > whole_step::most_layers || products.owner == Owner::library) return false;
   whole_step::Shape shape{M, layers, {}, clips};
   std::copy_n(widths, layers + 1, shape.widths);
   return whole_step::plan(shape).blocks > 0;
