@@ -261,9 +261,8 @@ int64_t cross_entropy_workspace(const CrossEntropy&);
 int cross_entropy(const CrossEntropy&, void* workspace, void* stream);
 
 // A step, or several, in one launch: of networks of two layers or more that are small enough for it to be faster than a
-// graph of the others, on the current device. `widths` are the first K and each layer's N. The loss is not given, x is of
-// the step alone. A workspace is 0 when it is first used, and then used by nothing else; with the same steps in it or
-// others, one after the other.
+// graph of the others, on the current device. `widths` are the first K and each layer's N. The loss is none that is given.
+// The workspace, of −1 bytes where it is no such step, is all 0 when it is first used, and used by nothing else then.
 bool is_one_launch(int64_t M, const int64_t* widths, int64_t layers, bool clips);
 int64_t train_workspace(const Step&);
 int train(const Step&, void* workspace, void* stream);

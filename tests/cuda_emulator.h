@@ -265,6 +265,7 @@ inline Context scheduler;
 inline Fiber* running;   // null outside of the kernel
 inline unsigned thread;  // of the running fiber
 inline unsigned threads_of_block;
+inline bool is_meeting;             // it does for others what is no access of its own
 inline uint32_t block_epoch;        // counts barriers, of all blocks of all launches
 inline void (*kernel_call)(void*);  // the kernel with its arguments bound
 inline void* kernel_arguments;
@@ -332,6 +333,7 @@ void meet(const char* name, Argument& mine, Operation operation) {
   running->argument = &mine;
   if (++warp.arrived < width) return suspend(State::at_warp_meeting);
   warp.arrived = 0;
+  is_meeting = true;
   Argument* arguments[lanes];
   for (unsigned lane = 0; lane < width; ++lane) {
     Fiber& fiber = fibers[first + lane];
@@ -341,6 +343,7 @@ void meet(const char* name, Argument& mine, Operation operation) {
   }
   if (*complaint) suspend(State::ended);
   operation(arguments);
+  is_meeting = false;
 }
 
 inline void synchronize_warp(int line) {
@@ -381,42 +384,51 @@ UNSEEN inline void wait(const unsigned* arrived, unsigned before) {
   ++waits[block], ++progress;
 }
 
-// Of four bytes: who has written last and the last two to read, and how often they had arrived at barriers before.
-// Another block may follow once it has waited as often and once more. Where two addresses meet, the older is forgotten.
-struct GlobalCell {
-  const void* address;
-  uint64_t launch;
-  uint32_t write_arrivals, read_arrivals[2];
-  uint16_t writer, readers[2];
+// A thread of a block; how often the block had arrived at barriers of the grid, and which of its own it had passed, when
+// the thread touched something.
+struct Touch {
+  uint16_t block, thread;
+  uint32_t arrivals, epoch;
 };
 constexpr uint16_t nobody = 0xffff;
+
+// Of four bytes: who has written last, and the last two blocks to read. Where two addresses meet, the older is forgotten.
+struct GlobalCell {
+  uintptr_t address;
+  uint64_t launch;
+  Touch write, reads[2];
+};
 constexpr size_t global_cells = 1 << 22;
 inline GlobalCell* const cells_of_all =
     static_cast<GlobalCell*>(std::calloc(global_cells, sizeof(GlobalCell)));
 inline const char *own_begin, *own_end;  // of the emulator's own variables
 
+// Whether nothing orders what the thread that runs does behind that.
+UNSEEN inline bool races(const Touch& before) {
+  if (before.block == nobody) return false;
+  if (before.block != block) return before.arrivals >= waits[block];
+  return before.epoch == block_epoch && before.thread != thread;
+}
+
 UNSEEN inline void touch_global(const void* address, size_t bytes, bool writes) {
   const char* at = static_cast<const char*>(address);
   if (own_begin <= at && at < own_end) return;
+  const Touch mine = {uint16_t(block), uint16_t(thread), arrivals[block], block_epoch};
+  const Touch none = {nobody, 0, 0, 0};
   for (const char* const end = at + bytes; at < end; at += 4) {
     const uintptr_t number = reinterpret_cast<uintptr_t>(at) / 4;
     GlobalCell& cell = cells_of_all[number % global_cells];
-    if (cell.address != reinterpret_cast<const void*>(number) || cell.launch != launches)
-      cell = {reinterpret_cast<const void*>(number), launches, 0, {0, 0}, nobody, {nobody, nobody}};
-    const auto races = [&](uint16_t other, uint32_t others_arrivals) UNSEEN {
-      return other != nobody && other != block && others_arrivals >= waits[block];
-    };
-    if (races(cell.writer, cell.write_arrivals))
-      complain("a race: block %u touches what block %u writes", block, unsigned{cell.writer});
+    if (cell.address != number || cell.launch != launches) cell = {number, launches, none, {none, none}};
+    const auto who = [](const Touch& touch) UNSEEN { return 1000u * touch.block + touch.thread; };
+    if (races(cell.write)) complain("a race: %u touches what %u writes", who(mine), who(cell.write));
     if (writes) {
-      for (int i = 0; i < 2; ++i)
-        if (races(cell.readers[i], cell.read_arrivals[i]))
-          complain("a race: block %u writes what block %u reads", block, unsigned{cell.readers[i]});
-      cell.writer = uint16_t(block), cell.write_arrivals = arrivals[block];
+      for (const Touch& read : cell.reads)
+        if (races(read)) complain("a race: %u writes what %u reads", who(mine), who(read));
+      cell.write = mine;
     } else {
-      int i = cell.readers[0] == block ? 0 : cell.readers[1] == block ? 1 : -1;
-      if (i < 0) i = cell.read_arrivals[0] <= cell.read_arrivals[1] ? 0 : 1;
-      cell.readers[i] = uint16_t(block), cell.read_arrivals[i] = arrivals[block];
+      const bool first = cell.reads[0].block == block ||
+                         (cell.reads[1].block != block && cell.reads[0].arrivals <= cell.reads[1].arrivals);
+      cell.reads[first ? 0 : 1] = mine;
     }
   }
 }
@@ -448,7 +460,7 @@ UNSEEN inline Cell* cells_at(const void* address) {
 UNSEEN inline void touch(unsigned who, const void* address, size_t bytes, bool writes) {
   Cell* cell = cells_at(address);
   if (!cell) {
-    if (is_cooperative && running) touch_global(address, bytes, writes);
+    if (is_cooperative && running && !is_meeting) touch_global(address, bytes, writes);
     return;
   }
   const unsigned warp = who / lanes;
@@ -757,6 +769,7 @@ class Waiting {
 
 // False where something goes wrong.
 inline bool run_together(unsigned threads, unsigned blocks, size_t dynamic_bytes) {
+  is_meeting = false;
   is_cooperative = true;
   std::fill_n(arrivals, blocks, 0), std::fill_n(waits, blocks, 0);
   std::vector<std::unique_ptr<Waiting>> waiting;

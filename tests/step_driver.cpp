@@ -13,12 +13,12 @@ const char* activations() {
 const char* complaint() { return emulator::complaint; }
 uint64_t launches() { return emulator::launches; }
 
-// Blocks; of each hidden layer the units of a block; the predicted nanoseconds.
+// Blocks; of each hidden layer the units of a block; the predicted microseconds.
 int64_t plan(int64_t M, const int64_t* widths, int64_t layers, int clips, int64_t multiprocessors,
-             int64_t shared_bytes, int64_t* units, double* microseconds) {
+             int64_t shared_bytes, double barrier, int64_t* units, double* microseconds) {
   cuda::whole_step::Shape shape{M, layers, {}, clips != 0};
   std::copy_n(widths, layers + 1, shape.widths);
-  const cuda::whole_step::Plan p = cuda::whole_step::plan(shape, {multiprocessors, shared_bytes});
+  const cuda::whole_step::Plan p = cuda::whole_step::plan(shape, {multiprocessors, shared_bytes, barrier});
   std::copy_n(p.units, layers - 1, units);
   *microseconds = p.microseconds;
   return p.blocks;

@@ -42,6 +42,7 @@ BROKEN = {
     ),
     "backward does not wait for the last layer": (f"divided_by);\n    {TOGETHER}", f"divided_by);\n{ALONE}"),
     "dz of other units is not there yet": ("l > 1) grid.wait();", f"l > 1) {ALONE}"),
+    "dz of its own units is not there yet": ("l == 1) __syncthreads();", "l == 1);"),
     "weights change before others have copied their columns": (
         "l > 0) backward(l);", f"l > 0) load_columns(), ({ALONE[:-1]}), backward(l);"
     ),
@@ -332,7 +333,8 @@ def plan(kernel, batch, *widths, clips=False, multiprocessors=132, shared_kiloby
     """Blocks, the units of a block by hidden layer, and the predicted microseconds."""
     units, time = (ctypes.c_int64 * (len(widths) - 2))(), ctypes.c_double()
     shape = ctypes.c_int64(batch), (ctypes.c_int64 * len(widths))(*widths), ctypes.c_int64(len(widths) - 1)
-    gpu = ctypes.c_int64(multiprocessors), ctypes.c_int64(shared_kilobytes << 10)
+    barrier = ctypes.c_double(1.2)
+    gpu = ctypes.c_int64(multiprocessors), ctypes.c_int64(shared_kilobytes << 10), barrier
     blocks = kernel.plan(*shape, clips, *gpu, units, ctypes.byref(time))
     return blocks, [*units], time.value
 

@@ -18,8 +18,7 @@
 #include "../optimizer.h"
 #include "grid.cuh"
 #include "lanes.cuh"
-#include "pointwise.cuh"
-#include "softmax.cuh"
+#include "losses.cuh"
 #include "step_plan.h"
 #include "update.cuh"
 
@@ -31,8 +30,7 @@ struct Layer {
   Activation activation;
   int N, K, N4, K4;  // the latter two in whole tiles: how far rows are apart, but those of W in global memory
   int units;         // of a block, in whole tiles
-  int rows,
-      columns;  // where W is in shared memory: [units, K4], and for units of the layer below [units, N4]
+  int rows, columns;  // of W in shared memory: where [units, K4] is, and for the layer below [units, N4]
   const float *weight, *bias;
   float *y, *z, *dz;  // [M, N4]; no y of the last layer, no z where none is read
   struct Change {
@@ -48,9 +46,7 @@ struct Arguments {
   bool packed;  // x and all its rows
   int64_t ldx, x_step, target_step, numbers_step;
   Layer layers[most_layers];
-  Loss loss;
-  CrossEntropy cross_entropy;
-  Pointwise pointwise;
+  Losses loss;
   double max_norm;
   int outputs;                   // where z, y and dy of those rows are in shared memory
   float *losses, *value, *norm;  // [M], [steps], [steps]
@@ -86,7 +82,7 @@ class Worker {
   }
 
   __device__ __forceinline__ void run() {
-    const float divided_by = divisor();
+    const float divided_by = a.loss.divisor<Warp>(a.M, step * a.target_step);
     for (int l = 0; l + 1 < a.count; ++l) {
       if (l > 0) grid.synchronize();
       forward(l);
@@ -107,7 +103,7 @@ class Worker {
       for (int l = a.count - 1; l >= 0; --l) {
         if (!again && l > 0) backward(l);
         if (!again && l > 1) grid.arrive();
-        else __syncthreads();
+        if (!again && l == 1) __syncthreads();
         gradients(l, clips, again, factor);
         if (!again && l > 1) grid.wait();
       }
@@ -160,16 +156,6 @@ class Worker {
     }
   }
 
-  // What the loss and its gradient are divided by: each warp finds it.
-  __device__ __forceinline__ float divisor() const {
-    if (a.loss != Loss::cross_entropy)
-      return a.pointwise.mean ? static_cast<float>(a.M * a.pointwise.N) : 1.0f;
-    float sum = 0.0f;
-    for (int m = Warp::rank(); m < a.M; m += Warp::size())
-      sum += softmax::target_weight(a.cross_entropy, a.cross_entropy.target[step * a.target_step + m]);
-    return softmax::divisor(a.cross_entropy, Warp::across<Sum>(sum));
-  }
-
   // The block's rows of the batch, each with its loss and dz on one warp.
   __device__ __forceinline__ void last_layer(float scale) const {
     const Layer& p = a.layers[a.count - 1];
@@ -186,12 +172,8 @@ class Worker {
     for (int row = threadIdx.x / Warp::size(); row < rows; row += threads / Warp::size()) {
       const float *const y = ys + row * p.N4, *const saved = reads_z ? zs + row * p.N4 : y;
       float *const dy = dys + row * p.N4, *const dz = p.dz + int64_t{first + row} * p.N4;
-      const int64_t target = step * a.target_step + (first + row) * (a.loss == Loss::cross_entropy ? 1 : p.N);
-      const auto keep = [&](int64_t n, float value) { dy[n] = value; };
-      const float loss =
-          a.loss == Loss::cross_entropy
-              ? softmax::of_row<Warp>(a.cross_entropy, y, a.cross_entropy.target[target], scale, keep)
-              : pointwise_of_row<Warp>(a.loss, a.pointwise, y, a.pointwise.target + target, scale, keep);
+      const float loss = a.loss.of_row<Warp>(y, first + row, step * a.target_step, scale,
+                                             [&](int64_t n, float value) { dy[n] = value; });
       for (int n = Warp::rank(); n < p.N4; n += Warp::size())
         dz[n] = n < p.N ? differentiated(p.activation, dy[n], saved[n]) : 0.0f;
       if (Warp::rank() == 0) a.losses[first + row] = loss;
@@ -298,35 +280,30 @@ __global__ void __launch_bounds__(threads, 1) train(const __grid_constant__ Argu
 
 // ---- the launch
 
-// Gives out parts of the workspace one after the other; of one that is nowhere, to know how large it is.
-struct Memory {
-  char* data;
-  int64_t bytes = 0;
-  template <class T>
-  T* take(int64_t count) {
-    char* const own = data ? data + bytes : nullptr;
-    bytes += ceil_div(count * int64_t{sizeof(T)}, 128) * 128;
-    return reinterpret_cast<T*>(own);
-  }
-};
-
 inline Shape shape_of(const Step& s) {
   Shape shape{s.layers->M, s.count <= most_layers ? s.count : 0, {s.layers->K}, s.max_norm > 0};
   for (int64_t l = 0; l < shape.layers; ++l) shape.widths[l + 1] = s.layers[l].N;
   return shape;
 }
 
-inline Arguments arguments(const Step& s, const Plan& plan, Memory& memory) {
+// In a workspace, or in one that is nowhere; `bytes` is how large it is.
+inline Arguments arguments(const Step& s, const Plan& plan, char* workspace, int64_t& bytes) {
+  bytes = 0;
+  const auto take = [&](int64_t floats) {
+    char* const own = workspace ? workspace + bytes : nullptr;
+    bytes += ceil_div(floats, 32) * 128;
+    return reinterpret_cast<float*>(own);
+  };
   const int64_t M = s.layers->M;
   Arguments a{.steps = int(s.steps), .count = int(s.count), .M = int(M), .rows = int(plan.rows)};
   a.x = static_cast<const float*>(s.layers->x), a.ldx = s.layers->ldx, a.x_step = s.x_step;
   a.packed = rows_of(a.x, a.ldx, int(s.layers->K)).packed && a.x_step % tile == 0;
   a.target_step = s.target_step, a.numbers_step = s.numbers_step;
-  a.loss = s.loss, a.cross_entropy = s.cross_entropy, a.pointwise = s.pointwise;
+  a.loss = {s.loss, s.cross_entropy, s.pointwise};
   a.value = s.value, a.norm = s.norm, a.max_norm = s.max_norm;
-  a.arrived = memory.take<unsigned>(1);  // first, so that it stays where it is
-  a.losses = memory.take<float>(M);
-  a.squares = memory.take<double>(plan.blocks);
+  a.arrived = reinterpret_cast<unsigned*>(take(1));  // first, so that it stays where it is
+  a.losses = take(M);
+  a.squares = reinterpret_cast<double*>(take(2 * plan.blocks));
   int shared = 0;
   for (int64_t l = 0; l < s.count; ++l) {
     const Forward& f = s.layers[l];
@@ -339,52 +316,42 @@ inline Arguments arguments(const Step& s, const Plan& plan, Memory& memory) {
     p.rows = shared;
     p.columns = shared += is_last ? 0 : p.units * p.K4;
     shared += l > 0 ? a.layers[l - 1].units * p.N4 : 0;
-    if (!is_last) p.y = memory.take<float>((l > 0 ? 1 : 2) * M * p.N4);
-    if (!is_last && reads(f.activation) == Reads::z) p.z = memory.take<float>(M * p.N4);
-    p.dz = memory.take<float>(M * p.N4);
+    if (!is_last) p.y = take((l > 0 ? 1 : 2) * M * p.N4);
+    if (!is_last && reads(f.activation) == Reads::z) p.z = take(M * p.N4);
+    p.dz = take(M * p.N4);
     for (int i = 0; i < 2; ++i) {
       const Trained& t = (i ? s.biases : s.weights)[l];
       if (!t.optimizer) continue;
       p.changes[i] = {true, *t.optimizer, t.update};
-      p.changes[i].update.grad = s.max_norm > 0 ? memory.take<float>(t.update.size) : nullptr;
+      p.changes[i].update.grad = s.max_norm > 0 ? take(t.update.size) : nullptr;
     }
   }
   a.outputs = shared;
   return a;
 }
 
-// In microseconds; the tests have barriers that cost nothing, and so many blocks for few rows.
-#ifndef FASTMLP_BARRIER
-#define FASTMLP_BARRIER 1.2
-#endif
-
-// How the step is done on the current device; of no blocks where it is to be done by other kernels.
+// How a step is done on the current device; of no blocks where it is to be done by other kernels.
 inline Plan plan(const Shape& shape) {
-  int device = 0, multiprocessors = 0, cooperates = 0, blocks = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return {};
+  int device = 0, multiprocessors = 0, cooperates = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || !has_code<train>(device)) return {};
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&cooperates, cudaDevAttrCooperativeLaunch, device);
   const int64_t variables = int64_t{threads} * sizeof(double);  // of across()
-  const Plan p =
-      plan(shape, {cooperates ? multiprocessors : 0, most_shared_memory() - variables, FASTMLP_BARRIER});
-  const bool is_asked = p.blocks && ask_for_shared_memory<train>() == cudaSuccess;
-  // All blocks have to be there at once, as they wait for one another.
-  const bool fits = is_asked && cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-                                    &blocks, train, threads, 4 * p.shared_floats) == cudaSuccess;
-  return fits && p.blocks <= int64_t{blocks} * multiprocessors ? p : Plan{};
+  return plan(shape, {cooperates ? multiprocessors : 0, most_shared_memory() - variables});
 }
 
 inline int64_t workspace(const Step& s) {
-  Memory nowhere{nullptr};
-  arguments(s, plan(shape_of(s)), nowhere);
-  return nowhere.bytes;
+  const Plan p = plan(shape_of(s));
+  int64_t bytes = -1;
+  if (p.blocks) arguments(s, p, nullptr, bytes);
+  return bytes;
 }
 
 inline cudaError_t run(const Step& s, void* workspace, cudaStream_t stream) {
   const Plan p = plan(shape_of(s));
-  if (!p.blocks) return cudaErrorCooperativeLaunchTooLarge;
-  Memory memory{static_cast<char*>(workspace)};
-  return launch_together<train>(4 * p.shared_floats, p.blocks, threads, stream, arguments(s, p, memory));
+  int64_t bytes = 0;
+  const Arguments a = arguments(s, p, static_cast<char*>(workspace), bytes);
+  return launch_together<train>(4 * p.shared_floats, p.blocks, threads, stream, a);
 }
 
 }  // namespace fastmlp::cuda::whole_step

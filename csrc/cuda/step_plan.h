@@ -18,9 +18,14 @@ struct Shape {
   bool clips;
 };
 
+// Microseconds of a barrier. In the tests it costs nothing, or few rows would be one block's.
+#ifndef FASTMLP_BARRIER
+#define FASTMLP_BARRIER 1.2
+#endif
+
 struct Gpu {
   int64_t multiprocessors, shared_bytes;  // the latter of a block
-  double barrier = 1.2;                   // of its blocks, in microseconds
+  double barrier = FASTMLP_BARRIER;
 };
 
 struct Plan {

@@ -84,6 +84,7 @@ int64_t run_on_cpu(const Step& step, const Tensor& workspace) {
 int64_t run_on_gpu([[maybe_unused]] const Step& step, [[maybe_unused]] const Tensor& workspace) {
 #ifdef FASTMLP_WITH_CUDA
   const int64_t bytes = cuda::train_workspace(step);
+  TORCH_CHECK(bytes >= 0, "train_step_: expected a step on a GPU that is small enough for one launch");
   if (workspace.numel() < bytes) workspace.set_(at::zeros({bytes}, workspace.options()));
   void* const memory = workspace.mutable_data_ptr();
   const auto stream = c10::cuda::getCurrentCUDAStream();
@@ -101,23 +102,6 @@ const float* left_of(c10::ArrayRef<OptionalTensor> left, size_t i, int64_t M, in
               "left[", i, "]: expected contiguous float32 on the CPU of ", M, " x ", N,
               " elements, got shape ", t->sizes());
   return t->const_data_ptr<float>();
-}
-
-// Of the input, and of every layer's output.
-using Widths = c10::SmallVector<int64_t, 9>;
-
-// Whether a step of such a network is one launch on a GPU; not while its user captures a graph, in which the optimizer's
-// numbers would stay as they are.
-bool is_one_launch([[maybe_unused]] const Tensor& input, [[maybe_unused]] const Widths& widths,
-                   [[maybe_unused]] bool clips) {
-#ifdef FASTMLP_WITH_CUDA
-  if (!input.is_cuda() || input.scalar_type() != at::kFloat || input.dim() == 0) return false;
-  const c10::DeviceGuard guard(input.device());
-  return c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None &&
-         cuda::is_one_launch(rows_of(input), widths.data(), int64_t(widths.size()) - 1, clips);
-#else
-  return false;
-#endif
 }
 
 }  // namespace
@@ -160,7 +144,6 @@ CheckedStep::CheckedStep(const StepArguments& a) : a(a), row(optimizer_row(a.opt
   const bool reduced = is_reduced(input);
   optimizers.resize(P), weights.resize(L), biases.resize(L), layers.reserve(L), trained.reserve(P);
   int64_t width = input.size(-1);
-  Widths widths = {width};
   for (size_t i = 0; i < L; ++i) {
     const size_t at = trained.size();
     const Tensor& weight = a.params[at];
@@ -188,7 +171,6 @@ CheckedStep::CheckedStep(const StepArguments& a) : a(a), row(optimizer_row(a.opt
                       .y = is_z ? nullptr : const_cast<float*>(kept),
                       .z = is_z ? const_cast<float*>(kept) : nullptr});
     width = weight.size(0);
-    widths.push_back(width);
   }
 
   const bool classes = loss == Loss::cross_entropy;
@@ -215,9 +197,8 @@ CheckedStep::CheckedStep(const StepArguments& a) : a(a), row(optimizer_row(a.opt
   TORCH_CHECK_VALUE(
       !overlap(std::move(memories)),
       "params: expected tensors that share no memory with one another, nor with input or target");
-  TORCH_CHECK(input.is_cpu() || (!given && is_one_launch(input, widths, a.max_norm > 0)),
-              "train_step_: expected tensors on the CPU, or of a step that is one launch on a GPU, got ",
-              device);
+  TORCH_CHECK(input.is_cpu() || !given, "loss: expected one that the kernels know on ", device,
+              ", got given");
   step = {.count = int64_t(L),
           .layers = layers.data(),
           .weights = weights.data(),
@@ -355,13 +336,20 @@ Tensor call_train_step(const StepArguments& a) {
 
 namespace {
 
-// Whether a step is one call of a kernel, as far as device, dtype and shapes tell.
-bool is_one_call(const Tensor& input, Objects weights, bool clips) {
+// Whether a step is one call of a kernel, as far as device, dtype and shapes tell. On a GPU that is one launch; not while
+// the caller captures a graph, in which the optimizer's numbers would stay as they are.
+bool is_one_call(const Tensor& input, Objects weights, [[maybe_unused]] bool clips) {
   if (at::autocast::is_autocast_enabled(input.device().type())) return false;
-  if (input.is_cpu() || !input.is_cuda() || input.dim() == 0) return input.is_cpu();
-  Widths widths = {input.size(-1)};
-  for (PyObject* const w : weights) widths.push_back(is_plain(w) ? THPVariable_Unpack(w).size(0) : 0);
-  return is_one_launch(input, widths, clips);
+#ifdef FASTMLP_WITH_CUDA
+  if (input.is_cuda() && input.scalar_type() == at::kFloat && input.dim() > 0) {
+    c10::SmallVector<int64_t, 9> widths = {input.size(-1)};
+    for (PyObject* const w : weights) widths.push_back(is_plain(w) ? THPVariable_Unpack(w).size(0) : 0);
+    const c10::DeviceGuard guard(input.device());
+    return c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None &&
+           cuda::is_one_launch(rows_of(input), widths.data(), int64_t(weights.size()), clips);
+  }
+#endif
+  return input.is_cpu();
 }
 
 }  // namespace
