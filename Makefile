@@ -82,6 +82,7 @@ bench: extension
 	$(python) benchmarks/steps.py
 	$(python) benchmarks/habits.py
 	$(python) benchmarks/training.py
+	$(python) benchmarks/ensemble.py
 	$(python) benchmarks/readme.py
 
 bench-peers: extension $(peers_environment)

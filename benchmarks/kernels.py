@@ -216,16 +216,20 @@ def library_peak(dtype: torch.dtype) -> Peak:
     return Peak(lambda: torch.mm(a, b, out=c), 2.0 * PEAK_SIZE**3)
 
 
-def compiled_peak() -> Peak:
-    """multiply_add(threads, steps) of peak.cpp, compiled for this machine."""
+def ceilings() -> ctypes.CDLL:
+    """peak.cpp, compiled for this machine."""
     source = Path(__file__).with_name("peak.cpp")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "peak.so")
         subprocess.run(
             ["g++", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", source, "-o", path], check=True
         )
-        library = ctypes.CDLL(str(path))
-    multiply_add = library.multiply_add
+        return ctypes.CDLL(str(path))
+
+
+def compiled_peak() -> Peak:
+    """multiply_add(threads, steps) of it."""
+    multiply_add = ceilings().multiply_add
     multiply_add.argtypes, multiply_add.restype = [ctypes.c_int, ctypes.c_long], ctypes.c_double
     threads = torch.get_num_threads()
     return Peak(lambda: multiply_add(threads, PEAK_STEPS), multiply_add(threads, 1) * PEAK_STEPS)

@@ -222,6 +222,7 @@ INFERENCES = {
     "numpy": "NumPy",
     "fused": "`fuse`",
     "predictor": "`Predictor`",
+    "reading": "reading the weights",
 }
 PACKAGES = {
     "jax": "JAX",
@@ -311,6 +312,23 @@ def training() -> str:
     return f"{table(header, body)}\n\nMeasured on {where(results[0])}."
 
 
+def ensemble() -> str:
+    """How many times faster than other ways networks train side by side, a job and optimizer a row."""
+    results = rows("ensemble")
+    body = [
+        [
+            row["what"],
+            row["optimizer"],
+            *(f"{float(row[f'{side}_ms_p50']):.2f}" for side in ("stock", "vmap", "steps", "ensemble")),
+            *(f"{float(row[f'over_{side}_p50']):.2f}" for side in ("stock", "vmap", "steps")),
+        ]
+        for row in results
+    ]
+    ways = ["loop of stock", "vmap", "loop of TrainStep"]
+    header = ["", "", *(f"{way} ms" for way in ways), "Ensemble ms", *(f"over {way}" for way in ways)]
+    return f"{table(header, body)}\n\nMeasured on {where(results[0])}."
+
+
 def integrations() -> str:
     """How many times faster models of other libraries are, a model a row."""
     results = rows("integrations")
@@ -325,8 +343,8 @@ def integrations() -> str:
 FIGURES: dict[str, Callable[[], str]] = {
     figure.__name__: figure
     for figure in (
-        headline, short, train, steps, adam, training, kernels, peers, inference, integrations, habits,
-        slower,
+        headline, short, train, steps, adam, training, ensemble, kernels, peers, inference, integrations,
+        habits, slower,
     )
 }  # fmt: skip
 

@@ -436,10 +436,15 @@ FASTMLP_INLINE Reads reads(const Activation& activation) {
 }
 
 // Of one element, where the activation is known at run time alone.
-FASTMLP_INLINE float activated(const Activation& activation, float z) {
+#ifdef FASTMLP_EMULATE  // where many kernels are compiled, often
+#define FASTMLP_OF_ONE inline __attribute__((noinline))
+#else
+#define FASTMLP_OF_ONE FASTMLP_INLINE
+#endif
+FASTMLP_OF_ONE float activated(const Activation& activation, float z) {
   return with_activation(activation, [&](auto g) { return g(z); });
 }
-FASTMLP_INLINE float differentiated(const Activation& activation, float dy, float saved) {
+FASTMLP_OF_ONE float differentiated(const Activation& activation, float dy, float saved) {
   return with_activation(activation, [&](auto g) { return g.gradient(dy, saved); });
 }
 

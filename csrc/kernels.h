@@ -51,7 +51,8 @@ struct Trained;
 // A network is an array of layers, from the last to the first. Between two of them dy is the backend's own: every
 // grad_x but the last's and every grad_y but the first's are null.
 //
-// Where the layer below has saved its z and not its y, that z is given for x, and its activation: x is found from it.
+// Where the layer below has saved its z and not its y, that z is given for x, without gaps, and its activation: x is
+// found from it.
 struct Backward {
   Dtype dtype;
   bool reduced;
@@ -229,6 +230,9 @@ void backward(const Backward* layers, int64_t count, void* workspace, int thread
 void optimize(const Optimizer&, const Update* updates, int64_t count, int threads);  // of `count` tensors
 void clip(const Clip&, const Gradient* gradients, int64_t count, int threads);
 
+// Row i of `to` becomes row rows[i] of `from`, for i < count. Rows are of so many bytes, and lie without gaps.
+void gather(const void* from, const int64_t* rows, int64_t count, int64_t bytes, void* to, int threads);
+
 // Returns -1, or the first row whose target is neither a class nor ignore_index: nothing is written then.
 int64_t cross_entropy_workspace(const CrossEntropy&);
 int64_t cross_entropy(const CrossEntropy&, void* workspace, int threads);
@@ -236,6 +240,15 @@ int64_t cross_entropy(const CrossEntropy&, void* workspace, int threads);
 // As above: nothing is changed where a target is wrong.
 int64_t train_workspace(const Step&, int threads);
 int64_t train(const Step&, void* workspace, int threads);
+
+// The same of several networks, each as it is alone, to the bit. Those of `layers` have `count` layers each, and follow one
+// another. The wrong target's row is counted through all of them.
+int64_t forward_workspace(const Forward* layers, int64_t count, int64_t networks, int threads);
+void forward(const Forward* layers, int64_t count, int64_t networks, void* workspace, int threads);
+int64_t backward_workspace(const Backward* layers, int64_t count, int64_t networks, int threads);
+void backward(const Backward* layers, int64_t count, int64_t networks, void* workspace, int threads);
+int64_t train_workspace(const Step* steps, int64_t networks, int threads);
+int64_t train(const Step* steps, int64_t networks, void* workspace, int threads);
 
 }  // namespace cpu
 

@@ -7,6 +7,8 @@
 #include "torch/checks.cpp"
 #include "torch/clip.cpp"
 #include "torch/cross_entropy.cpp"
+#include "torch/ensemble.cpp"
+#include "torch/ensemble_step.cpp"
 #ifdef FASTMLP_WITH_CUDA
 #include "torch/library.cpp"
 #endif

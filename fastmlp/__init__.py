@@ -41,6 +41,7 @@ from fastmlp import (
     functional,
     products,
 )
+from fastmlp.ensemble import Ensemble
 from fastmlp.fuse import fuse, unfuse
 from fastmlp.nn import MLP, CrossEntropyLoss, Linear, LinearReLU
 from fastmlp.optim import SGD, Adam, AdamW, clip_grad_norm_
@@ -56,6 +57,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "CrossEntropyLoss",
+    "Ensemble",
     "Linear",
     "LinearReLU",
     "Predictor",

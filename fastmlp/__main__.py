@@ -19,9 +19,9 @@ _ops = torch.ops.fastmlp
 # Sizes around the kernels' tiles, and smaller than a register.
 SHAPES = [(1, 1, 1), (5, 3, 17), (64, 10, 500), (65, 131, 77)]
 
-# A GPU besides has a shape whose three products are cut into large tiles (`cut` in csrc/cuda/backend.cu),
+# A GPU besides has a shape whose three products are cut into large tiles (`cut` in csrc/cuda/plan.h),
 # and more rows than its blocks take through a narrow network at once.
-LARGE_SHAPE = (1030, 1050, 1100)
+LARGE_SHAPE = (1000, 1016, 1024)
 BATCH = {"cpu": 70, "cuda": 16500}
 
 #: Relative error (in the 2-norm) that a right kernel stays below: a few roundings of the dtype.

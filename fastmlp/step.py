@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,14 @@ from .nn import CrossEntropyLoss
 from .optim import OPTIMIZERS, clip_grad_norm_, drop_gradients, take_step
 from .rewrite import Rewritten
 
-__all__ = ["TrainStep"]
+__all__ = ["KINDS", "LOOP", "LOSSES", "NOT_KNOWN", "ONE_CALL", "TrainStep"]
 
 _network_backward = torch.ops.fastmlp.network_backward.default
 
 
 #: What csrc/torch/step.cpp is to know of losses: by class, the methods that it must have, its name there, and
 #: the attribute that is the label smoothing or the bound; and functions that are by themselves a loss's mean.
-_LOSSES: dict[Any, tuple[Any, ...]] = {
+LOSSES: dict[Any, tuple[Any, ...]] = {
     owner: (Role.of(owner, name), name, number)
     for owner, name, number in (
         (nn.CrossEntropyLoss, "cross_entropy", "label_smoothing"),
@@ -44,6 +44,8 @@ _LOSSES: dict[Any, tuple[Any, ...]] = {
     F.huber_loss: ("huber", True, None, None, 0, 1.0),
     F.binary_cross_entropy_with_logits: ("bce_with_logits", True, None, None, 0, 0.0),
 }
+#: Models that have a step of their own.
+KINDS: dict[type[nn.Module], Any] = {}
 _CAPTURED = {"cuda"}  # the devices whose steps become graphs
 
 
@@ -87,10 +89,12 @@ class TrainStep:
     for a shape whose capture has failed, with a warning.
 
     Args:
-        model: any module of one input.
+        model: any module of one input. Of a ``fastmlp.Ensemble`` each model takes a step of its own: see
+            ``fastmlp.ensemble.EnsembleStep``, which is made then.
         loss: any callable of the model's output and the targets. It returns the loss, or a tuple whose first
             element is the loss.
-        optimizer: any optimizer. Parameters that it does not know stay as they are.
+        optimizer: any optimizer; of an Ensemble also a list of one for each model. Parameters that it does
+            not know stay as they are.
         max_grad_norm: where given, gradients are clipped as by torch.nn.utils.clip_grad_norm_. `grad_norm`
             is then the norm that they had in the last step, a tensor.
         accumulate: parameters change once in so many calls, by the mean of their gradients.
@@ -113,11 +117,17 @@ class TrainStep:
         TrainStep(MLP, CrossEntropyLoss, SGD), in one call
     """
 
+    def __new__(cls, model: Any = None, *_: Any, **__: Any) -> Self:
+        """A step of the model's own kind, where there is one."""
+        own: Any = next((step for kind, step in KINDS.items() if isinstance(model, kind)), cls)
+        made: Self = object.__new__(own if issubclass(own, cls) else cls)
+        return made
+
     def __init__(
         self,
         model: nn.Module,
         loss: Callable[..., Any],
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer],
         *,
         max_grad_norm: float | None = None,
         accumulate: int = 1,
@@ -170,7 +180,7 @@ class TrainStep:
         loss = self.loss if hasattr(self.loss, "__name__") else type(self.loss)
         names = type(self.model).__name__, loss.__name__, type(self.optimizer).__name__
         way, why = self._way or self._expected_way()
-        return f"TrainStep({', '.join(names)}), {way}" + (f": {why}" if way == _LOOP else "")
+        return f"TrainStep({', '.join(names)}), {way}" + (f": {why}" if way == LOOP else "")
 
     def reason(self, *batch: Any) -> str | None:
         """Why the last call was not one call of a kernel, or the first would not be; None where it is.
@@ -181,7 +191,7 @@ class TrainStep:
         expected = self._expected_way()
         if not batch:
             return (self._way or expected)[1]
-        if expected[0] == _LOOP:  # of hooks, say, which copies do not have
+        if expected[0] == LOOP:  # of hooks, say, which copies do not have
             return expected[1]
         other = copy.deepcopy(self)
         other.strict = False
@@ -212,14 +222,14 @@ class TrainStep:
             raise RuntimeError(
                 "TrainStep: expected gradients to be enabled, which the loss needs to be taken"
             )
-        known = _C.known_loss(_LOSSES, self.loss) if len(targets) == 1 else None
-        if known is not None and self.accumulate == 1 and self.process_group is None:
+        may_be_one_call = len(targets) == 1 and self._may_be_one_call()
+        if may_be_one_call and (known := _C.known_loss(LOSSES, self.loss)):
             try:
                 value = self._call((self.model,), x, targets[0], known)
             except (*_REFUSALS, Slower):  # which the other ways will meet again
                 value = NotImplemented
             if value is not NotImplemented:
-                self._way = _ONE_CALL, None
+                self._way = ONE_CALL, None
                 return value
         if isinstance(self.optimizer, torch.optim.LBFGS):
             return self._closure_step(x, targets)
@@ -235,10 +245,132 @@ class TrainStep:
             why = str(slower)
         return self._standard_step(x, targets, layers, why)
 
+    def run(
+        self,
+        x: Tensor,
+        *targets: Tensor,
+        batch_size: int,
+        order: Tensor | None = None,
+        rates: Tensor | Sequence[Any] | None = None,
+        callback: Callable[[int, Tensor], Any] | None = None,
+    ) -> Tensor:
+        """Takes steps over data in memory: an epoch, or any number of them.
+
+        The same, to the bit, as
+
+            for rows in order.split(batch_size):
+                step(x[rows], *(target[rows] for target in targets))
+
+        Where a step is one call, so are all of them: batches are gathered in it, and Python sees to signals
+        and other threads each 10 ms. An exception, KeyboardInterrupt too, leaves whole steps. Model and
+        optimizer are looked at anew each time, after a callback too.
+
+        Args:
+            x: what the model takes, of shape [rows, ...].
+            *targets: what the loss takes besides the model's output, of shape [rows, ...] each.
+            batch_size: rows of a step. The last step may have fewer.
+            order: numbers of rows, int64 of any length: a permutation, say; else all in their order.
+            rates: a learning rate for each step, of shape [steps]; or of shape [steps, groups] for each of
+                the optimizer's groups. They take the place of the groups' own, which stay as they are.
+            callback: called after each step with its number, from 0 on, and its loss: to show progress, to
+                step a scheduler, to raise an exception and so to stop. Steps are then one call each.
+
+        Returns:
+            The losses, each before its step's update, of shape [steps].
+
+        Raises:
+            TypeError: for data that is no tensor, or an order that is not int64.
+            ValueError: for a batch_size below 1, targets or rates of another length, or other shapes.
+            IndexError: for a row in `order` that x does not have; with nothing changed, as the two above.
+
+        And all that a step raises, once the steps before it have been taken.
+
+        Examples:
+            >>> model = fastmlp.MLP(20, 64, 3)
+            >>> optimizer = torch.optim.Adam(model.parameters())
+            >>> step = fastmlp.TrainStep(model, torch.nn.CrossEntropyLoss(), optimizer)
+            >>> x, target = torch.randn(1000, 20), torch.randint(3, (1000,))
+            >>> step.run(x, target, batch_size=64, order=torch.randperm(1000)).shape
+            torch.Size([16])
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return self._untraced_run(
+                x, *targets, batch_size=batch_size, order=order, rates=rates, callback=callback
+            )
+        rows = checked_rows((x, *targets), batch_size, order)
+        count = -(-rows // batch_size)
+        if rates is not None:
+            groups = len(self.optimizer.param_groups)
+            rates = torch.as_tensor(rates, dtype=torch.float64, device="cpu").detach()
+            if rates.shape not in ((count,), (count, groups)):
+                raise ValueError(
+                    f"rates: expected shape [{count}] or [{count}, {groups}], got {[*rates.shape]}"
+                )
+            rates = rates[:, None].contiguous() if rates.dim() == 1 else rates.contiguous()
+        data = [t.contiguous() for t in (x, *targets)]
+        order = None if order is None else order.contiguous()
+        losses, number = torch.empty(count, dtype=torch.float32, device="cpu"), 0
+        memory = data  # of a batch
+        if order is not None:
+            memory = [t.new_empty(min(batch_size, rows), *t.shape[1:]) for t in data]
+        while number < count:
+            begin = number * batch_size
+            end = min(begin + batch_size, rows)
+            first = begin if order is None else 0
+            batch = [t[first : first + end - begin] for t in memory]
+            steps = 1 if callback else max(1, (rows - begin) // batch_size)
+            done = self._run_in_one_call(batch, (*data, losses, order, rates, begin, steps, number))
+            if not done:
+                if order is not None:
+                    batch = [t[order[begin:end]] for t in data]
+                value = self._at_rates(batch, rates if rates is None else rates[number].tolist())
+                if losses.dtype != value.dtype or losses.device != value.device:
+                    losses = losses.to(value)
+                losses[number], done = value, 1
+            number += done
+            if callback:
+                callback(number - 1, losses[number - 1])
+        return losses
+
+    def _run_in_one_call(self, batch: list[Tensor], run: tuple[Any, ...]) -> int:
+        """As many steps as there is time for, from this batch on; 0 where the next is no call of a kernel."""
+        if len(batch) != 2 or not torch.is_grad_enabled() or not self._may_be_one_call():
+            return 0
+        known = _C.known_loss(LOSSES, self.loss)
+        try:
+            done = self._call((self.model,), batch[0], batch[1], known, run=run) if known else 0
+        except (*_REFUSALS, Slower):  # which the step by itself will meet again
+            return 0
+        if done is NotImplemented or done == 0:
+            return 0
+        self._way = ONE_CALL, None
+        return int(done)
+
+    def _at_rates(self, batch: list[Tensor], rates: list[float] | None) -> Any:
+        """The loss of one step; with learning rates, which take the place of the groups' own for it."""
+        if rates is None:
+            return _loss_in(self(*batch))
+        groups = self.optimizer.param_groups
+        if len(rates) not in (1, len(groups)):
+            raise ValueError(f"rates: expected one for each of {len(groups)} groups, got {len(rates)}")
+        own = [group["lr"] for group in groups]
+        try:
+            for group, rate in zip(groups, rates if len(rates) > 1 else rates * len(groups), strict=True):
+                group["lr"] = rate
+            return _loss_in(self(*batch))
+        finally:
+            for group, rate in zip(groups, own, strict=False):
+                group["lr"] = rate
+
+    # torch.compile has nothing to gain here, and cannot follow all that a step does to an optimizer.
+
     @_disable_dynamo
     def _untraced(self, x: Any, *targets: Any) -> Any:
-        # torch.compile has nothing to gain here, and cannot follow all that a step does to an optimizer.
         return self(x, *targets)
+
+    @_disable_dynamo
+    def _untraced_run(self, *data: Tensor, **options: Any) -> Tensor:
+        return self.run(*data, **options)
 
     # ---- which way
 
@@ -253,13 +385,16 @@ class TrainStep:
         if self.process_group is not None:
             raise Slower("process_group: processes share gradients")
 
+    def _may_be_one_call(self) -> bool:
+        return self.accumulate == 1 and self.process_group is None
+
     def _expected_way(self) -> tuple[str, str | None]:
         """What the first call will be, if the model lets it."""
         try:
             self._check_options()
         except Slower as slower:
-            return _LOOP, str(slower)
-        return (_ONE_CALL, None) if _C.known_loss(_LOSSES, self.loss) else (_TWO_CALLS, _NOT_KNOWN)
+            return LOOP, str(slower)
+        return (ONE_CALL, None) if _C.known_loss(LOSSES, self.loss) else (_TWO_CALLS, NOT_KNOWN)
 
     # ---- in calls of kernels
 
@@ -278,11 +413,11 @@ class TrainStep:
         if torch.is_autocast_enabled(device):
             raise Slower(f"autocast is enabled on {device}")
         known = (
-            _C.known_loss(_LOSSES, self.loss)
+            _C.known_loss(LOSSES, self.loss)
             if len(targets) == 1 and type(targets[0]) in functional.TENSORS
             else None
         )
-        why = _NOT_KNOWN
+        why = NOT_KNOWN
         if known is not None:
             try:
                 value = self._call(layers, x, targets[0], known)
@@ -290,7 +425,7 @@ class TrainStep:
                 why = str(error)  # torch will do it, or raise
             else:
                 if value is not NotImplemented:
-                    self._way = _ONE_CALL, None
+                    self._way = ONE_CALL, None
                     return value
         if device in _CAPTURED and known is not None:
             value, self.grad_norm = self._graphs.step(
@@ -314,8 +449,9 @@ class TrainStep:
         target: Any,
         loss: tuple[Any, ...],
         left: Sequence[Tensor | None] = (),
+        run: tuple[Any, ...] | None = None,
     ) -> Any:
-        """The op train_step_, of a model that is a chain of layers from its input on, or of those.
+        """The op train_step_, or a run, of a model that is a chain of layers from its input on, or of those.
 
         Returns NotImplemented where the model is none, or somebody looks on, or on a GPU where a step is more
         than one launch.
@@ -341,6 +477,7 @@ class TrainStep:
             norm,
             bound or 0.0,
             self._workspace,
+            run,
         )
         if type(value) is str:
             raise Slower(value)
@@ -396,7 +533,7 @@ class TrainStep:
         """Notes that the step is the loop, or raises where it must not be."""
         if self.strict:
             raise ValueError(f"strict: expected no step that is the standard loop, but {why}")
-        self._way = _LOOP, why
+        self._way = LOOP, why
 
     def _standard_step(self, x: Any, targets: tuple[Any, ...], layers: Layers, why: str) -> Any:
         """The loop, from what comes to the last layers; without any, from what the model has returned."""
@@ -445,11 +582,35 @@ class TrainStep:
         return _detached(first)
 
 
-_ONE_CALL, _TWO_CALLS, _LOOP = "in one call", "in two calls around the loss", "in the standard loop"
-_NOT_KNOWN = "loss: the kernels know torch's own, of one target, as a mean or a sum"
+ONE_CALL, _TWO_CALLS, LOOP = "in one call", "in two calls around the loss", "in the standard loop"
+NOT_KNOWN = "loss: the kernels know torch's own, of one target, as a mean or a sum"
 _LBFGS = "optimizer: LBFGS asks for the loss itself"
 _GIVEN = ("given", False, None, None, 0, 0.0)  # a loss whose gradient is known
 _REFUSALS = IndexError, RuntimeError, TypeError, ValueError  # of the op
+
+
+def checked_rows(data: tuple[Tensor, ...], batch_size: int, order: Tensor | None) -> int:
+    """How many rows the steps of a run take together."""
+    for number, t in enumerate(data):
+        name = f"target {number}" if number else "x"
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if t.dim() == 0 or len(t) != len(data[0]):
+            rows = len(data[0]) if number else "rows"
+            raise ValueError(f"{name}: expected shape [{rows}, ...], got {[*t.shape]}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected a number of rows from 1 on, got {batch_size}")
+    rows = len(data[0])
+    if order is None:
+        return rows
+    if not isinstance(order, Tensor) or order.dtype != torch.int64:
+        raise TypeError(f"order: expected a tensor of int64, got {getattr(order, 'dtype', type(order))}")
+    if order.dim() != 1:
+        raise ValueError(f"order: expected shape [any], got {[*order.shape]}")
+    for row in (int(order.min()), int(order.max())) if len(order) else ():
+        if not 0 <= row < rows:
+            raise IndexError(f"order: expected rows from 0 to {rows - 1}, got {row}")
+    return len(order)
 
 
 def _loss_in(result: Any) -> Any:

@@ -9,10 +9,12 @@
 //   - two threads that touch the same shared memory, one of them writing, with nothing between that orders them fail
 //     the launch, whatever the values are. The compiler reports every access: the sources are compiled by
 //     -fsanitize=thread, and what it calls is defined here, in place of its library;
-//   - so do two blocks of a cooperative launch that touch the same memory with no barrier of the grid between;
+//   - what a block has written to the workspace another block of the launch may read only after the writers have fenced
+//     it and met, one of them has told by an atomic operation, and the reader's block has learnt it by one;
+//   - so do two blocks of a cooperative launch, or two threads of one, that touch the same memory with no barrier between;
 //   - a barrier that the threads of a block do not all reach fails the launch, as does a misaligned row or copy;
 //   - a launch fails that has more dynamic shared memory than was asked for, or on a device that there is no code for;
-//   - the fibers, and the blocks, run forward, reversed or shuffled.
+//   - the blocks and the fibers run forward, reversed or shuffled, and a launch more than once, as in a graph.
 //
 // What went wrong is in emulator::complaint. Not thread-safe.
 #pragma once
@@ -66,6 +68,9 @@ struct alignas(8) float2 {
 };
 struct alignas(8) uint2 {
   uint32_t x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
@@ -160,9 +165,9 @@ namespace emulator {
 
 // The order of blocks, and of fibers between barriers: 0 forward, 1 reversed, else a seed to shuffle by.
 inline unsigned order = 0;
+inline unsigned times = 1;  // that each launch runs
 
 inline char complaint[200];
-inline uint64_t launches;
 
 constexpr unsigned lanes = 32, most_threads = 1024;
 constexpr size_t stack_bytes = 64 << 10;
@@ -364,10 +369,79 @@ V shuffle_xor(V value, unsigned step) {
   return argument.other;
 }
 
+// ---- who touched what in shared memory
+
+// Of four bytes, which no kernel lets two threads share. Epochs of the block tell what lies between two of its barriers.
+struct Cell {
+  uint32_t write_epoch, write_warp_epoch, read_epoch, read_warp_epoch;
+  uint16_t writer, reader;
+  bool several_lanes, several_warps;  // have read, since the last barrier of the warp, of the block
+  uint32_t filling;                   // the epoch in which a copy into it began
+};
+
+struct Region {
+  char *begin, *end;
+  Cell* cells;
+};
+inline Region regions[2];  // of the statically allocated memory, and the dynamic
+inline uint32_t first_epoch_of_block;
+
+UNSEEN inline Cell* cells_at(const void* address) {
+  const char* const at = static_cast<const char*>(address);
+  for (Region& region : regions)
+    if (region.begin <= at && at < region.end) return region.cells + (at - region.begin) / 4;
+  return nullptr;
+}
+
+// ---- who wrote what in the workspace of a call, which is where blocks leave something for others
+
+inline const char* watched;
+inline int64_t watched_bytes;
+
+// What a thread of the running block has fenced, and had fenced when the block last met: counts of its fences.
+inline uint32_t fences[most_threads], fences_of_all[most_threads];
+// The same of the blocks of a launch, as an atomic operation told it last; and where the running one has had one.
+inline std::vector<uint32_t*> told_by;
+inline uint32_t** told;  // the same, in calls that are not seen
+inline uint32_t heard_epoch;
+inline unsigned heard_thread;
+inline uint64_t launches;
+inline size_t block;  // the running one's number
+
+// Of two bytes, which is the least that two blocks may have as neighbours. A table of those written last.
+struct Written {
+  uintptr_t address;
+  uint64_t launch;
+  size_t block;
+  uint32_t thread, fences;
+};
+inline Written written[1 << 20];
+
+UNSEEN inline void touch_global(unsigned who, const void* p, size_t bytes, bool writes) {
+  const uintptr_t begin = uintptr_t(p);
+  if (p < watched || watched + watched_bytes <= p) return;
+  for (uintptr_t at = begin / 2; at < (begin + bytes) / 2; at += writes ? 1 : 2) {
+    Written& own = written[at % (sizeof(written) / sizeof(*written))];
+    if (own.address == at && own.launch == launches && own.block != block) {
+      const bool is_told = told[own.block] && told[own.block][own.thread] > own.fences;
+      if (!is_told || !heard_epoch || (heard_epoch == block_epoch && heard_thread != who))
+        complain("a race: block %zu touches what block %zu writes", block, own.block);
+    }
+    if (writes) own = {at, launches, block, who, fences[who]};
+  }
+}
+
+// An atomic operation of the running thread.
+UNSEEN inline void tell() {
+  if (!told[block]) told[block] = new uint32_t[most_threads];
+  for (unsigned t = 0; t < threads_of_block; ++t) told[block][t] = fences_of_all[t];
+  told[block][thread] = fences[thread];
+  if (!heard_epoch) heard_epoch = block_epoch, heard_thread = thread;
+}
+
 // ---- the blocks of a cooperative launch, and who of them touched what
 
 inline bool is_cooperative;
-inline unsigned block;                      // that runs
 inline uint32_t arrivals[256], waits[256];  // of each block at barriers of the grid
 inline uint64_t progress;                   // counts both
 
@@ -410,7 +484,7 @@ UNSEEN inline bool races(const Touch& before) {
   return before.epoch == block_epoch && before.thread != thread;
 }
 
-UNSEEN inline void touch_global(const void* address, size_t bytes, bool writes) {
+UNSEEN inline void touch_together(const void* address, size_t bytes, bool writes) {
   const char* at = static_cast<const char*>(address);
   if (own_begin <= at && at < own_end) return;
   const Touch mine = {uint16_t(block), uint16_t(thread), arrivals[block], block_epoch};
@@ -433,34 +507,11 @@ UNSEEN inline void touch_global(const void* address, size_t bytes, bool writes) 
   }
 }
 
-// ---- who touched what in shared memory
-
-// Of four bytes, which no kernel lets two threads share. Epochs of the block tell what lies between two of its barriers.
-struct Cell {
-  uint32_t write_epoch, write_warp_epoch, read_epoch, read_warp_epoch;
-  uint16_t writer, reader;
-  bool several_lanes, several_warps;  // have read, since the last barrier of the warp, of the block
-  uint32_t filling;                   // the epoch in which a copy into it began
-};
-
-struct Region {
-  char *begin, *end;
-  Cell* cells;
-};
-inline Region regions[2];  // of the statically allocated memory, and the dynamic
-inline uint32_t first_epoch_of_block;
-
-UNSEEN inline Cell* cells_at(const void* address) {
-  const char* const at = static_cast<const char*>(address);
-  for (Region& region : regions)
-    if (region.begin <= at && at < region.end) return region.cells + (at - region.begin) / 4;
-  return nullptr;
-}
-
 UNSEEN inline void touch(unsigned who, const void* address, size_t bytes, bool writes) {
   Cell* cell = cells_at(address);
   if (!cell) {
-    if (is_cooperative && running && !is_meeting) touch_global(address, bytes, writes);
+    if (!is_cooperative) touch_global(who, address, bytes, writes);
+    else if (running && !is_meeting) touch_together(address, bytes, writes);
     return;
   }
   const unsigned warp = who / lanes;
@@ -524,8 +575,9 @@ inline void find_memory() {
 struct Copy {
   void* to;
   const void* from;
-  int bytes, valid;  // the rest becomes 0
-  int group;         // of the thread's, as they are committed
+  int bytes;
+  bool inside;  // or it becomes 0
+  int group;    // of the thread's, as they are committed
 };
 inline std::vector<Copy> copies[most_threads];
 inline int groups[most_threads];
@@ -536,10 +588,10 @@ inline void set_filling(const Copy& copy, uint32_t epoch) {
 }
 
 template <int bytes>
-void copy_async(void* to, const void* from, int valid) {
+void copy_async(void* to, const void* from, bool inside) {
   const auto misaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes != 0; };
-  if (misaligned(to) || (valid && misaligned(from))) complain("a copy of %d bytes is misaligned", bytes);
-  const Copy copy{to, from, bytes, valid, groups[thread]};
+  if (misaligned(to) || (inside && misaligned(from))) complain("a copy of %d bytes is misaligned", bytes);
+  const Copy copy{to, from, bytes, inside, groups[thread]};
   touch(thread, to, bytes, true);
   std::memset(to, 0xff, bytes);
   set_filling(copy, block_epoch);
@@ -557,11 +609,31 @@ void wait_for_copies() {
     if (!arrived(copy)) continue;
     set_filling(copy, 0);
     touch(thread, copy.to, copy.bytes, true);
+    if (copy.inside) touch(thread, copy.from, copy.bytes, false);
     std::memset(copy.to, 0, copy.bytes);
-    if (copy.valid) std::memcpy(copy.to, copy.from, copy.valid);
+    if (copy.inside) std::memcpy(copy.to, copy.from, copy.bytes);
   }
   own.erase(std::remove_if(own.begin(), own.end(), arrived), own.end());
 }
+
+// ---- between blocks
+
+}  // namespace emulator
+
+inline void __threadfence() { ++emulator::fences[emulator::thread]; }
+UNSEEN inline unsigned long long atomicCAS(unsigned long long* p, unsigned long long expected,
+                                           unsigned long long wanted) {
+  emulator::tell();
+  const unsigned long long found = *p;
+  if (found == expected) *p = wanted;
+  return found;
+}
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+
+namespace emulator {
 
 // ---- tensor cores: the layouts are those of the PTX manual, section "Matrix multiply-accumulate operation"
 
@@ -669,8 +741,9 @@ inline void start_block(unsigned threads) {
   for (unsigned t = 0; t < threads; ++t) {
     fibers[t].state = State::ready;
     copies[t].clear();
-    groups[t] = 0;
+    groups[t] = fences[t] = fences_of_all[t] = 0;
   }
+  heard_epoch = 0;
 }
 
 enum class Outcome { ended, waits, wrong };
@@ -700,6 +773,7 @@ inline Outcome run_block(unsigned threads, Turn& turn) {
       return Outcome::wrong;
     }
     ++block_epoch;
+    std::copy_n(fences, threads, fences_of_all);
     for (unsigned t = 0; t < threads; ++t) fibers[t].state = State::ready;
   }
 }
@@ -713,7 +787,7 @@ inline void make_dynamic_memory(size_t bytes) {
 }
 
 inline void run_of_grid(uint64_t number) {
-  block = unsigned(number);
+  block = number;
   blockIdx = dim3(number % gridDim.x, number / gridDim.x % gridDim.y, number / gridDim.x / gridDim.y);
 }
 
@@ -822,6 +896,9 @@ __attribute__((weak, used)) UNSEEN char __tsan_atomic8_load(const volatile char*
 __attribute__((weak, used)) UNSEEN void __tsan_atomic8_store(volatile char* p, char value, int) {
   *p = value;
 }
+__attribute__((weak, used)) UNSEEN int __tsan_atomic32_fetch_add(volatile int* p, int value, int) {
+  return std::exchange(*const_cast<int*>(p), *p + value);
+}
 __attribute__((weak, used)) void __tsan_init() {}
 __attribute__((weak, used)) void __tsan_func_entry(void*) {}
 __attribute__((weak, used)) void __tsan_func_exit(void*) {}
@@ -902,9 +979,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulator::kernel_call = [](void* bound) { (*static_cast<decltype(call)*>(bound))(); };
   emulator::kernel_arguments = &call;
   *emulator::complaint = 0;
-  ++emulator::launches;
   if (!emulator::regions[0].begin) emulator::find_memory();
   if (config->numAttrs && config->attrs->val.cooperative) {
+    ++emulator::launches;
     if (blocks > unsigned(emulator::multiprocessors))
       return emulator::fail(cudaErrorCooperativeLaunchTooLarge);
     const bool is_right =
@@ -913,11 +990,22 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   }
   if (emulator::fibers.size() < threads) emulator::make_fibers(unsigned(threads));
   emulator::make_dynamic_memory(config->dynamicSmemBytes);
-  for (uint64_t i = 0; i < blocks; ++i) {
-    emulator::run_of_grid(emulator::order == 1 ? blocks - 1 - i : i);
+  std::vector<size_t> turn(blocks);
+  std::iota(turn.begin(), turn.end(), 0);
+  if (emulator::order == 1) std::reverse(turn.begin(), turn.end());
+  std::mt19937 random(emulator::order);
+  for (uint64_t i = 0; i < blocks * emulator::times; ++i) {
+    if (i % blocks == 0) {
+      ++emulator::launches;
+      for (uint32_t* fences : emulator::told_by) delete[] fences;
+      emulator::told_by.assign(blocks, nullptr);
+      emulator::told = emulator::told_by.data();
+      if (emulator::order > 1) std::shuffle(turn.begin(), turn.end(), random);
+    }
+    emulator::run_of_grid(turn[i % blocks]);
     emulator::start_block(unsigned(threads));
-    emulator::Turn turn{unsigned(threads)};
-    if (emulator::run_block(unsigned(threads), turn) == emulator::Outcome::ended) continue;
+    emulator::Turn of_threads{unsigned(threads)};
+    if (emulator::run_block(unsigned(threads), of_threads) == emulator::Outcome::ended) continue;
     if (!*emulator::complaint) emulator::complain("a block waits for others that are not there");
     emulator::fibers.clear();  // what they are in the middle of is abandoned
     for (emulator::Warp& warp : emulator::warps) warp.arrived = 0;

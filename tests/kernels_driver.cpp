@@ -18,7 +18,11 @@
 #endif
 
 #ifndef FASTMLP_EMULATE
-#include "../csrc/cpu/backend.h"
+#include <dlfcn.h>
+
+#include <atomic>
+
+#include "../csrc/cpu/plan.h"
 
 // For those of the instruction sets that this is linked without.
 namespace fastmlp::cpu {
@@ -56,6 +60,16 @@ static void library(const cuda::Product& p) {
 // `variant` is what must not change a bit: the order of the emulator's threads, or how many the CPU's are.
 [[maybe_unused]] static int threads(unsigned variant) { return int(1 + variant % 7); }
 
+#ifndef FASTMLP_EMULATE
+// In the place of libgomp's barrier: how often threads have come to one.
+static std::atomic<int64_t> arrivals{0};
+extern "C" void GOMP_barrier() {
+  static const auto barrier = reinterpret_cast<void (*)()>(dlsym(RTLD_NEXT, "GOMP_barrier"));
+  ++arrivals;
+  barrier();
+}
+#endif
+
 extern "C" {
 const char* activations() {
 #define FASTMLP_NAME(name, Type) #name " "
@@ -78,17 +92,26 @@ int owner_of(int kind, int dtype, int reduced, double operations) {
 const char* complaint() { return emulator::complaint; }
 uint64_t bank_conflicts() { return emulator::bank_conflicts; }
 uint64_t launches() { return emulator::launches; }
+void run_each_launch(unsigned times) { emulator::times = times; }
 int set_device(int device) { return cudaSetDevice(device); }
 int device() { return emulator::device; }
 int last_error() { return cudaGetLastError(); }
 int runs_on(int device) { return cuda::runs_on(device); }
 int forward(const Forward* layers, int64_t count, void* workspace, unsigned variant) {
   emulator::order = variant;
-  return cuda::forward(layers, count, workspace, nullptr);
+  emulator::watched = static_cast<char*>(workspace);
+  emulator::watched_bytes = cuda::forward_workspace(layers, count);
+  const int error = cuda::forward(layers, count, workspace, nullptr);
+  emulator::watched_bytes = 0;
+  return error;
 }
 int backward(const Backward* layers, int64_t count, void* workspace, unsigned variant) {
   emulator::order = variant;
-  return cuda::backward(layers, count, workspace, nullptr);
+  emulator::watched = static_cast<char*>(workspace);
+  emulator::watched_bytes = cuda::backward_workspace(layers, count);
+  const int error = cuda::backward(layers, count, workspace, nullptr);
+  emulator::watched_bytes = 0;
+  return error;
 }
 int optimize(const Optimizer* o, const Update* updates, int64_t count, unsigned variant) {
   emulator::order = variant;
@@ -114,15 +137,43 @@ int64_t cross_entropy(const CrossEntropy* p, void* workspace, unsigned variant) 
 }
 #else
 int use(const char* instruction_set) { return cpu::use(instruction_set); }
+// Whether threads have come to as many barriers as the plan counts.
+static int check_barriers(const cpu::Plan& plan, unsigned variant) {
+  const int size = threads(variant);
+  return arrivals.exchange(0) == (size > 1 ? size * plan.barriers : 0) ? 0 : -1;
+}
+int pays(int threads, double multiply_adds, int64_t barriers) {
+  return cpu::pays(threads, multiply_adds, barriers, 1);
+}
 int forward(const Forward* layers, int64_t count, void* workspace, unsigned variant) {
   omp_set_num_threads(threads(variant));
+  arrivals = 0;
   cpu::forward(layers, count, workspace, threads(variant));
-  return 0;
+  return check_barriers(cpu::Plan({.forward = layers, .forwards = count}, workspace, threads(variant)),
+                        variant);
 }
 int backward(const Backward* layers, int64_t count, void* workspace, unsigned variant) {
   omp_set_num_threads(threads(variant));
+  arrivals = 0;
   cpu::backward(layers, count, workspace, threads(variant));
+  return check_barriers(cpu::Plan({.backward = layers, .backwards = count}, workspace, threads(variant)),
+                        variant);
+}
+int forward_all(const Forward* layers, int64_t count, int64_t networks, void* workspace, unsigned variant) {
+  omp_set_num_threads(threads(variant));
+  cpu::forward(layers, count, networks, workspace, threads(variant));
   return 0;
+}
+int backward_all(const Backward* layers, int64_t count, int64_t networks, void* workspace, unsigned variant) {
+  omp_set_num_threads(threads(variant));
+  cpu::backward(layers, count, networks, workspace, threads(variant));
+  return 0;
+}
+int64_t forward_all_workspace(const Forward* layers, int64_t count, int64_t networks, unsigned variant) {
+  return cpu::forward_workspace(layers, count, networks, threads(variant));
+}
+int64_t backward_all_workspace(const Backward* layers, int64_t count, int64_t networks, unsigned variant) {
+  return cpu::backward_workspace(layers, count, networks, threads(variant));
 }
 int optimize(const Optimizer* o, const Update* updates, int64_t count, unsigned variant) {
   omp_set_num_threads(threads(variant));

@@ -382,6 +382,19 @@ def test_every_way_of_a_trainer_is_measured(measured):
         assert is_printed(row["step_speedup_p50"], 2, printed)
 
 
+def test_every_way_to_train_networks_side_by_side_is_measured(script, measured, monkeypatch):
+    jobs = [job._replace(sizes=(3, 5, 2), networks=2, batch=4) for job in script("ensemble").JOBS]
+    monkeypatch.setattr(script("ensemble"), "JOBS", jobs)
+    table, printed = measured("ensemble")
+    own = [(row["job"], row["optimizer"]) for row in table]
+    assert own == [(job.name, optimizer) for job in jobs for optimizer in ("SGD", "Adam")]
+    for row in table:
+        for figure in ("stock_ms", "vmap_ms", "steps_ms", "ensemble_ms", "over_vmap", "over_steps"):
+            assert quantiles(row, figure) == sorted(quantiles(row, figure))
+        assert all(row[key] for key in MACHINE)
+        assert is_printed(row["over_stock_p50"], 2, printed)
+
+
 def test_every_habit_is_measured_with_stocks_layers_and_with_ours(measured, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # which takes no C++
     table, printed = measured("habits")

@@ -86,7 +86,7 @@ void optimize(const Optimizer& o, const Update* updates, int64_t count, int thre
   const Kernels& k = kernels();
   const Lines<Update> lines{updates, count, cache_line / size_of(o.dtype)};
   const int64_t total = lines.total();
-  share(threads, cost * double(total * lines.length), [&](int rank, int size) {
+  share(threads, cost * double(total * lines.length), 0, [&](int rank, int size) {
     lines.visit(part(total, 1, rank, size), [&](const Update& u, Range range) { k.update(o, u, range); });
   });
 }
@@ -102,7 +102,7 @@ void clip(const Clip& c, const Gradient* gradients, int64_t count, int threads) 
   // From this on a norm is rounded to infinity.
   const double infinity = c.dtype == Dtype::float32 ? 0x1.ffffffp127 : 0x1.ffp127;
   double sums[most_parts] = {};
-  share(threads, cost * double(total * lines.length), [&](int rank, int size) {
+  share(threads, cost * double(total * lines.length), 1, [&](int rank, int size) {
     const Range own = part(parts, 1, rank, size);
     for (int64_t p = own.begin; p < own.end; ++p)
       lines.visit(part(total, 1, int(p), parts),
@@ -115,6 +115,16 @@ void clip(const Clip& c, const Gradient* gradients, int64_t count, int threads) 
     const auto begin = [&](int64_t p) { return part(total, 1, int(p), parts).begin; };
     lines.visit({begin(own.begin), begin(own.end)},
                 [&](const Gradient& g, Range range) { k.scale(c.dtype, g, factor, range); });
+  });
+}
+
+void gather(const void* from, const int64_t* rows, int64_t count, int64_t bytes, void* to, int threads) {
+  constexpr double cost = 4;  // of a byte, in multiply-adds: what copying it from another cache takes
+  share(threads, cost * double(count * bytes), 0, [&](int rank, int size) {
+    const Range own = part(count, 1, rank, size);
+    for (int64_t i = own.begin; i < own.end; ++i)
+      std::memcpy(static_cast<char*>(to) + i * bytes, static_cast<const char*>(from) + rows[i] * bytes,
+                  size_t(bytes));
   });
 }
 

@@ -44,7 +44,7 @@ int64_t cross_entropy(const CrossEntropy& p, void* workspace, int threads) {
   Losses only;
   Losses* const blocks = count > 1 ? static_cast<Losses*>(workspace) : &only;
   int64_t wrong = -1;
-  share(threads, exponential * double(p.N) * double(p.C), [&](int rank, int size) {
+  share(threads, exponential * double(p.N) * double(p.C), 3, [&](int rank, int size) {
     const Range own = part(count, 1, rank, size);
     const auto rows = [&](int64_t b) { return Range{b * step, std::min((b + 1) * step, p.N)}; };
     for (int64_t b = own.begin; b < own.end; ++b) blocks[b] = weigh(p, rows(b));

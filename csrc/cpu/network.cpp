@@ -134,7 +134,7 @@ void by_rows(const Kernels& k, const Plan& plan, double scale, int rank, int siz
 
 void run(const Plan& plan, int threads, double scale = 1) {
   const Kernels& k = kernels();
-  share(threads, plan.multiply_adds,
+  share(threads, plan.multiply_adds, plan.barriers,
         [&](int rank, int size) { (plan.by_rows ? by_rows : by_layers)(k, plan, scale, rank, size); });
 }
 
@@ -206,7 +206,7 @@ void clip_and_change(const Training& training, int threads) {
   clip(bound, training.clipped.data(), int64_t(training.clipped.size()), threads);
   double elements = 0;
   for (const Trained& p : training.changed) elements += double(p.update.size);
-  share(threads, cost * elements, [&](int rank, int size) {
+  share(threads, cost * elements, 0, [&](int rank, int size) {
     for (const Trained& p : training.changed)
       k.update(*p.optimizer, p.update, part(p.update.size, cache_line, rank, size));
   });

@@ -90,6 +90,9 @@ Plan::Plan(const Pass& pass, void* workspace, int threads)
   segments_begin = all.piece(segment.bytes * segments);
   losses_begin = all.piece(losses * int64_t(sizeof(double)));
   if (largest) weight_begin = all.piece(largest * size_of_float);
+  const bool last_is_summed = largest && pass.backward[pass.backwards - 1].trained_weight;
+  const int64_t between = std::max<int64_t>(pass.forwards, 1) + std::max<int64_t>(pass.backwards, 1) - 2;
+  barriers = by_rows ? stride > 0 : between + (pass.loss ? 2 : 0) + last_is_summed;
   bytes = all.bytes;
 }
 

@@ -46,6 +46,7 @@ class Plan {
   int64_t M;
   bool by_rows;
   double multiply_adds;  // of all layers
+  int64_t barriers;      // at which threads wait for each other
   int64_t segments;      // of the batch; by layers one, and one a thread where nothing is added up
   int64_t stride;        // from the sums of a segment to those of the next, in floats
   int64_t losses;        // blocks of rows whose losses are added up apart

@@ -15,15 +15,35 @@ namespace fastmlp::cpu {
 // libgomp's threads do not survive a fork, and its pool waits for them for ever: a child works alone.
 bool is_forked();
 
-// Waking the pool costs about as much as this many multiply-adds on one core. (The tests set it to 0.)
-#ifndef FASTMLP_LEAST_PARALLEL_WORK
-#define FASTMLP_LEAST_PARALLEL_WORK (1 << 19)
+// The tests set it to 0, and so share everything.
+#ifndef FASTMLP_COST_OF_THREADS
+#define FASTMLP_COST_OF_THREADS 1
 #endif
 
-// Runs work(rank, size) on `size` threads at once, or on this one where there is too little of it.
+// Whether n threads take less time than one. It is the pool or nobody: libgomp ends the threads that a smaller team leaves
+// out, and starts them anew for torch's next region (https://github.com/openfheorg/openfhe-development/issues/1300).
+//
+// Work is in multiply-adds, of which a thread does some 64 in a nanosecond in small layers with AVX-512; fewer without, and
+// then there is the more to share. libgomp's barrier is a counter that all threads change one after the other, so its
+// time grows with n, as that of a region does: on 96 cores of Zen 2 a region takes 30 µs, 0.3 a thread
+// (https://github.com/dyninst/dyninst/issues/2403). On two of Zen 5 an empty one was measured to take 0.4 µs and a barrier
+// 0.2, but in forward passes and steps of small networks about 1.5 and 1.2: what one writes the other must fetch.
+//
+// All that is of a pool that is awake, as it stays for some milliseconds after its last region. One that sleeps takes 35
+// µs, and nothing but a clock tells which it is: calls that far apart are rarely the ones whose time counts.
+inline bool pays(int threads, double multiply_adds, int64_t barriers,
+                 double scale = FASTMLP_COST_OF_THREADS) {
+  constexpr double microsecond = 64e3;
+  const double n = threads, region = 0.9 + 0.3 * n, barrier = 0.6 + 0.3 * n;
+  const double cost = scale * microsecond * (region + double(barriers) * barrier);
+  return multiply_adds - multiply_adds / n >= cost;
+}
+
+// Runs work(rank, size) on `size` threads at once, which wait for each other so many times; or on this one where there
+// is too little of it.
 template <class Work>
-void share(int threads, double multiply_adds, Work work) {
-  if (threads <= 1 || multiply_adds < FASTMLP_LEAST_PARALLEL_WORK || omp_in_parallel() || is_forked())
+void share(int threads, double multiply_adds, int64_t barriers, Work work) {
+  if (threads <= 1 || !pays(threads, multiply_adds, barriers) || omp_in_parallel() || is_forked())
     return work(0, 1);
 #pragma omp parallel
   work(omp_get_thread_num(), omp_get_num_threads());

@@ -1,6 +1,7 @@
 // The CUDA backend: picks the kernels for a call and enqueues them.
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <vector>
 
 #include "../activation.h"
@@ -53,11 +54,6 @@ int64_t between_bytes(const Forward* layers, int64_t count) {
     if (!layers[i].y) widest = std::max(widest, layers[i].N);
   return matrix_bytes(layers->dtype, layers->M, widest);
 }
-int64_t between_bytes(const Backward* layers, int64_t count) {
-  int64_t widest = 0;
-  for (int64_t i = 0; i + 1 < count; ++i) widest = std::max(widest, layers[i].K);
-  return matrix_bytes(layers->dtype, layers->M, widest);
-}
 
 // ---- the choice of kernels
 //
@@ -65,40 +61,20 @@ int64_t between_bytes(const Backward* layers, int64_t count) {
 //   float32                        multiply-adds
 //   float32 where reduced          tensor cores, as tf32
 //
-//   tiles of 128 x 128             where they, with splits of 16 steps or more, are enough for all multiprocessors
-//   tiles of 64 x 64               otherwise, with splits of 8 steps or more
+// and of tiles in plan.h.
 
 using Large = Tiling<128, 128, 64, 32, 3, 1>;
 using Small = Tiling<64, 64, 32, 32, 4, 3>;
 
-// Of a large GPU. The number is fixed, so that no sum is split in another way on another GPU.
-#ifndef FASTMLP_MULTIPROCESSORS
-#define FASTMLP_MULTIPROCESSORS 128
-#endif
-constexpr int64_t multiprocessors = FASTMLP_MULTIPROCESSORS;
 constexpr int64_t blocks_of_sums = 4 * multiprocessors;
-
-// How a product is cut: into large or small tiles, and splits of its sum.
-struct Cut {
-  bool large;
-  int64_t splits;
-};
-
-Cut cut(Dtype dtype, int64_t rows, int64_t columns, int64_t K) {
-  const int64_t steps = K * (dtype == Dtype::float32 ? 4 : 2) / 64;
-  const auto tiles = [&](int64_t size) { return ((rows + size - 1) / size) * ((columns + size - 1) / size); };
-  const bool large = tiles(Large::m) * std::max<int64_t>(steps / 16, 1) >= multiprocessors;
-  const int64_t own = std::max<int64_t>(tiles(large ? Large::m : Small::m), 1);
-  const int64_t most = std::max<int64_t>(steps / (large ? 16 : 8), 1);
-  return {large, std::clamp<int64_t>(multiprocessors / own, 1, most)};
-}
 
 // Bytes of the splits' sums.
 int64_t split_bytes(Dtype dtype, int64_t rows, int64_t columns, int64_t K) {
-  const int64_t splits = cut(dtype, rows, columns, K).splits;
-  return splits > 1
-             ? splits * Result<float>{.rows = rows, .columns = columns}.stride() * int64_t{sizeof(float)}
-             : 0;
+  const Cut own = cut(dtype, rows, columns, K);
+  const auto bytes = [](const Cut& c) {
+    return Splits::bytes(c, c.size * c.size + (c.size == Large::m ? Large::threads : Small::threads));
+  };
+  return std::max(bytes(own), bytes(in_small_tiles(own, rows, columns)));
 }
 int64_t split_bytes(const Forward& f) { return split_bytes(f.dtype, f.M, f.N, f.K); }
 int64_t split_bytes(const Backward& b) {  // does not depend on which outputs are asked for
@@ -113,23 +89,36 @@ int64_t largest_split(const Layer* layers, int64_t count) {
   return largest;
 }
 
-// Bytes of the widest copies that an address and a stride are multiples of.
-int width(const void* data, int64_t stride) {
-  const uint64_t bits = reinterpret_cast<uintptr_t>(data) | uint64_t(stride);
-  return bits % 16 == 0 ? 16 : bits % 8 == 0 ? 8 : bits % 4 == 0 ? 4 : 2;
+// Bytes of the copies that bring an operand, none of which is half inside.
+template <class T, bool transposed>
+int width(const Operand<T, transposed>& operand, int64_t K) {
+  const uint64_t bits = reinterpret_cast<uintptr_t>(operand.data) |
+                        uint64_t(operand.stride | (transposed ? operand.rows : K)) * sizeof(T);
+  return bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 2;
+}
+
+template <template <class, class, class, class> class Math, class A, class B>
+cudaError_t multiply(const A& a, const B& b, const Result<typename A::T>& result, int64_t K, Cut own,
+                     void* memory, cudaStream_t stream) {
+  const int bytes = std::min(width(a, K), width(b, K));
+  if (own.size == Large::m && bytes == 16 && result.c)
+    return multiply<Math, Large, 16>(a, b, result, K, own, memory, stream);
+  own = in_small_tiles(own, result.rows, result.columns);
+  if (!result.c) own.tiles = blocks_of(result.rows, Small::m);  // the first across sum the rows
+  if (bytes == 16) return multiply<Math, Small, 16>(a, b, result, K, own, memory, stream);
+  if constexpr (sizeof(typename A::T) == 2)
+    if (bytes == 2) return multiply<Math, Small, 2>(a, b, result, K, own, memory, stream);
+  return multiply<Math, Small, 4>(a, b, result, K, own, memory, stream);
 }
 
 template <class A, class B>
-cudaError_t multiply(const A& a, const B& b, Result<typename A::T> result, int64_t K, const Cut& cut,
-                     bool reduced, cudaStream_t stream) {
-  result.splits = cut.splits;
-  result.paired = result.columns % 2 == 0 && width(result.c, 0) >= 2 * int(sizeof(typename A::T));
-  if constexpr (sizeof(typename A::T) == 4)
-    if (!reduced)
-      return cut.large ? multiply<Simt, Large>(a, b, result, K, stream)
-                       : multiply<Simt, Small>(a, b, result, K, stream);
-  return cut.large ? multiply<TensorCore, Large>(a, b, result, K, stream)
-                   : multiply<TensorCore, Small>(a, b, result, K, stream);
+cudaError_t multiply(const A& a, const B& b, const Result<typename A::T>& result, int64_t K, bool reduced,
+                     void* memory, cudaStream_t stream) {
+  constexpr Dtype dtype = sizeof(typename A::T) == 4 ? Dtype::float32 : Dtype::bfloat16;
+  const Cut own = cut(dtype, result.rows, result.columns, K);
+  if constexpr (dtype == Dtype::float32)
+    if (!reduced) return multiply<Simt>(a, b, result, K, own, memory, stream);
+  return multiply<TensorCore>(a, b, result, K, own, memory, stream);
 }
 
 // ---- whose a product is
@@ -154,7 +143,6 @@ bool is_librarys(Kind kind, const Layer& layer) {
   const double operations = 2.0 * layer.M * layer.N * layer.K;
   return owner_of(kind, layer.dtype, layer.reduced, operations) == Owner::library;
 }
-bool is_any_librarys(const Backward& b) { return is_librarys(Kind::dW, b) || is_librarys(Kind::dx, b); }
 
 // ---- narrow networks
 //
@@ -194,21 +182,26 @@ bool is_chain(Kind kind, const Layer* layers, int64_t count) {
   });
 }
 
-template <template <class, class, class, class> class Math, class Tiling, class First, bool transposed>
-cudaError_t run_chain(const First& first, Links<typename First::T, transposed> links, int64_t M,
+// With copies of 16 bytes, or of one element.
+template <template <class, class, class, class> class Math, class Tiling, class T, bool transposed>
+cudaError_t run_chain(const Operand<T, false>& first, Links<T, transposed> links, int64_t M,
                       cudaStream_t stream) {
-  using T = typename First::T;
   links.slots = slots<T, Tiling>(links.count);
-  const int64_t blocks = std::min((M + Tiling::m - 1) / Tiling::m, 2 * multiprocessors);
-  return launch_with<chain<Math, Tiling, First, transposed>>(
-      Shared<T, transposed, Tiling>::bytes(links.slots), blocks, Tiling::threads, stream, first, links, M);
+  bool wide = width(first, links.links[0].K) == 16;
+  for (int i = 0; i < links.count; ++i) wide &= width(links.links[i].weight, links.links[i].K) == 16;
+  const int64_t bytes = Shared<T, transposed, Tiling>::bytes(links.slots);
+  const int64_t blocks = std::min(blocks_of(M, Tiling::m), 2 * multiprocessors);
+  return wide ? launch_with<chain<Math, Tiling, 16, T, transposed>>(bytes, blocks, Tiling::threads, stream,
+                                                                    first, links, M)
+              : launch_with<chain<Math, Tiling, sizeof(T), T, transposed>>(bytes, blocks, Tiling::threads,
+                                                                           stream, first, links, M);
 }
 
-template <class First, bool transposed>
-cudaError_t run_chain(const First& first, const Links<typename First::T, transposed>& links, int64_t width,
+template <class T, bool transposed>
+cudaError_t run_chain(const Operand<T, false>& first, const Links<T, transposed>& links, int64_t width,
                       int64_t M, bool reduced, cudaStream_t stream) {
   const bool narrow = width <= Narrow::n;
-  if constexpr (sizeof(typename First::T) == 4)
+  if constexpr (sizeof(T) == 4)
     if (!reduced)
       return narrow ? run_chain<Simt, Narrow>(first, links, M, stream)
                     : run_chain<Simt, LessNarrow>(first, links, M, stream);
@@ -216,179 +209,158 @@ cudaError_t run_chain(const First& first, const Links<typename First::T, transpo
                 : run_chain<TensorCore, LessNarrow>(first, links, M, stream);
 }
 
-// ---- the products of a layer
+// ---- a layer, in the terms of a product
 
 template <bool transposed, class T>
-Plain<T, transposed> plain(const void* data, int64_t stride, int64_t rows) {
-  return {.data = static_cast<const T*>(data),
-          .stride = stride,
-          .rows = rows,
-          .width = width(data, stride * int64_t{sizeof(T)})};
+Operand<T, transposed> operand(const void* data, int64_t stride, int64_t rows) {
+  return {static_cast<const T*>(data), stride, rows};
+}
+
+// Whether whole packs can be loaded and stored, where pointers are null or to matrices of so many columns.
+template <class T>
+bool is_aligned(int64_t columns, std::initializer_list<const void*> pointers) {
+  uint64_t bits = columns * sizeof(T);
+  for (const void* p : pointers) bits |= reinterpret_cast<uintptr_t>(p);
+  return cuda::is_aligned<T>(bits);
 }
 
 template <class T>
-Plain<T, false> x_of(const Forward& f) {
-  return plain<false, T>(f.x, f.ldx, f.M);
-}
-template <class T>
-Plain<T, false> weight_of(const Forward& f) {
-  return plain<false, T>(f.weight, f.ldw, f.N);
-}
-template <class T>
-Plain<T, true> weight_of(const Backward& b) {
-  return plain<true, T>(b.weight, b.ldw, b.K);
-}
-
-template <bool transposed, class T>
-Dz<T, transposed> dz_of(const Backward& b) {
-  const void* const saved = b.activation == Activation::identity ? b.grad_y : b.saved;
-  const int64_t bytes = b.N * int64_t{sizeof(T)};
-  return {.grad_y = static_cast<const T*>(b.grad_y),
-          .saved = static_cast<const T*>(saved),
-          .stride = b.N,
-          .rows = transposed ? b.N : b.M,
-          .width = std::min(width(b.grad_y, bytes), width(saved, bytes)),
-          .activation = b.activation};
-}
-
-template <class T>
-Result<T> y_of(const Forward& f) {
+Result<T> result_of(const Forward& f) {
   return {.c = static_cast<T*>(f.y),
           .bias = static_cast<const T*>(f.bias),
           .activation = f.activation,
-          .z = static_cast<T*>(f.z),
+          .beside = static_cast<T*>(f.z),
           .rows = f.M,
-          .columns = f.N};
-}
-template <class T>
-Result<T> grad_x_of(const Backward& b) {
-  return {.c = static_cast<T*>(b.grad_x), .rows = b.M, .columns = b.K};
+          .columns = f.N,
+          .aligned = is_aligned<T>(f.N, {f.y, f.z})};
 }
 
+// dx, or the dz of the layer below, with x, which is its y, where that is wanted.
 template <class T>
-cudaError_t forward(const Forward& f, float* partials, cudaStream_t stream) {
+Result<T> dx_of(const Backward& b, const Backward* below, void* x) {
+  Result<T> result{.c = static_cast<T*>(b.grad_x), .rows = b.M, .columns = b.K};
+  if (below && below->activation != Activation::identity) {
+    result.activation = below->activation;
+    result.saved = static_cast<const T*>(below->saved);
+    result.beside = static_cast<T*>(x);
+  }
+  result.aligned = is_aligned<T>(b.K, {result.c, result.saved, result.beside});
+  return result;
+}
+
+// ---- forward
+
+template <class T>
+cudaError_t forward(const Forward& f, void* memory, cudaStream_t stream) {
   if (is_librarys(Kind::forward, f)) {
     void* const z = f.z ? f.z : f.y;
     products.library({f.dtype, f.M, f.N, f.K, {f.x, {f.ldx, 1}}, {f.weight, {1, f.ldw}}, f.bias, z});
     if (z == f.y && f.activation == Activation::identity) return cudaSuccess;
     return elementwise::activate<T>(z, f.y, f.M * f.N, f.activation, stream);
   }
-  Result<T> result = y_of<T>(f);
-  result.partials = partials;
-  return multiply(x_of<T>(f), weight_of<T>(f), result, f.K, cut(f.dtype, f.M, f.N, f.K), f.reduced, stream);
+  return multiply(operand<false, T>(f.x, f.ldx, f.M), operand<false, T>(f.weight, f.ldw, f.N),
+                  result_of<T>(f), f.K, f.reduced, memory, stream);
 }
-
-bool is_dW_librarys(const Backward& b) {
-  const bool is_found =
-      b.x_activation == Activation::identity || b.ldx == b.K;  // where x is to be found, without gaps
-  return b.grad_weight && is_found && is_librarys(Kind::dW, b);
-}
-
-// dW and db.
-template <class T>
-cudaError_t backward_of_parameters(const Backward& b, void* memory, cudaStream_t stream) {
-  if (!b.grad_weight && !b.grad_bias) return cudaSuccess;
-  if (is_dW_librarys(b)) {
-    const void* x = b.x;
-    int64_t ldx = b.ldx;
-    if (b.x_activation != Activation::identity) {
-      const cudaError_t error = elementwise::activate<T>(b.x, memory, b.M * b.K, b.x_activation, stream);
-      if (error != cudaSuccess) return error;
-      x = memory, ldx = b.K;
-    }
-    products.library({b.dtype, b.N, b.K, b.M, {b.grad_y, {1, b.N}}, {x, {ldx, 1}}, nullptr, b.grad_weight});
-    return cudaSuccess;
-  }
-  const Result<T> result{.c = static_cast<T*>(b.grad_weight),
-                         .row_sums = static_cast<T*>(b.grad_bias),
-                         .rows = b.N,
-                         .columns = b.K,
-                         .partials = static_cast<float*>(memory)};
-  auto x = b.grad_weight ? plain<true, T>(b.x, b.ldx, b.K) : plain<true, T>(b.grad_y, 0, 0);
-  x.activation = b.x_activation;
-  return multiply(dz_of<true, T>(b), x, result, b.M, cut(b.dtype, b.N, b.K, b.M), b.reduced, stream);
-}
-
-// A layer without dx: a chain has computed it. dz is formed before a product of the library, in `dz`.
-template <class T>
-cudaError_t backward(Backward b, bool has_dx, void* dz, void* memory, cudaStream_t stream) {
-  if (is_dW_librarys(b) || (has_dx && b.grad_x && is_librarys(Kind::dx, b))) {
-    void* const own = b.activation == Activation::identity ? nullptr : dz;
-    const cudaError_t error =
-        elementwise::differentiate<T>(b, own, static_cast<float*>(memory), blocks_of_sums, stream);
-    if (error != cudaSuccess) return error;
-    if (own) b.grad_y = own;
-    b.activation = {}, b.grad_bias = nullptr;
-  }
-  const cudaError_t error = backward_of_parameters<T>(b, memory, stream);
-  if (error != cudaSuccess || !has_dx || !b.grad_x) return error;
-  if (is_librarys(Kind::dx, b)) {
-    products.library(
-        {b.dtype, b.M, b.K, b.N, {b.grad_y, {b.N, 1}}, {b.weight, {b.ldw, 1}}, nullptr, b.grad_x});
-    return cudaSuccess;
-  }
-  Result<T> result = grad_x_of<T>(b);
-  result.partials = static_cast<float*>(memory);
-  return multiply(dz_of<false, T>(b), weight_of<T>(b), result, b.N, cut(b.dtype, b.M, b.K, b.N), b.reduced,
-                  stream);
-}
-
-// Of the last layer's dz: those of the others take the place of dy.
-int64_t dz_bytes(const Backward& last) {
-  return last.activation != Activation::identity && is_any_librarys(last)
-             ? matrix_bytes(last.dtype, last.M, last.N)
-             : 0;
-}
-
-// What one layer after the other works in: for the splits' sums, for those of db, and for x.
-int64_t bytes_to_work_in(const Backward* layers, int64_t count) {
-  int64_t bytes = largest_split(layers, count);
-  for (const Backward* b = layers; b != layers + count; ++b) {
-    if (!is_any_librarys(*b)) continue;
-    with_dtype(b->dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      bytes = std::max(bytes, elementwise::workspace<T>(b->M, b->N, blocks_of_sums));
-    });
-    if (b->grad_weight && b->x_activation != Activation::identity)
-      bytes = std::max(bytes, matrix_bytes(b->dtype, b->M, b->K));
-  }
-  return bytes;
-}
-
-// ---- the layers of a narrow network
 
 template <class T>
 cudaError_t forward_chain(const Forward* layers, int64_t count, cudaStream_t stream) {
   Links<T, false> links{};
   for (const Forward* f = layers; f != layers + count; ++f)
-    links.links[links.count++] = {.weight = weight_of<T>(*f), .K = f->K, .result = y_of<T>(*f)};
-  return run_chain(x_of<T>(*layers), links, widest(layers, count), layers->M, layers->reduced, stream);
+    links.links[links.count++] = {operand<false, T>(f->weight, f->ldw, f->N), int(f->K), result_of<T>(*f)};
+  return run_chain(operand<false, T>(layers->x, layers->ldx, layers->M), links, widest(layers, count),
+                   layers->M, layers->reduced, stream);
 }
 
-// Every dx; the gradients of the parameters are computed from them.
-template <class T>
-cudaError_t backward_chain(const Backward* layers, int64_t count, cudaStream_t stream) {
-  Links<T, true> links{};
-  for (int64_t i = 0; i < count && layers[i].grad_x; ++i) {
-    Link<T, true> link{
-        .weight = weight_of<T>(layers[i]), .K = layers[i].N, .result = grad_x_of<T>(layers[i])};
-    if (i + 1 < count && layers[i + 1].activation != Activation::identity) {
-      link.saved = static_cast<const T*>(layers[i + 1].saved);
-      link.activation_of_saved = layers[i + 1].activation;
-    }
-    links.links[links.count++] = link;
+// ---- backward
+//
+// dz of the last layer comes of a pass of its own. Each other is formed where dx of the layer above is: as that leaves the
+// registers, or after the library's product. So is the x of that layer, where only z has been saved. Then come dW and db.
+
+bool is_dW_librarys(const Backward& b) { return b.grad_weight && is_librarys(Kind::dW, b); }
+bool is_found(const Backward& b) { return b.grad_weight && b.x_activation != Activation::identity; }
+
+// Where in the workspace a layer's dz is, and its x; and what all layers work in. A chain needs all dz and x at once;
+// else two dz are there in turn, and one x.
+struct Places {
+  int64_t dz = 0, x = 0, memory = 0;
+};
+Places places(const Backward* layers, int64_t count, bool chained, int64_t layer) {
+  Places own;
+  int64_t widest_dz = 0, widest_x = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Backward& b = layers[i];
+    const bool is_given = i == 0 && b.activation == Activation::identity;
+    const int64_t dz = is_given ? 0 : matrix_bytes(b.dtype, b.M, b.N);
+    const int64_t x = is_found(b) ? matrix_bytes(b.dtype, b.M, b.K) : 0;
+    if (i < layer) own.dz += dz + x;
+    if (i == layer) own.x = own.dz + dz;
+    own.memory += dz + x;
+    widest_dz = std::max(widest_dz, dz), widest_x = std::max(widest_x, x);
   }
-  return run_chain(dz_of<false, T>(*layers), links, widest(layers, count), layers->M, layers->reduced,
-                   stream);
+  return chained ? own : Places{layer % 2 * widest_dz, 2 * widest_dz, 2 * widest_dz + widest_x};
 }
 
-// Where in the workspace the grad_x of layer i is that only the backend reads; for i = count − 1, where they end. Of
-// a chain all are needed at once.
-int64_t grad_x_offset(const Backward* layers, int64_t count, bool chained, int64_t i) {
-  if (!chained) return (i + 1 < count ? i % 2 : 2) * between_bytes(layers, count);
-  int64_t bytes = 0;
-  for (int64_t j = 0; j < i; ++j) bytes += matrix_bytes(layers->dtype, layers->M, layers[j].K);
+// What is worked in: for the splits' sums, and those of the passes.
+int64_t bytes_to_work_in(const Backward* layers, int64_t count) {
+  int64_t bytes = largest_split(layers, count);
+  for (const Backward* b = layers; b != layers + count; ++b)
+    with_dtype(b->dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      bytes = std::max(bytes, elementwise::workspace<T>(b->M, b->N, blocks_of_sums));
+    });
   return bytes;
+}
+
+// Every dz but the last layer's, and dx.
+template <class T>
+cudaError_t backward_chain(const Backward* layers, int64_t count, void* const* x, cudaStream_t stream) {
+  Links<T, true> links{};
+  for (int64_t i = 0; i < count && layers[i].grad_x; ++i)
+    links.links[links.count++] = {operand<true, T>(layers[i].weight, layers[i].ldw, layers[i].K),
+                                  int(layers[i].N),
+                                  dx_of<T>(layers[i], i + 1 < count ? layers + i + 1 : nullptr, x[i])};
+  return run_chain(operand<false, T>(layers->grad_y, layers->N, layers->M), links, widest(layers, count),
+                   layers->M, layers->reduced, stream);
+}
+
+// The pass over dy of a layer that the products leave: for dz where that is not there yet, and x of the layer above with
+// it; and for db, where dW is the library's.
+template <class T>
+cudaError_t form(Backward b, bool is_there, void* dz, void* x, void* memory, cudaStream_t stream) {
+  void* const grad_bias = is_dW_librarys(b) ? b.grad_bias : nullptr;
+  if (is_there) b.activation = {};
+  if (b.activation == Activation::identity && !grad_bias) return cudaSuccess;
+  return elementwise::differentiate<T>(b, dz, x, grad_bias, memory, blocks_of_sums, stream);
+}
+
+// Of a layer whose dy is dz.
+template <class T>
+cudaError_t dx(const Backward& b, const Backward* below, void* x, void* memory, cudaStream_t stream) {
+  if (is_librarys(Kind::dx, b)) {
+    products.library(
+        {b.dtype, b.M, b.K, b.N, {b.grad_y, {b.N, 1}}, {b.weight, {b.ldw, 1}}, nullptr, b.grad_x});
+    return cudaSuccess;
+  }
+  return multiply(operand<false, T>(b.grad_y, b.N, b.M), operand<true, T>(b.weight, b.ldw, b.K),
+                  dx_of<T>(b, below, x), b.N, b.reduced, memory, stream);
+}
+
+// With db, of a layer whose dy is dz.
+template <class T>
+cudaError_t dW(const Backward& b, void* memory, cudaStream_t stream) {
+  if (is_dW_librarys(b)) {
+    products.library(
+        {b.dtype, b.N, b.K, b.M, {b.grad_y, {1, b.N}}, {b.x, {b.ldx, 1}}, nullptr, b.grad_weight});
+    return cudaSuccess;
+  }
+  if (!b.grad_weight && !b.grad_bias) return cudaSuccess;
+  const Result<T> result{.c = static_cast<T*>(b.grad_weight),
+                         .row_sums = static_cast<T*>(b.grad_bias),
+                         .rows = b.N,
+                         .columns = b.K,
+                         .aligned = is_aligned<T>(b.K, {b.grad_weight})};
+  const auto x = b.grad_weight ? operand<true, T>(b.x, b.ldx, b.K) : operand<true, T>(nullptr, 0, 0);
+  return multiply(operand<true, T>(b.grad_y, b.N, b.N), x, result, b.M, b.reduced, memory, stream);
 }
 
 }  // namespace
@@ -412,47 +384,54 @@ int forward(const Forward* layers, int64_t count, void* workspace, void* stream_
     if (is_chain(Kind::chain_forward, layers, count)) return forward_chain<T>(layers, count, stream);
     char* const between = static_cast<char*>(workspace);
     const int64_t bytes = between_bytes(layers, count);
-    float* const partials = reinterpret_cast<float*>(between + 2 * bytes);
     cudaError_t error = cudaSuccess;
     for (int64_t i = 0; i < count && error == cudaSuccess; ++i) {
       Forward f = layers[i];
       if (!f.x) f.x = between + (i + 1) % 2 * bytes;
       if (!f.y) f.y = between + i % 2 * bytes;
-      error = forward<T>(f, partials, stream);
+      error = forward<T>(f, between + 2 * bytes, stream);
     }
     return error;
   });
 }
 
 int64_t backward_workspace(const Backward* layers, int64_t count) {
-  const bool chained = is_chain(Kind::chain_backward, layers, count);
-  return grad_x_offset(layers, count, chained, count - 1) + dz_bytes(*layers) +
+  return places(layers, count, is_chain(Kind::chain_backward, layers, count), 0).memory +
          bytes_to_work_in(layers, count);
 }
 
-int backward(const Backward* layers, int64_t count, void* workspace, void* stream_) {
+int backward(const Backward* layers_, int64_t count, void* workspace, void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  char* const between = static_cast<char*>(workspace);
-  const bool chained = is_chain(Kind::chain_backward, layers, count);  // asks the driver, so once
-  char* const dz = between + grad_x_offset(layers, count, chained, count - 1);
-  char* const memory = dz + dz_bytes(*layers);
-  const auto with_buffers = [&](int64_t i) {
-    Backward b = layers[i];
-    if (i > 0) b.grad_y = between + grad_x_offset(layers, count, chained, i - 1);
-    if (i + 1 < count) b.grad_x = between + grad_x_offset(layers, count, chained, i);
-    return b;
-  };
-  return with_dtype(layers->dtype, [&](auto type) {
+  const bool chained = is_chain(Kind::chain_backward, layers_, count);  // asks the driver, so once
+  char* const own = static_cast<char*>(workspace);
+  std::vector<Backward> layers(layers_, layers_ + count);
+  std::vector<void*> x(count);
+  void* memory = nullptr;
+  for (int64_t i = 0; i < count; ++i) {
+    const Places there = places(layers_, count, chained, i);
+    if (i > 0) layers[i].grad_y = layers[i - 1].grad_x = own + there.dz;
+    if (is_found(layers[i])) x[i] = own + there.x;
+    memory = own + there.memory;
+  }
+  return with_dtype(layers_->dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     cudaError_t error = cudaSuccess;
-    if (chained) {
-      Backward all[most_links];
-      for (int64_t i = 0; i < count; ++i) all[i] = with_buffers(i);
-      error = backward_chain<T>(all, count, stream);
-    }
-    for (int64_t i = 0; i < count && error == cudaSuccess; ++i) {
-      const Backward b = with_buffers(i);
-      error = backward<T>(b, !chained, i ? const_cast<void*>(b.grad_y) : dz, memory, stream);
+    const auto then = [&](auto f) { error = error == cudaSuccess ? f() : error; };
+    const bool is_given = layers[0].activation == Activation::identity;
+    then([&] { return form<T>(layers[0], false, is_given ? nullptr : own, nullptr, memory, stream); });
+    if (!is_given) layers[0].grad_y = own;
+    if (chained) then([&] { return backward_chain<T>(layers.data(), count, x.data(), stream); });
+    for (int64_t i = 0; i < count; ++i) {
+      Backward& b = layers[i];
+      const Backward* below = i + 1 < count ? &layers[i + 1] : nullptr;
+      const bool is_there = chained || !is_librarys(Kind::dx, b);  // the dz below
+      if (!chained && b.grad_x) then([&] { return dx<T>(b, below, x[i], memory, stream); });
+      if (below)
+        then([&] { return form<T>(*below, is_there, is_there ? nullptr : b.grad_x, x[i], memory, stream); });
+      if (x[i] && !below)
+        then([&] { return elementwise::activate<T>(b.x, x[i], b.M * b.K, b.x_activation, stream); });
+      if (x[i]) b.x = x[i], b.ldx = b.K;
+      then([&] { return dW<T>(b, memory, stream); });
     }
     return error;
   });

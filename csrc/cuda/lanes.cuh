@@ -5,7 +5,7 @@
 // Bound by latency: eight loads of 16 bytes are to 64 multiply-adds, and several such steps are under way at once.
 #pragma once
 
-#include "launch.cuh"
+#include "pack.cuh"
 
 namespace fastmlp::cuda {
 

@@ -24,13 +24,6 @@ __device__ __forceinline__ void store(float* p, float value) { *p = value; }
 __device__ __forceinline__ void store(__nv_bfloat16* p, float value) { *p = __float2bfloat16_rn(value); }
 __device__ __forceinline__ void store(__half* p, float value) { *p = __float2half_rn(value); }
 
-// Elements that are loaded and stored at once: 16 bytes.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int size = 16 / sizeof(T);
-  T elements[size];
-};
-
 // What is known of each device, by its number: 0 until it is written. Threads may find it out at the same time, since
 // they find the same.
 class Devices {

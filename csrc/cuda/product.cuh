@@ -3,7 +3,7 @@
 //   C[m][n] = Σ_k A(m, k) B(n, k)
 //
 //   y  = g(x Wᵀ + b)     A = x       B = W
-//   dx = dz W            A = dz      B = Wᵀ
+//   dx = dz W            A = dz      B = Wᵀ     C is the dz of the layer below, where g' of that is given
 //   dW = dzᵀ x           A = dzᵀ     B = xᵀ     db[m] = Σ_k A(m, k)
 //
 // What computes the product of two tiles is a parameter: tensor_core.cuh, or simt.cuh. All sums are in float32 and in
@@ -13,9 +13,9 @@
 
 #include <algorithm>
 
-#include "../activation.h"
-#include "launch.cuh"
+#include "pack.cuh"
 #include "ptx.cuh"
+#include "splits.cuh"
 
 namespace fastmlp::cuda {
 
@@ -45,403 +45,227 @@ struct Layout {
   static constexpr int size = lines * pitch;
 };
 
-// ---- activations: which one it is, all threads ask at once
-//
-// The simple ones are part of the unrolled code that has a thread's elements in registers. The others are long: their
-// loops are not unrolled, so that a kernel holds each of them once.
-
-__host__ __device__ __forceinline__ bool is_simple(const Activation& activation) {
-  return activation.kind == Activation::identity || activation.kind == Activation::relu;
-}
-
-// ---- the operands
-
-// An operand in memory: A(row, k) at data[row * stride + k], or transposed at data[k * stride + row]; or the activation
-// of it.
+// An operand in memory: A(row, k) at data[row * stride + k], or transposed at data[k * stride + row].
 template <class T_, bool transposed_>
-struct Plain {
+struct Operand {
   using T = T_;
   static constexpr bool transposed = transposed_;
   const T* data;
-  int64_t stride;
-  int64_t rows;
-  int width;  // bytes of the widest copies that data and stride are multiples of: 16, 8, 4 or 2
-  Activation activation;
+  int64_t stride, rows;
 };
 
-// dz = dy · g', which is nowhere in memory; likewise. Its stride is its width, so copies of `width` bytes are either
-// inside or outside.
-template <class T_, bool transposed_>
-struct Dz {
-  using T = T_;
-  static constexpr bool transposed = transposed_;
-  const T *grad_y, *saved;
-  int64_t stride;
-  int64_t rows;
-  int width;
-  Activation activation;
-};
-
-// Where a tile begins in memory, and how much of it is inside the operand.
-struct Window {
-  int64_t offset;
-  int lines, columns;
-
-  template <class Operand>
-  __device__ __forceinline__ Window(const Operand& operand, int64_t row0, int64_t k0, int64_t K) {
-    const int64_t line0 = Operand::transposed ? k0 : row0, column0 = Operand::transposed ? row0 : k0;
-    offset = line0 * operand.stride + column0;
-    lines = up_to_int((Operand::transposed ? K : operand.rows) - line0);
-    columns = up_to_int((Operand::transposed ? operand.rows : K) - column0);
-  }
-
-  static __device__ __forceinline__ int up_to_int(int64_t n) {
-    return static_cast<int>(n < 0x7fffffff ? n : 0x7fffffff);
-  }
-
-  // Of a pack, the elements that are inside.
-  template <class T>
-  __device__ __forceinline__ int valid(int line, int column) const {
-    const int left = columns - column;
-    return line >= lines || left <= 0 ? 0 : left < Pack<T>::size ? left : Pack<T>::size;
-  }
-};
-
-// Calls f(i, line, column) for the packs of a tile that the thread carries. They are all in one column.
-template <class Layout, int threads, class T, class F>
-__device__ __forceinline__ void each_pack(F f) {
-  static_assert(Layout::lines * Layout::packs % threads == 0 && threads % Layout::packs == 0);
-#pragma unroll
-  for (int i = 0; i < Layout::lines * Layout::packs / threads; ++i) {
-    const int pack = threadIdx.x + i * threads;
-    f(i, pack / Layout::packs, pack % Layout::packs * Pack<T>::size);
-  }
-}
-
-// ---- to shared memory: start() begins to bring a tile, finish() ends it, and activate() makes y of z, once the tile is
-// there. A thread does all three for the same elements.
-
-template <int bytes, class T>
-__device__ __forceinline__ void copy_by(T* to, const T* from, int valid) {
-#pragma unroll
-  for (int at = 0; at < 16; at += bytes) {
-    const int left = valid * int(sizeof(T)) - at;
-    const int own = left <= 0 ? 0 : left < bytes ? left : bytes;
-    const int skipped = own ? at : 0;
-    ptx::copy_async<bytes>(reinterpret_cast<char*>(to) + at, reinterpret_cast<const char*>(from) + skipped,
-                           own);
-  }
-}
-
-// By asynchronous copies, but for an odd width of 16-bit elements, which they have not.
-template <class Operand, class Layout, int threads>
+// Brings tiles of an operand to shared memory, one after the other along the sum, by copies of `width` bytes that are
+// inside the operand or outside of it. A thread has packs in one column, some lines from each other.
+template <class Operand, class Layout, int threads, int width>
 struct Carrier {
   using T = typename Operand::T;
+  static constexpr bool transposed = Operand::transposed;
+  static constexpr int count = Layout::lines * Layout::packs / threads, apart = threads / Layout::packs;
+  static_assert(count * threads == Layout::lines * Layout::packs && apart * Layout::packs == threads);
+  const T* from;  // the thread's first pack of the next tile
+  int64_t stride;
+  int lines, columns;  // that are left from there on
+  int to;
 
-  __device__ __forceinline__ void start(T* shared, const Operand& operand, const Window& window) {
-    each_pack<Layout, threads, T>([&](int, int line, int column) {
-      const int valid = window.valid<T>(line, column);
-      const T* const from =
-          valid ? operand.data + (window.offset + line * operand.stride + column) : operand.data;
-      T* const to = shared + line * Layout::pitch + column;
-      if (operand.width == 16) ptx::copy_async<16>(to, from, valid * int(sizeof(T)));
-      else if (operand.width == 8) copy_by<8>(to, from, valid);
-      else if (operand.width == 4) copy_by<4>(to, from, valid);
-      else
-        for (int e = 0; e < Pack<T>::size; ++e) to[e] = e < valid ? from[e] : T{};
-    });
+  __device__ __forceinline__ Carrier(const Operand& operand, int64_t row0, int64_t k0, int K)
+      : stride(operand.stride) {
+    const int line = threadIdx.x / Layout::packs, column = threadIdx.x % Layout::packs * Pack<T>::size;
+    const int64_t left = operand.rows - row0;
+    const int rows = left < 1024 ? int(left) : 1024;  // more than a tile has
+    from = operand.data + (transposed ? k0 + line : row0 + line) * stride + (transposed ? row0 : k0) + column;
+    lines = (transposed ? K : rows) - line;
+    columns = (transposed ? rows : K) - column;
+    to = line * Layout::pitch + column;
   }
 
-  __device__ __forceinline__ void finish(T*) {}
-
-  __device__ __forceinline__ void activate(T* shared, const Operand& operand) {
-    if (operand.activation.kind == Activation::identity) return;
-    each_pack<Layout, threads, T>([&](int, int line, int column) {
-      T* const pack = shared + line * Layout::pitch + column;
-#pragma unroll 1
-      for (int e = 0; e < Pack<T>::size; ++e)
-        store(pack + e, activated(operand.activation, to_float(pack[e])));
-    });
-  }
-};
-
-template <class Word, class T>
-__device__ __forceinline__ Pack<T> load_by(const T* from, int valid) {
-  constexpr int count = 16 / sizeof(Word);
-  struct {
-    Word words[count];
-  } loaded;
+  __device__ __forceinline__ void start(T* shared) {
+    constexpr int step = width > int(sizeof(T)) ? width / int(sizeof(T)) : 1;
 #pragma unroll
-  for (int i = 0; i < count; ++i)
-    loaded.words[i] =
-        i * int(sizeof(Word)) < valid * int(sizeof(T)) ? reinterpret_cast<const Word*>(from)[i] : Word{};
-  return bit_cast<Pack<T>>(loaded);
-}
-
-template <class T>
-__device__ __forceinline__ Pack<T> load(const T* from, int valid, int width) {
-  if (width == 16) return load_by<uint4>(from, valid);
-  if (width == 8) return load_by<uint2>(from, valid);
-  if (width == 4) return load_by<uint32_t>(from, valid);
-  return load_by<uint16_t>(from, valid);
-}
-
-// All move up by one place, and `last` takes the last.
-template <int size, class E>
-__device__ __forceinline__ void rotate(E (&elements)[size], E last) {
+    for (int i = 0; i < count; ++i)
 #pragma unroll
-  for (int e = 0; e + 1 < size; ++e) elements[e] = elements[e + 1];
-  elements[size - 1] = last;
-}
-
-// dz goes through registers, where it is formed, and where its rows can be summed: the thread's packs of all tiles
-// hold the same rows where it is transposed. They are summed in groups of 32, so that no sum is long.
-template <class T, bool transposed, class Layout, int threads>
-struct Carrier<Dz<T, transposed>, Layout, threads> {
-  static constexpr int count = Layout::lines * Layout::packs / threads;
-  static constexpr int tiles_of_group = 32 / count;
-  Pack<T> grad_y[count], saved[count];
-  Activation activation;
-  float sums[Pack<T>::size] = {}, recent[Pack<T>::size] = {};
-  int tiles = 0;
-
-  __device__ __forceinline__ void start(T*, const Dz<T, transposed>& operand, const Window& window) {
-    activation = operand.activation;
-    each_pack<Layout, threads, T>([&](int i, int line, int column) {
-      const int valid = window.valid<T>(line, column);
-      const int64_t at = valid ? window.offset + line * operand.stride + column : 0;
-      grad_y[i] = load(operand.grad_y + at, valid, operand.width);
-      if (activation.kind != Activation::identity) saved[i] = load(operand.saved + at, valid, operand.width);
-    });
-  }
-
-  __device__ __forceinline__ void finish(T* shared) {
-    each_pack<Layout, threads, T>([&](int i, int line, int column) {
-      Pack<T>& dz = grad_y[i];
-      if (is_simple(activation)) {
-        const bool is_relu = activation.kind == Activation::relu;
-#pragma unroll
-        for (int e = 0; e < Pack<T>::size; ++e)
-          if (is_relu)
-            store(&dz.elements[e], Relu{}.gradient(to_float(dz.elements[e]), to_float(saved[i].elements[e])));
-        if constexpr (transposed)
-#pragma unroll
-          for (int e = 0; e < Pack<T>::size; ++e) recent[e] += to_float(dz.elements[e]);
-      } else {
-#pragma unroll 1
-        for (int e = 0; e < Pack<T>::size; ++e) {  // always with the first, which then goes to the end
-          const float first =
-              differentiated(activation, to_float(dz.elements[0]), to_float(saved[i].elements[0]));
-          T rounded;
-          store(&rounded, first);
-          rotate(dz.elements, rounded);
-          rotate(saved[i].elements, rounded);
-          if constexpr (transposed) rotate(recent, recent[0] + first);
-        }
+      for (int e = 0; e < Pack<T>::size; e += step) {
+        const bool inside = i * apart < lines && e < columns;
+        T* const own = shared + to + i * apart * Layout::pitch + e;
+        if constexpr (width >= 4) ptx::copy_async<width>(own, from + i * apart * stride + e, inside);
+        else *own = inside ? from[i * apart * stride + e] : T{};  // there are no such copies
       }
-      *reinterpret_cast<Pack<T>*>(shared + line * Layout::pitch + column) = dz;
-    });
-    if (transposed && ++tiles % tiles_of_group == 0) end_group();
-  }
-
-  __device__ __forceinline__ void end_group() {
-#pragma unroll
-    for (int e = 0; e < Pack<T>::size; ++e) {
-      sums[e] += recent[e];
-      recent[e] = 0.0f;
-    }
-  }
-
-  // The sum of the tile's row threadIdx.x, for the threads that have one. `shared` is free, and all threads call it.
-  __device__ __forceinline__ float row_sum(float* shared) {
-    constexpr int rows = Layout::packs * Pack<T>::size, parts = threads / Layout::packs;
-    end_group();
-#pragma unroll
-    for (int e = 0; e < Pack<T>::size; ++e) shared[threadIdx.x * Pack<T>::size + e] = sums[e];
-    __syncthreads();
-    float sum = 0.0f;
-    for (int part = 0; part < parts && threadIdx.x < rows; ++part) sum += shared[part * rows + threadIdx.x];
-    return sum;
+    from += transposed ? depth<T> * stride : depth<T>;
+    (transposed ? lines : columns) -= depth<T>;
   }
 };
 
 // ---- from the sums to memory
 
-// Two neighbours at once.
-__device__ __forceinline__ void store_pair(float* p, float first, float second) {
-  *reinterpret_cast<float2*>(p) = {first, second};
-}
-template <class T>
-__device__ __forceinline__ void store_pair(T* p, float first, float second) {
-  struct {
-    T first, second;
-  } pair;
-  store(&pair.first, first);
-  store(&pair.second, second);
-  *reinterpret_cast<uint32_t*>(p) = bit_cast<uint32_t>(pair);
-}
+// What a product is for, by how its operands lie.
+enum class Pass { forward, dx, dW };
+template <class A, class B>
+constexpr Pass pass_of = A::transposed   ? Pass::dW
+                         : B::transposed ? Pass::dx
+                                         : Pass::forward;
 
-// C [rows, columns], and db [rows]; either may be null. Where the sum is split, each split's own go to `partials`
-// [splits, stride], C before db, and `reduce` makes the result of them.
+// What becomes of C [rows, columns]:
+//   forward    y = g(C), and z = C beside it, where that is wanted
+//   dx         dz = C · g' of what the layer below has saved, and its y beside it, where that is wanted
 template <class T>
 struct Result {
-  T* c;
+  T* c;           // null where it is not wanted
   const T* bias;  // [columns], or null
   Activation activation;
-  T* z;  // [rows, columns], or null
-  T* row_sums;
+  const T* saved;  // [rows, columns], or null, where C is dx
+  T* beside;       // [rows, columns], or null
+  T* row_sums;     // [rows], or null
   int64_t rows, columns;
-  bool paired;  // pairs of C's elements can be stored at once
-  float* partials;
-  int64_t splits;
+  bool aligned;  // whole packs can be loaded and stored
 
-  __host__ __device__ int64_t size() const { return rows * columns; }
-  __host__ __device__ int64_t stride() const { return (size() + rows + 1) / 2 * 2; }
-  __device__ __forceinline__ float z_of(float sum, int64_t n) const {
-    return sum + (bias ? to_float(bias[n]) : 0.0f);
+  __device__ __forceinline__ float bias_of(int64_t n) const {
+    return bias && n < columns ? to_float(bias[n]) : 0.0f;
   }
-  // Of a simple activation.
-  __device__ __forceinline__ float y_of(float sum, int64_t n) const {
-    const float value = z_of(sum, n);
-    return activation.kind == Activation::relu ? Relu{}(value) : value;
+  __device__ __forceinline__ Pack<T> saved_at(int64_t at, int64_t left) const {
+    return saved ? load(saved + at, left, aligned) : Pack<T>{};
   }
-  // y is g of z as it is stored, which backward may read. Returns y.
-  __device__ __forceinline__ T write(T stored_z, int64_t at) const {
-    if (z) z[at] = stored_z;
-    T y;
-    store(&y, activated(activation, to_float(stored_z)));
-    if (c) c[at] = y;
-    return y;
+  template <Pass pass, bool simple>
+  __device__ __forceinline__ void finish(Pack<T>& pack, Pack<T> saved_pack, int64_t at, int64_t left) const {
+    if (pass == Pass::forward) {
+      if (beside) store(beside + at, pack, left, aligned);
+      activate<simple>(pack, activation);
+    } else if (pass == Pass::dx && saved) {
+      differentiate<simple>(pack, saved_pack, activation, beside);
+      if (beside) store(beside + at, saved_pack, left, aligned);
+    }
+    if (c) store(c + at, pack, left, aligned);
   }
 };
 
-// y = g(x Wᵀ + b) alone is the activation of a product.
-template <class A, class B>
-constexpr bool has_activation = !A::transposed && !B::transposed;
+// A tile of C, of which read(row, column) gives a pack of sums as they are rounded, in shared memory after a barrier;
+// keep(row, column, pack) is told what becomes of it. What is read from memory for the simple activations is on its way
+// before the first pack is stored.
+template <class Tiling, Pass pass, class T, class Read, class Keep>
+__device__ __forceinline__ void finish_tile(const Result<T>& result, int64_t m0, int64_t n0, Read read,
+                                            Keep keep) {
+  constexpr int packs = Tiling::n / Pack<T>::size, apart = Tiling::threads / packs, count = Tiling::m / apart;
+  const int row0 = threadIdx.x / packs, column = threadIdx.x % packs * Pack<T>::size;
+  const int64_t left = result.columns - n0 - column, first = (m0 + row0) * result.columns + n0 + column;
+  const auto is_inside = [&](int i) { return m0 + row0 + i * apart < result.rows && left > 0; };
+  const auto at = [&](int i) { return first + i * apart * result.columns; };
+  if (pass == Pass::dW || is_simple(result.activation)) {
+    Pack<T> saved[count];
+    if (pass == Pass::dx)
+#pragma unroll
+      for (int i = 0; i < count; ++i)
+        if (is_inside(i)) saved[i] = result.saved_at(at(i), left);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      Pack<T> pack = read(row0 + i * apart, column);
+      if (is_inside(i)) result.template finish<pass, true>(pack, saved[i], at(i), left);
+      keep(row0 + i * apart, column, pack);
+    }
+  } else {
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      Pack<T> pack = read(row0 + i * apart, column);
+      if (is_inside(i)) result.template finish<pass, false>(pack, result.saved_at(at(i), left), at(i), left);
+      keep(row0 + i * apart, column, pack);
+    }
+  }
+}
 
 // Bound by tensor cores, or FMA, where the tiles are many and the sum is long; by the latency of a step where they are
 // few, hence the splits; and by bandwidth where K or N is small.
-template <template <class, class, class, class> class Math, class Tiling, class A, class B>
+template <template <class, class, class, class> class Math, class Tiling, int width, class A, class B>
 __global__ void __launch_bounds__(Tiling::threads, Tiling::blocks)
-    product(const A a, const B b, const Result<typename A::T> result, int64_t K, int steps_of_split) {
+    product(const A a, const B b, const Result<typename A::T> result, const Splits splits, int64_t K,
+            unsigned tiles_down) {
   using T = typename A::T;
   using ALayout = Layout<T, A::transposed, Tiling::m>;
   using BLayout = Layout<T, B::transposed, Tiling::n>;
   constexpr int stages = Tiling::stages;
   T* const shared = reinterpret_cast<T*>(ptx::dynamic_shared_memory());
+  float* const shared_sums = reinterpret_cast<float*>(shared);
 
-  const int64_t tiles_down = (result.rows + Tiling::m - 1) / Tiling::m;
-  const int64_t split = blockIdx.x % result.splits, tile = blockIdx.x / result.splits;
-  const int64_t m0 = tile % tiles_down * Tiling::m, n0 = tile / tiles_down * Tiling::n;
-  const int64_t k0 = split * steps_of_split * depth<T>;
-  const int64_t all_steps = (K - k0 + depth<T> - 1) / depth<T>;
-  const int steps = static_cast<int>(all_steps < steps_of_split ? all_steps : steps_of_split);
+  const unsigned split = blockIdx.x % splits.count, tile = blockIdx.x / splits.count;
+  const int64_t m0 = int64_t{tile % tiles_down} * Tiling::m, n0 = int64_t{tile / tiles_down} * Tiling::n;
+  const int64_t k0 = int64_t{split} * splits.steps * depth<T>, left = K - k0;
+  const int own = left < int64_t{splits.steps} * depth<T> ? int(left) : splits.steps * depth<T>;
+  const int steps = (own + depth<T> - 1) / depth<T>;
 
-  Carrier<A, ALayout, Tiling::threads> a_carrier;
-  Carrier<B, BLayout, Tiling::threads> b_carrier;
-  Math<T, Tiling, ALayout, BLayout> math;
+  Carrier<A, ALayout, Tiling::threads, width> a_carrier(a, m0, k0, own);
+  Carrier<B, BLayout, Tiling::threads, width> b_carrier(b, n0, k0, own);
   const auto a_tile = [&](int step) { return shared + step % stages * (ALayout::size + BLayout::size); };
   const auto b_tile = [&](int step) { return a_tile(step) + ALayout::size; };
   const auto start = [&](int step) {
     if (step < steps) {
-      const int64_t k = k0 + int64_t{step} * depth<T>;
-      a_carrier.start(a_tile(step), a, Window(a, m0, k, K));
-      b_carrier.start(b_tile(step), b, Window(b, n0, k, K));
+      a_carrier.start(a_tile(step));
+      b_carrier.start(b_tile(step));
     }
     ptx::commit_copies();
   };
-  const auto finish = [&](int step) {
-    if (step >= steps) return;
-    a_carrier.finish(a_tile(step));
-    b_carrier.finish(b_tile(step));
-  };
+  for (int step = 0; step < stages - 1; ++step) start(step);
 
-  for (int step = 0; step < stages - 1; ++step) {
-    start(step);
-    finish(step);
-  }
+  Math<T, Tiling, ALayout, BLayout> math;
+  math.begin([&](int column) { return split == 0 ? result.bias_of(n0 + column) : 0.0f; });
+  // Of dz alone; the threads share a row's steps out, and what rounding takes from their sums is put back (Kahan).
+  constexpr int parts = Tiling::threads / Tiling::m;
+  const bool sums_rows = A::transposed && result.row_sums && n0 == 0;
+  float row_sum = 0.0f, lost = 0.0f;
+  const auto add_rows = [&](const T* tile) {
+    float sum = -lost;
+#pragma unroll
+    for (int k = 0; k < depth<T>; k += parts)
+      sum += to_float(tile[(k + threadIdx.x / Tiling::m) * ALayout::pitch + threadIdx.x % Tiling::m]);
+    const float next = row_sum + sum;
+    lost = (next - row_sum) - sum;
+    row_sum = next;
+  };
   for (int step = 0; step < steps; ++step) {
     ptx::wait_for_copies<stages - 2>();
-    if constexpr (A::transposed) b_carrier.activate(b_tile(step), b);
     __syncthreads();  // the step's tiles are there, and those of the step before are free
     start(step + stages - 1);
     math.multiply(a_tile(step), b_tile(step));
-    finish(step + stages - 1);
+    if constexpr (A::transposed)
+      if (sums_rows) add_rows(a_tile(step));
   }
 
-  float* const partials = result.partials + split * result.stride();
-  if (has_activation<A, B> && result.splits == 1 && !is_simple(result.activation)) {
-    __syncthreads();  // the operands' tiles have been read, and z takes their place
-    math.each_pair([&](int row, int column, float first, float second) {
-      if (n0 + column < result.columns)
-        store(shared + row * Tiling::n + column, result.z_of(first, n0 + column));
-      if (n0 + column + 1 < result.columns)
-        store(shared + row * Tiling::n + column + 1, result.z_of(second, n0 + column + 1));
-    });
+  __syncthreads();  // the operands' tiles have been read: sums take their place
+  if (sums_rows) {
+    shared_sums[threadIdx.x] = row_sum;
     __syncthreads();
-#pragma unroll 1
-    for (int i = threadIdx.x; i < Tiling::m * Tiling::n; i += Tiling::threads) {
-      const int64_t m = m0 + i / Tiling::n, n = n0 + i % Tiling::n;
-      if (m < result.rows && n < result.columns) result.write(shared[i], m * result.columns + n);
-    }
-  } else if (result.c) {
-    math.each_pair([&](int row, int column, float first, float second) {
-      const int64_t m = m0 + row, n = n0 + column;
-      if (m >= result.rows || n >= result.columns) return;
-      const int64_t at = m * result.columns + n;
-      const bool whole = n + 1 < result.columns;
-      if (result.splits > 1) {
-        partials[at] = first;
-        if (whole) partials[at + 1] = second;
-        return;
-      }
-      first = result.y_of(first, n);
-      if (whole) second = result.y_of(second, n + 1);
-      if (whole && result.paired) return store_pair(result.c + at, first, second);
-      store(result.c + at, first);
-      if (whole) store(result.c + at + 1, second);
-    });
+    for (int part = 1; part < parts; ++part)
+      row_sum += shared_sums[threadIdx.x % Tiling::m + part * Tiling::m];
+    __syncthreads();
   }
-  if constexpr (A::transposed) {
-    if (result.row_sums && n0 == 0) {
-      __syncthreads();
-      const float sum = a_carrier.row_sum(reinterpret_cast<float*>(shared));
-      const int64_t m = m0 + threadIdx.x;
-      if (threadIdx.x >= Tiling::m || m >= result.rows) return;
-      if (result.splits > 1) partials[result.size() + m] = sum;
-      else store(result.row_sums + m, sum);
-    }
-  }
+  constexpr int sums_of_thread = Tiling::m * Tiling::n / Tiling::threads;
+  if (!add_splits<Tiling::threads, sums_of_thread / 4>(math.sums, row_sum, splits, tile, split)) return;
+  if (sums_rows && threadIdx.x < Tiling::m && m0 + threadIdx.x < result.rows)
+    store(result.row_sums + m0 + threadIdx.x, row_sum);
+
+  constexpr int pitch = Tiling::n + math.padding;
+  math.each_pair([&](int row, int column, float first, float second) {
+    store_pair(shared_sums + row * pitch + column, first, second);
+  });
+  const auto read = [&](int row, int column) {
+    Pack<T> pack;
+#pragma unroll
+    for (int e = 0; e < Pack<T>::size; ++e) store(&pack.elements[e], shared_sums[row * pitch + column + e]);
+    return pack;
+  };
+  finish_tile<Tiling, pass_of<A, B>>(result, m0, n0, read, [](int, int, Pack<T>&) {});
 }
 
-// The splits' sums, added in their order. Bound by bandwidth.
-template <class T>
-__global__ void __launch_bounds__(256) reduce(const Result<T> result) {
-  const int64_t i = blockIdx.x * int64_t{256} + threadIdx.x;
-  const bool of_c = i < result.size();
-  if (i >= result.size() + result.rows || !(of_c ? result.c : result.row_sums)) return;
-  float sum = 0.0f;
-  for (int64_t split = 0; split < result.splits; ++split) sum += result.partials[split * result.stride() + i];
-  T stored_z;
-  if (of_c) store(&stored_z, result.z_of(sum, i % result.columns)), result.write(stored_z, i);
-  else store(result.row_sums + (i - result.size()), sum);
-}
-
-template <template <class, class, class, class> class Math, class Tiling, class A, class B>
-cudaError_t multiply(const A& a, const B& b, const Result<typename A::T>& result, int64_t K,
-                     cudaStream_t stream) {
+template <template <class, class, class, class> class Math, class Tiling, int width, class A, class B>
+cudaError_t multiply(const A& a, const B& b, const Result<typename A::T>& result, int64_t K, const Cut& cut,
+                     void* memory, cudaStream_t stream) {
   using T = typename A::T;
-  constexpr int stage = Layout<T, A::transposed, Tiling::m>::size + Layout<T, B::transposed, Tiling::n>::size;
-  constexpr int tile = has_activation<A, B> ? Tiling::m * Tiling::n : 0;
-  const int64_t across = (result.columns + Tiling::n - 1) / Tiling::n;
-  // Without C, as where it has no columns, only db is wanted, which the first tile of each row sums.
-  const int64_t tiles = (result.rows + Tiling::m - 1) / Tiling::m * (result.c && across ? across : 1);
-  const int64_t steps = (K + depth<T> - 1) / depth<T>;
-  const cudaError_t error = launch_with<product<Math, Tiling, A, B>>(
-      sizeof(T) * std::max(stage * Tiling::stages, tile), tiles * result.splits, Tiling::threads, stream, a,
-      b, result, K, static_cast<int>((steps + result.splits - 1) / result.splits));
-  if (error != cudaSuccess || result.splits == 1) return error;
-  return launch(reduce<T>, (result.size() + result.rows + 255) / 256, 256, stream, result);
+  using ALayout = Layout<T, A::transposed, Tiling::m>;
+  using BLayout = Layout<T, B::transposed, Tiling::n>;
+  constexpr int padding = Math<T, Tiling, ALayout, BLayout>::padding;
+  constexpr size_t bytes = std::max(sizeof(T) * (ALayout::size + BLayout::size) * Tiling::stages,
+                                    sizeof(float) * Tiling::m * (Tiling::n + padding));
+  const Splits splits(cut, memory);
+  return launch_with<product<Math, Tiling, width, A, B>>(
+      bytes, cut.tiles * cut.splits, Tiling::threads, stream, a, b, result, splits, K,
+      static_cast<unsigned>(blocks_of(result.rows, Tiling::m)));
 }
 
 }  // namespace fastmlp::cuda

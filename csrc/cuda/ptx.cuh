@@ -30,18 +30,18 @@ __device__ __forceinline__ unsigned char* dynamic_shared_memory() {
   return memory;
 }
 
-// Copies the first `valid` of 4, 8 or 16 bytes to shared memory and fills the rest with 0. All pointers are multiples
-// of `bytes`. What is copied can be read after wait_for_copies(), and by other threads after a barrier too.
+// Copies 4, 8 or 16 bytes to shared memory, or fills them with 0. All pointers are multiples of `bytes`. What is copied
+// can be read after wait_for_copies(), and by other threads after a barrier too.
 template <int bytes>
-__device__ __forceinline__ void copy_async(void* to, const void* from, int valid) {
-  if constexpr (bytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "r"(valid)
-                 : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from),
-                 "n"(bytes), "r"(valid)
-                 : "memory");
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool inside) {
+#define FASTMLP_COPY(cached)                                                         \
+  asm volatile("{.reg .pred outside; setp.eq.s32 outside, %2, 0; cp.async." cached   \
+               ".shared.global [%0], [%1], %3, outside;}" ::"r"(shared_address(to)), \
+               "l"(from), "r"(int(inside)), "n"(bytes)                               \
+               : "memory")
+  if constexpr (bytes == 16) FASTMLP_COPY("cg");
+  else FASTMLP_COPY("ca");
+#undef FASTMLP_COPY
 }
 
 // Makes a group of the thread's copies since the last.

@@ -12,7 +12,9 @@ struct Simt {
   static constexpr int down = Tiling::warp_m / 8, across = Tiling::warp_n / 4;
   static constexpr int pack = Pack<float>::size;
   static_assert(down % pack == 0 && across % pack == 0);
-  float sums[down][across] = {};
+  static constexpr int padding = 4;  // of a row of the tile's sums in shared memory, for banks
+  float sums[down * across / 4][4];
+  __device__ __forceinline__ float& sum(int i, int j) { return sums[(i * across + j) / 4][j % 4]; }
 
   // The patch's rows and columns: where operands are transposed, neighbours to be loaded at once; else spread, so that
   // the lanes' lines are on different banks. Columns come in pairs either way.
@@ -28,6 +30,17 @@ struct Simt {
 
   static __device__ __forceinline__ Pack<float> load(const float* p) {
     return *reinterpret_cast<const Pack<float>*>(p);
+  }
+
+  // The sums begin with f(column).
+  template <class F>
+  __device__ __forceinline__ void begin(F f) {
+#pragma unroll
+    for (int j = 0; j < across; ++j) {
+      const float first = f(column(j));
+#pragma unroll
+      for (int i = 0; i < down; ++i) sum(i, j) = first;
+    }
   }
 
   __device__ __forceinline__ void multiply(const float* a, const float* b) {
@@ -52,7 +65,7 @@ struct Simt {
 #pragma unroll
             for (int i = 0; i < down; ++i)
 #pragma unroll
-              for (int e = 0; e < pack; ++e) sums[i][j + e] += left[i][k] * right.elements[e];
+              for (int e = 0; e < pack; ++e) sum(i, j + e) += left[i][k] * right.elements[e];
           }
       } else {
 #pragma unroll
@@ -61,7 +74,7 @@ struct Simt {
 #pragma unroll
           for (int k = 0; k < pack; ++k)
 #pragma unroll
-            for (int i = 0; i < down; ++i) sums[i][j] += left[i][k] * right.elements[k];
+            for (int i = 0; i < down; ++i) sum(i, j) += left[i][k] * right.elements[k];
         }
       }
     }
@@ -69,11 +82,11 @@ struct Simt {
 
   // Calls f(row, column, sum, the next column's sum) for what the thread has of the tile.
   template <class F>
-  __device__ __forceinline__ void each_pair(F f) const {
+  __device__ __forceinline__ void each_pair(F f) {
 #pragma unroll
     for (int i = 0; i < down; ++i)
 #pragma unroll
-      for (int j = 0; j < across; j += 2) f(row(i), column(j), sums[i][j], sums[i][j + 1]);
+      for (int j = 0; j < across; j += 2) f(row(i), column(j), sum(i, j), sum(i, j + 1));
   }
 };
 

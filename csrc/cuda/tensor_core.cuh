@@ -10,7 +10,8 @@ template <class T, class Tiling, class A, class B>
 struct TensorCore {
   // The instruction takes tiles of 16 x 8, and as much of the sum as two packs of 16 bytes.
   static constexpr int down = Tiling::warp_m / 16, across = Tiling::warp_n / 8, half = Pack<T>::size;
-  float sums[down][across][4] = {};
+  static constexpr int padding = 8;  // of a row of the tile's sums in shared memory, for banks
+  float sums[down * across][4];
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
   static __device__ __forceinline__ int row0() {
@@ -41,6 +42,20 @@ struct TensorCore {
       for (uint32_t& bits : registers) bits = ptx::round_to_tf32(bits);
   }
 
+  // The sums begin with f(column).
+  template <class F>
+  __device__ __forceinline__ void begin(F f) {
+#pragma unroll
+    for (int j = 0; j < across; ++j) {
+      const int column = column0() + j * 8 + lane() % 4 * 2;
+      const float first = f(column), second = f(column + 1);
+#pragma unroll
+      for (int i = 0; i < down; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[i * across + j][e] = e % 2 ? second : first;
+    }
+  }
+
   __device__ __forceinline__ void multiply(const T* a, const T* b) {
 #pragma unroll
     for (int k = 0; k < depth<T>; k += 2 * half) {
@@ -57,7 +72,7 @@ struct TensorCore {
 #pragma unroll
       for (int i = 0; i < down; ++i)
 #pragma unroll
-        for (int j = 0; j < across; ++j) ptx::multiply_matrices<T>(sums[i][j], left[i], right[j]);
+        for (int j = 0; j < across; ++j) ptx::multiply_matrices<T>(sums[i * across + j], left[i], right[j]);
     }
   }
 
@@ -69,8 +84,9 @@ struct TensorCore {
 #pragma unroll
       for (int j = 0; j < across; ++j) {
         const int row = row0() + i * 16 + lane() / 4, column = column0() + j * 8 + lane() % 4 * 2;
-        f(row, column, sums[i][j][0], sums[i][j][1]);
-        f(row + 8, column, sums[i][j][2], sums[i][j][3]);
+        const float (&own)[4] = sums[i * across + j];
+        f(row, column, own[0], own[1]);
+        f(row + 8, column, own[2], own[3]);
       }
   }
 };

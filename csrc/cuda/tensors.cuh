@@ -2,7 +2,8 @@
 // has some elements of one tensor, which it loads and stores by packs.
 #pragma once
 
-#include "launch.cuh"
+#include "pack.cuh"
+#include "plan.h"
 
 namespace fastmlp::cuda {
 
@@ -25,10 +26,6 @@ struct Table {
   }
 };
 
-inline int64_t blocks_of(int64_t size, int64_t elements_of_block) {
-  return (size + elements_of_block - 1) / elements_of_block;
-}
-
 // Calls enqueue(table, blocks) for the tensors, as many as a table has room for at a time.
 template <class Table, class Tensor, class F>
 cudaError_t for_tables(const Tensor* tensors, int64_t count, int64_t elements_of_block, F enqueue) {
@@ -45,31 +42,6 @@ cudaError_t for_tables(const Tensor* tensors, int64_t count, int64_t elements_of
     error = enqueue(table, blocks);
   }
   return error;
-}
-
-template <class T>
-__device__ __forceinline__ bool is_aligned(uintptr_t addresses) {  // joined by "or"
-  return addresses % sizeof(Pack<T>) == 0;
-}
-
-// The first n elements at p, whole where n is at least a pack's size and p is aligned.
-template <class T>
-__device__ __forceinline__ Pack<T> load(const T* p, int64_t n, bool aligned) {
-  if (aligned && n >= Pack<T>::size) return *reinterpret_cast<const Pack<T>*>(p);
-  Pack<T> pack{};
-  for (int j = 0; j < Pack<T>::size; ++j)
-    if (j < n) pack.elements[j] = p[j];
-  return pack;
-}
-
-template <class T>
-__device__ __forceinline__ void store(T* p, const Pack<T>& pack, int64_t n, bool aligned) {
-  if (aligned && n >= Pack<T>::size) {
-    *reinterpret_cast<Pack<T>*>(p) = pack;
-    return;
-  }
-  for (int j = 0; j < Pack<T>::size; ++j)
-    if (j < n) p[j] = pack.elements[j];
 }
 
 }  // namespace fastmlp::cuda

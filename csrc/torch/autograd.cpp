@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "network.h"
+#include "ensemble.h"
 
 namespace fastmlp {
 namespace {
@@ -34,84 +34,149 @@ Tensor transposed(const Tensor& weight) {
 thread_local const AutogradContext* keeping = nullptr;
 thread_local Arrival* kept = nullptr;
 
-struct NetworkFunction : torch::autograd::Function<NetworkFunction> {
-  static constexpr bool is_traceable = true;
+bool is_defined(const Tensor& t) { return t.defined(); }
+OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
-  // The input, the weights and those biases that are there are the node's inputs. It saves what backward will read, as
-  // stock's layers do, and nothing else: x for dW, W for dx, y or z for g'.
-  static variable_list forward(AutogradContext* ctx, const Tensor& input, TensorList weights, TensorList,
-                               const Network& n) {
-    const bool transposes = is_watched();
-    variable_list saved(1 + 2 * n.size);  // the input, the weights, what the layers leave
-    std::vector<int64_t> layers;          // of each, the number of its activation, and whether it has a bias
-    c10::SmallVector<bool, 8> keeps(n.size);
-    bool has_grad = input.requires_grad();
-    for (size_t i = 0; i < n.size; ++i) {
-      const OptionalTensor& bias = n.biases[i];
-      layers.insert(layers.end(), {n.activations[i].formula - formulas.data(), bias.has_value()});
-      if (has_grad) saved[1 + i] = transposes ? transposed(weights[i]) : weights[i];
-      if (weights[i].requires_grad()) {
-        if (i == 0) saved[0] = input;
-        else keeps[i - 1] = true;
-      }
-      has_grad |= weights[i].requires_grad() || (bias && bias->requires_grad());
-      keeps[i] = has_grad && n.activations[i].reads != Reads::nothing;
+// Runs a network. To `saved` goes what backward will read, as stock's layers keep it, and nothing else: x for dW, W for dx,
+// y or z for g'; in all the input, the weights, and what the layers leave.
+variable_list run_and_save(const Network& n, bool transposes, variable_list& saved) {
+  const size_t begin = saved.size();
+  saved.resize(begin + 1 + 2 * n.size);
+  Tensor* const own = &saved[begin];
+  c10::SmallVector<bool, 8> keeps(n.size);
+  bool has_grad = n.input.requires_grad();
+  for (size_t i = 0; i < n.size; ++i) {
+    if (has_grad) own[1 + i] = transposes ? transposed(n.weights[i]) : n.weights[i];
+    if (n.weights[i].requires_grad()) {
+      if (i == 0) own[0] = n.input;
+      else keeps[i - 1] = true;
     }
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    variable_list outputs = call_network_forward(input, weights, n.bias_list, n.names, n.parameters);
+    has_grad |= n.weights[i].requires_grad() || (n.biases[i] && n.biases[i]->requires_grad());
+    keeps[i] = has_grad && n.activations[i].reads != Reads::nothing;
+  }
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  variable_list outputs = call_network_forward(n.input, n.weights, n.bias_list, n.names, n.parameters);
+  for (size_t i = 0; i < n.size; ++i)
+    if (keeps[i]) own[1 + n.size + i] = outputs[n.leaves(i) ? 1 + i : 0];
+  return outputs;
+}
+
+// What a node knows of its networks beside tensors: of each layer, the number of its activation, and whether it has a bias.
+struct Recorded {
+  static void record(AutogradContext* ctx, const Network& n) {
+    std::vector<int64_t> layers;
     for (size_t i = 0; i < n.size; ++i)
-      if (keeps[i]) saved[1 + n.size + i] = outputs[n.leaves(i) ? 1 + i : 0];
-    if (n.size == 1 && !layers[1]) std::swap(saved[0], saved[1]);
-    ctx->save_for_backward(std::move(saved));
+      layers.insert(layers.end(),
+                    {n.activations[i].formula - formulas.data(), int64_t(n.biases[i].has_value())});
     ctx->set_materialize_grads(false);
     ctx->saved_data["layers"] = std::move(layers);
     if (!n.parameters.empty()) ctx->saved_data["parameters"] = n.parameters;
+  }
+
+  explicit Recorded(AutogradContext* ctx)
+      : layers(ctx->saved_data["layers"].toIntVector()), size(layers.size() / 2), numbers(1 + size) {
+    if (ctx->saved_data.count("parameters")) parameters = ctx->saved_data["parameters"].toDoubleVector();
+    std::iota(numbers.begin(), numbers.end(), 0);
+    for (size_t i = 0; i < size; ++i) {
+      names.emplace_back(formulas[layers[2 * i]].name);
+      if (layers[2 * i + 1]) numbers.push_back(int64_t(1 + size + i));
+    }
+  }
+
+  // The gradients of a network's inputs that are wanted, undefined where there are none.
+  variable_list differentiate(TensorList saved, TensorList grad_outputs, at::IntArrayRef wanted) const {
+    const bool of_y_alone = std::none_of(grad_outputs.begin() + 1, grad_outputs.end(), is_defined);
+    if (wanted.empty() || (of_y_alone && !grad_outputs[0].defined())) return variable_list(wanted.size());
+    OptionalTensors weights, left;
+    for (size_t i = 0; i < size; ++i) {
+      weights.push_back(optional(saved[1 + i]));
+      left.push_back(optional(saved[1 + size + i]));
+    }
+    const OptionalTensor input = optional(saved[0]);
+    if (of_y_alone)
+      return call_network_backward(grad_outputs[0], input, weights, left, names, parameters, wanted);
+    return run_composite({grad_outputs[0], input, weights, left, names, parameters, wanted}, grad_outputs);
+  }
+
+  std::vector<int64_t> layers;
+  size_t size;
+  std::vector<double> parameters;
+  c10::SmallVector<std::string, 4> names;
+  c10::SmallVector<int64_t, 9> numbers;  // of a network's inputs, as network_backward has them
+};
+
+struct NetworkFunction : torch::autograd::Function<NetworkFunction> {
+  static constexpr bool is_traceable = true;
+
+  // The input, the weights and those biases that are there are the node's inputs.
+  static variable_list forward(AutogradContext* ctx, const Tensor&, TensorList, TensorList,
+                               const Network& n) {
+    const bool transposes = is_watched();
+    variable_list saved, outputs = run_and_save(n, transposes, saved);
+    Recorded::record(ctx, n);
+    if (n.size == 1 && !n.biases[0]) std::swap(saved[0], saved[1]);
+    ctx->save_for_backward(std::move(saved));
     if (transposes) ctx->saved_data["transposes"] = true;
     return outputs;
   }
 
-  // The input, the weights and what the layers have left.
-  static variable_list saved_of(AutogradContext* ctx) {
-    const auto layers = ctx->saved_data["layers"].toIntVector();
+  static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
+    const Recorded own(ctx);
     variable_list saved = ctx->get_saved_variables();
-    if (layers.size() == 2 && !layers[1]) std::swap(saved[0], saved[1]);
+    if (own.size == 1 && !own.layers[1]) std::swap(saved[0], saved[1]);
     if (ctx->saved_data.count("transposes") && saved[1].defined()) saved[1] = saved[1].t();
-    return saved;
+    c10::SmallVector<int64_t, 9> wanted;
+    for (size_t i = 0; i < own.numbers.size(); ++i)
+      if (ctx->needs_input_grad(i)) wanted.push_back(own.numbers[i]);
+    variable_list found, grads(own.numbers.size() + 1);  // the last is that of the argument n
+    if (ctx == keeping && std::none_of(grad_outputs.begin() + 1, grad_outputs.end(), is_defined))
+      kept->grad_y = grad_outputs[0], kept->left.assign(saved.end() - int64_t(own.size), saved.end());
+    else found = own.differentiate(saved, grad_outputs, wanted);
+    for (size_t i = 0, next = 0; next < found.size(); ++i)
+      if (ctx->needs_input_grad(i)) grads[i] = std::move(found[next++]);
+    return grads;
+  }
+};
+
+// Networks with the same activations and biases side by side, inputs and outputs one network's after the other's.
+struct EnsembleFunction : torch::autograd::Function<EnsembleFunction> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, TensorList, const Networks& networks) {
+    variable_list saved, outputs;
+    Together together;
+    for (size_t n = 0; n < networks.count; ++n) {
+      const Network own = networks[n];
+      if (n == 0) Recorded::record(ctx, own);
+      for (Tensor& output : run_and_save(own, false, saved)) outputs.push_back(std::move(output));
+    }
+    together.run();
+    ctx->save_for_backward(std::move(saved));
+    return outputs;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grad_outputs) {
-    const auto layers = ctx->saved_data["layers"].toIntVector();
-    const auto parameters = ctx->saved_data.count("parameters")
-                                ? ctx->saved_data["parameters"].toDoubleVector()
-                                : std::vector<double>();
-    const size_t L = layers.size() / 2;
-    const variable_list saved = saved_of(ctx);
-    const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
-    OptionalTensors weights, left;
-    c10::SmallVector<std::string, 4> names;
-    c10::SmallVector<int64_t, 9> numbers(1 + L);  // of the node's inputs, as network_backward has them
-    std::iota(numbers.begin(), numbers.end(), 0);
-    for (size_t i = 0; i < L; ++i) {
-      weights.push_back(optional(saved[1 + i]));
-      left.push_back(optional(saved[1 + L + i]));
-      names.emplace_back(formulas[layers[2 * i]].name);
-      if (layers[2 * i + 1]) numbers.push_back(int64_t(1 + L + i));
+    const Recorded own(ctx);
+    const variable_list saved = ctx->get_saved_variables();
+    const size_t kept_by_one = 1 + 2 * own.size, networks = saved.size() / kept_by_one,
+                 outputs = grad_outputs.size() / networks, inputs = own.numbers.size();
+    c10::DispatchKeySet keys(c10::DispatchKey::CPU);
+    for (const Tensor& grad : grad_outputs)
+      if (grad.defined()) keys = keys | grad.key_set();
+    std::optional<Together> together;
+    if (!at::GradMode::is_enabled() && nobody_sees(keys)) together.emplace();
+    variable_list grads(networks * inputs + 1);  // the last is that of the argument networks
+    for (size_t n = 0; n < networks; ++n) {
+      c10::SmallVector<int64_t, 9> wanted;
+      c10::SmallVector<size_t, 9> places;
+      for (size_t i = 0; i < inputs; ++i)
+        if (ctx->needs_input_grad(n * inputs + i))
+          wanted.push_back(own.numbers[i]), places.push_back(n * inputs + i);
+      variable_list found = own.differentiate(TensorList(saved).slice(n * kept_by_one, kept_by_one),
+                                              TensorList(grad_outputs).slice(n * outputs, outputs), wanted);
+      for (size_t k = 0; k < found.size(); ++k) grads[places[k]] = std::move(found[k]);
     }
-    const OptionalTensor input = optional(saved[0]);
-    c10::SmallVector<int64_t, 9> wanted;
-    for (size_t i = 0; i < numbers.size(); ++i)
-      if (ctx->needs_input_grad(i)) wanted.push_back(numbers[i]);
-    const auto is_defined = [](const Tensor& t) { return t.defined(); };
-    const bool of_y_alone = std::none_of(grad_outputs.begin() + 1, grad_outputs.end(), is_defined);
-    variable_list found, grads(numbers.size() + 1);  // the last is that of the argument n
-    if (ctx == keeping && of_y_alone)
-      kept->grad_y = grad_outputs[0], kept->left.assign(saved.end() - int64_t(L), saved.end());
-    else if (!of_y_alone)
-      found = run_composite({grad_outputs[0], input, weights, left, names, parameters, wanted}, grad_outputs);
-    else if (grad_outputs[0].defined())
-      found = call_network_backward(grad_outputs[0], input, weights, left, names, parameters, wanted);
-    for (size_t i = 0, next = 0; next < found.size(); ++i)
-      if (ctx->needs_input_grad(i)) grads[i] = found[next++];
+    if (together) together->run();
     return grads;
   }
 };
@@ -129,6 +194,21 @@ std::optional<Arrival> differentiate_down_to(torch::autograd::Node& node, const 
   } const guard(&own->ctx_, &arrival);
   arrival.others = torch::autograd::grad({value}, params, {}, std::nullopt, false, true);
   return arrival;
+}
+
+variable_list call_networks(const Networks& networks) {
+  variable_list inputs, ys;
+  for (size_t n = 0; n < networks.count; ++n) {
+    const Network own = networks[n];
+    inputs.push_back(own.input);
+    inputs.insert(inputs.end(), own.weights.begin(), own.weights.end());
+    for (const OptionalTensor& bias : own.biases)
+      if (bias) inputs.push_back(*bias);
+  }
+  variable_list outputs = EnsembleFunction::apply(TensorList(inputs), networks);
+  for (size_t n = 0; n < networks.count; ++n)
+    ys.push_back(std::move(outputs[n * (outputs.size() / networks.count)]));
+  return ys;
 }
 
 namespace {

@@ -17,13 +17,24 @@ PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 // the three lists of weights, biases and activations. NotImplemented where they are not.
 PyObject* find_layers(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
+// ensemble(known, models, input): what each of the models, which are layers alone and of equal shapes, makes of the input, or of
+// its own in the input's first of three dimensions. NotImplemented, with nothing done, where they are not, or somebody looks on.
+PyObject* ensemble(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
+// train_ensemble(known, optimizers, models, x, target, loss, own, norm, max_norm, workspace): a training step of each of the
+// models, and their losses. As train_step; `own` is a list of one optimizer for all of them, or one for each, and norm has
+// an element for each, or is None.
+PyObject* train_ensemble(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
 // is_untouched(known): whether there are no hooks for all modules, and torch's functions are what they have been.
 PyObject* is_untouched(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
-// train_step(known, optimizers, model, x, target, loss, left, optimizer, norm, max_norm, workspace): the op train_step_, with
-// what the optimizer has for the layers that the model is; `model` is a tuple of it, or of the three lists of them. What is
-// to be found in the optimizer is left there. `loss` is a tuple of the op's six arguments. Returns the loss; or, with nothing
-// changed, why the optimizer cannot be taken, and NotImplemented where the model is no such layers, or somebody looks on.
+// train_step(known, optimizers, model, x, target, loss, left, optimizer, norm, max_norm, workspace, run): the op train_step_,
+// with what the optimizer has for the layers that the model is; `model` is a tuple of it, or of the three lists of them.
+// What is to be found in the optimizer is left there. `loss` is a tuple of the op's six arguments. Returns the loss; or,
+// with nothing changed, why the optimizer cannot be taken, and NotImplemented where the model is no such layers, or
+// somebody looks on. With a run (see step.cpp) in place of None it takes steps for a while, of which x and target are the
+// first's, and returns how many.
 PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
 // known_loss(losses, loss): that tuple for a loss that the kernels know, else None. `losses` is what step.py knows.

@@ -11,6 +11,7 @@
 
 #include "call.h"
 #include "network.h"
+#include "together.h"
 
 namespace fastmlp {
 namespace {
@@ -63,7 +64,6 @@ class Walk {
     return true;
   }
 
- private:
   bool part(PyObject* o) {
     static PyObject* const of_fused = interned("__fastmlp__");
     PyTypeObject* const type = Py_TYPE(o);
@@ -76,6 +76,7 @@ class Walk {
     return own && named(PyTuple_GET_ITEM(role, 0), own, PyTuple_GET_ITEM(role, 4), o);
   }
 
+ private:
   bool function(PyObject* o) {
     static PyObject* const no_arguments = PyDict_New();
     PyObject* const name = get(known.functions, o);
@@ -172,7 +173,8 @@ bool is_unseen(const Tensor& input, Objects weights, Objects biases) {
   return !is_differentiated && nobody_sees(keys);
 }
 
-// That kernel at once, where it covers the arguments; else nothing.
+}  // namespace
+
 Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, const NamedActivations& named) {
   const at::ScalarType dtype = input.scalar_type();
   if (weights.empty() || biases.size() != weights.size() || named.names.size() != weights.size() ||
@@ -215,9 +217,12 @@ Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, const Na
   layers.front().x = input.const_data_ptr();
   if (input.dim() == 2) layers.front().ldx = input.stride(0);
   layers.back().y = y.mutable_data_ptr();
-  run_here(layers.data(), int64_t(layers.size()));
+  if (Together::current) Together::current->add(layers.data(), layers.size(), {});
+  else run_here(layers.data(), int64_t(layers.size()));
   return y;
 }
+
+namespace {
 
 PyObject* network(PyObject* input, const Chain& chain) {
   const Objects weights = chain.weights, biases = chain.biases;
@@ -273,6 +278,16 @@ bool nobody_sees(c10::DispatchKeySet keys) {
                                      c10::DispatchKeySet(c10::DispatchKey::BackendSelect);
   return keys - passed == c10::DispatchKeySet(c10::DispatchKey::CPU) &&
          !at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
+}
+
+bool find_chains(PyObject* known, PyObject* parts, std::vector<Chain>& chains) {
+  const Known own(known);
+  const Objects items = items_of(parts);
+  chains = std::vector<Chain>(items.size());
+  if (at::impl::PythonTorchFunctionTLS::stack_len() > 0 || !is_untouched(own)) return false;
+  for (size_t i = 0; i < items.size(); ++i)
+    if (!Walk(own, chains[i]).part(items[i])) return false;
+  return true;
 }
 
 void run_here(Forward* layers, int64_t count) {

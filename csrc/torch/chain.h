@@ -3,6 +3,8 @@
 
 #include <torch/csrc/utils/object_ptr.h>
 
+#include <vector>
+
 #include "arguments.h"
 #include "backends.h"
 
@@ -20,6 +22,9 @@ struct Chain {
   using Objects = c10::SmallVector<PyObject*, 8>;
   Objects views, weights, biases, activations;
 };
+
+// Whether each of the parts is layers alone, where nobody looks on: its chain then. `known` is what layers.py knows.
+bool find_chains(PyObject* known, PyObject* parts, std::vector<Chain>& chains);
 
 // Other threads of Python go on meanwhile.
 struct Unlocked {
@@ -42,6 +47,10 @@ THPObjectPtr find_unwatched(PyObject* known, PyObject* parts, PyObject* input, C
 // Whether the dispatcher would call an op's kernel for the CPU, for tensors of these keys, with nobody to see it but
 // autograd.
 bool nobody_sees(c10::DispatchKeySet keys);
+
+// The kernel of the op network, where it covers the arguments, and the dispatcher would call it at once with nothing to be
+// differentiated; else undefined.
+Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, const NamedActivations& named);
 
 // From so many multiply-adds on a kernel lets other threads of Python in.
 inline constexpr double long_enough = 1 << 16;

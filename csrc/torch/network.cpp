@@ -19,6 +19,7 @@
 
 #include "backends.h"
 #include "network.h"
+#include "together.h"
 
 namespace fastmlp {
 
@@ -135,6 +136,13 @@ at::DimVector sizes_of_rows(const Tensor& t, int64_t columns) {
 
 void* data_of(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
+// Runs layers, which read what is alive, or has them wait for those of other networks.
+template <class Device, class Layer>
+void run_layers(const Layer* layers, size_t count, const Tensor& like, at::TensorList alive) {
+  if (std::is_same_v<Device, Cpu> && Together::current) Together::current->add(layers, count, alive);
+  else run<Device>(layers, int64_t(count), like);
+}
+
 // As run_composite.
 template <class Device>
 Tensor run_fused(const Network& n, std::vector<Tensor>* left) {
@@ -143,7 +151,7 @@ Tensor run_fused(const Network& n, std::vector<Tensor>* left) {
   const bool reduced = is_reduced(n.input);
   const Tensor x = as_matrix(n.input, M, n.input.size(-1));
   Tensor y;
-  c10::SmallVector<Tensor, 4> biases(n.size);  // alive until the kernels have run
+  c10::SmallVector<Tensor, 4> biases(n.size);  // alive, as x is, until the kernels have run
   c10::SmallVector<Forward, 4> layers;
   for (size_t i = 0; i < n.size; ++i) {
     const Tensor& weight = n.weights[i];
@@ -166,7 +174,8 @@ Tensor run_fused(const Network& n, std::vector<Tensor>* left) {
                       .y = data_of(h),
                       .z = data_of(z)});
   }
-  run<Device>(layers.data(), int64_t(n.size), n.input);
+  biases.push_back(x);
+  run_layers<Device>(layers.data(), n.size, n.input, biases);
   return y;
 }
 
@@ -230,7 +239,7 @@ std::vector<Tensor> network_backward_fused(const Backpropagation& b) {
     layers.push_back(p);
     N = p.K;
   }
-  if (!layers.empty()) run<Device>(layers.data(), int64_t(layers.size()), b.grad_y);
+  if (!layers.empty()) run_layers<Device>(layers.data(), layers.size(), b.grad_y, alive);
   return b.only_wanted(grads);
 }
 

@@ -10,6 +10,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <chrono>
+#include <optional>
 
 #ifdef FASTMLP_WITH_CUDA
 #include <ATen/ops/zeros.h>
@@ -71,17 +73,8 @@ Tensor over_outputs(const char* name, const OptionalTensor& values, int64_t outp
 
 const float* floats_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
-// The workspace is kept by the caller from step to step: a block as large would come from the system as new pages each
-// time. Returns the row of a class that is none, or -1.
-int64_t run_on_cpu(const Step& step, const Tensor& workspace) {
-  const int threads = at::get_num_threads();
-  const int64_t bytes = cpu::train_workspace(step, threads);
-  if (workspace.numel() < bytes) workspace.set_(empty({bytes}, workspace.options()));
-  return cpu::train(step, workspace.mutable_data_ptr(), threads);
-}
-
 // As one launch; there a class that is none fails an assertion.
-int64_t run_on_gpu([[maybe_unused]] const Step& step, [[maybe_unused]] const Tensor& workspace) {
+void run_on_gpu([[maybe_unused]] const Step& step, [[maybe_unused]] const Tensor& workspace) {
 #ifdef FASTMLP_WITH_CUDA
   const int64_t bytes = cuda::train_workspace(step);
   TORCH_CHECK(bytes >= 0, "train_step_: expected a step on a GPU that is small enough for one launch");
@@ -91,7 +84,6 @@ int64_t run_on_gpu([[maybe_unused]] const Step& step, [[maybe_unused]] const Ten
   c10::cuda::CUDACachingAllocator::recordStream(workspace.storage().data_ptr(), stream);
   C10_CUDA_CHECK(static_cast<cudaError_t>(cuda::train(step, memory, stream.stream())));
 #endif
-  return -1;
 }
 
 // What a layer has left for a loss whose gradient is given.
@@ -268,12 +260,43 @@ double CheckedStep::multiply_adds() const {
   return 3 * double(layers.front().M) * weights;
 }
 
-void CheckedStep::take(float* value) {
+const Step& CheckedStep::prepare(float* value) {
   optimize();
   step.value = value;
-  const int64_t wrong = a.input.is_cpu() ? run_on_cpu(step, a.workspace) : run_on_gpu(step, a.workspace);
+  return step;
+}
+
+bool CheckedStep::reads(const Tensor& x_rows, const Tensor& target_rows) const {
+  const auto is = [](const Tensor& own, const Tensor& t) {
+    return own.is_contiguous() && t.is_contiguous() && own.dim() > 0 && t.dim() > 0 &&
+           own.size(0) == t.size(0) && own.const_data_ptr() == t.const_data_ptr();
+  };
+  return is(x, x_rows) && is(targets, target_rows);
+}
+
+void CheckedStep::move_to(const void* x_rows, const void* target_rows) {
+  layers.front().x = x_rows;
+  step.cross_entropy.target = static_cast<const int64_t*>(target_rows);
+  step.pointwise.target = static_cast<const float*>(target_rows);
+}
+
+void CheckedStep::take(float* value) {
+  prepare(value);
+  int64_t wrong = -1;
+  if (a.input.is_cpu()) {
+    if (!bytes) bytes = cpu::train_workspace(step, threads);
+    // Kept by the caller from step to step: a block as large would come from the system as new pages each time.
+    if (a.workspace.numel() < bytes) a.workspace.set_(empty({bytes}, a.workspace.options()));
+    wrong = cpu::train(step, a.workspace.mutable_data_ptr(), threads);
+  } else {
+    run_on_gpu(step, a.workspace);
+  }
   TORCH_CHECK_INDEX(wrong < 0, "target: expected classes from 0 to ", step.cross_entropy.C - 1, ", got ",
                     step.cross_entropy.target[wrong], " in row ", wrong);
+  finish();
+}
+
+void CheckedStep::finish() {
   const auto changed = [](const Tensor& t) {  // so that autograd notices where it has saved one of them
     if (t.numel()) t.unsafeGetTensorImpl()->bump_version();
   };
@@ -352,13 +375,92 @@ bool is_one_call(const Tensor& input, Objects weights, [[maybe_unused]] bool cli
   return input.is_cpu();
 }
 
+// Steps one after the other, each of a batch of the next rows of x and target, or of the rows that come next in `order`,
+// which are gathered in the first step's input and target.
+struct Run {
+  explicit Run(PyObject* tuple) {
+    TORCH_CHECK_TYPE(PyTuple_Check(tuple) && PyTuple_GET_SIZE(tuple) == 8, "run: expected 8 items");
+    const Objects items = items_of(tuple);
+    for (const size_t i : {0, 1, 2, 3, 4})
+      TORCH_CHECK_TYPE(is_plain(items[i]) || (i > 2 && items[i] == Py_None), "run: expected tensors");
+    x = THPVariable_Unpack(items[0]), target = THPVariable_Unpack(items[1]);
+    losses = THPVariable_Unpack(items[2]);
+    order = tensor_or_none(items[3]), rates = tensor_or_none(items[4]);
+    begin = PyLong_AsLongLong(items[5]), steps = PyLong_AsLongLong(items[6]);
+    number = PyLong_AsLongLong(items[7]);
+    if (PyErr_Occurred()) throw python_error();
+  }
+  // Whether the steps are of rows as the batch's, and all that they read and write is there.
+  bool is_covered(const Tensor& batch) const {
+    const auto covers = [](const Tensor& t, at::ScalarType dtype, int64_t size) {
+      return t.is_cpu() && t.is_contiguous() && t.scalar_type() == dtype && t.dim() > 0 && t.size(0) >= size;
+    };
+    const int64_t rows = batch.dim() > 1 ? batch.size(0) : 0, end = begin + steps * rows;
+    const int64_t of_data = order ? 0 : end;
+    return rows > 0 && begin >= 0 && steps > 0 && number >= 0 && covers(x, at::kFloat, of_data) &&
+           covers(target, target.scalar_type(), of_data) && target.size(0) >= x.size(0) &&
+           covers(losses, at::kFloat, number + steps) && (!order || covers(*order, at::kLong, end)) &&
+           (!rates || (covers(*rates, at::kDouble, number + steps) && rates->dim() == 2));
+  }
+  // Those of a step.
+  Numbers rates_of(int64_t step) const {
+    if (!rates) return {};
+    return {rates->const_data_ptr<double>() + (number + step) * rates->size(1), size_t(rates->size(1))};
+  }
+
+  Tensor x, target, losses;
+  OptionalTensor order, rates;
+  int64_t begin, steps,
+      number;  // of the first step: its first row, of which the number tells its loss and rates
+};
+
+// Takes as many steps as there is time for, and returns how many: 0 where the first is to be taken by itself, or raises. The
+// caller then sees to signals, and to what other threads of Python may have changed.
+int64_t take_steps(const StepArguments& a, const Tensor& batch, const Run& run, Training& training) {
+  constexpr std::chrono::milliseconds time(10);
+  const auto row_of = [](const Tensor& t) { return t.size(0) ? int64_t(t.nbytes()) / t.size(0) : 0; };
+  const int64_t rows = batch.size(0), x_row = row_of(run.x), target_row = row_of(run.target);
+  CheckedStep step(a);
+  Memories memories = {memory_of(run.x), memory_of(run.target), memory_of(run.losses),
+                       memory_of(run.order.value_or(Tensor()))};
+  for (const TensorList tensors : {a.params, a.states, a.counts})
+    for (const Tensor& t : tensors) memories.push_back(memory_of(t));
+  if (!step.reads(batch, a.target) || rows != a.target.size(0) || overlap(std::move(memories))) return 0;
+  const char *const x = static_cast<const char*>(run.x.const_data_ptr()),
+                    *const target = static_cast<const char*>(run.target.const_data_ptr());
+  float* const losses = run.losses.mutable_data_ptr<float>() + run.number;
+  const Unlocked unlocked(true);
+  const auto end = std::chrono::steady_clock::now() + time;
+  int64_t done = 0;
+  try {
+    do {
+      const int64_t begin = run.begin + done * rows;
+      if (run.order) {
+        const int64_t *const order = run.order->const_data_ptr<int64_t>() + begin, count = run.x.size(0);
+        for (int64_t i = 0; i < rows; ++i)
+          TORCH_CHECK_INDEX(0 <= order[i] && order[i] < count, "order: expected rows from 0 to ", count - 1,
+                            ", got ", order[i]);
+        cpu::gather(x, order, rows, x_row, a.input.mutable_data_ptr(), step.threads);
+        cpu::gather(target, order, rows, target_row, a.target.mutable_data_ptr(), step.threads);
+      } else {
+        step.move_to(x + begin * x_row, target + begin * target_row);
+      }
+      training.set_rates(run.rates_of(done));
+      step.take(losses + done);
+      ++done;
+    } while (done < run.steps && !training.begins() && std::chrono::steady_clock::now() < end);
+  } catch (const std::exception&) {  // which the step by itself will meet again
+  }
+  return done;
+}
+
 }  // namespace
 
 PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK_TYPE(count == 11 && PyTuple_Check(arguments[2]) && PyTuple_Check(arguments[5]) &&
+  TORCH_CHECK_TYPE(count == 12 && PyTuple_Check(arguments[2]) && PyTuple_Check(arguments[5]) &&
                        PyTuple_GET_SIZE(arguments[5]) == 6 && is_list(arguments[6]),
-                   "train_step: expected 11 arguments, a loss of 6 items and a list of what is left");
+                   "train_step: expected 12 arguments, a loss of 6 items and a list of what is left");
   PyObject *const model = arguments[2], *const target = arguments[4];
   Chain chain;
   THPObjectPtr x;
@@ -384,8 +486,12 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     has_bias.push_back(chain.biases[i] != Py_None);
     if (has_bias.back()) parameters.push_back(chain.biases[i]);
   }
+  std::optional<Run> run;
+  if (arguments[11] != Py_None) run.emplace(arguments[11]);
+  if (run && !run->is_covered(THPVariable_Unpack(arguments[3]))) return PyLong_FromLong(0);
   Training training;
-  const std::string why = training.collect(arguments[1], arguments[7], parameters, norm.has_value());
+  const std::string why = training.collect(arguments[1], arguments[7], parameters, norm.has_value(),
+                                           run ? run->rates_of(0) : Numbers{});
   if (!why.empty()) return PyUnicode_FromStringAndSize(why.data(), Py_ssize_t(why.size()));
   const Objects loss = items_of(arguments[5]);
   const OptionalTensor weight = tensor_or_none(loss[2]), pos_weight = tensor_or_none(loss[3]);
@@ -415,6 +521,12 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
                            .norm = norm,
                            .max_norm = PyFloat_AsDouble(arguments[9])};
   if (PyErr_Occurred()) throw python_error();
+  if (run) {
+    const int64_t done =
+        is_unseen(step) ? take_steps(step, THPVariable_Unpack(arguments[3]), *run, training) : 0;
+    if (done) training.finish();
+    return PyLong_FromLongLong(done);
+  }
   Tensor value = call_train_step(step);
   training.finish();
   return THPVariable_Wrap(std::move(value));

@@ -40,9 +40,17 @@ class CheckedStep {
   CheckedStep(const CheckedStep&) = delete;
   CheckedStep& operator=(const CheckedStep&) = delete;
 
+  const int threads = at::get_num_threads();
   double multiply_adds() const;
+  // Whether it reads the rows of these tensors where they are, one after the other.
+  bool reads(const Tensor& x_rows, const Tensor& target_rows) const;
+  // Another batch of as many rows, from now on.
+  void move_to(const void* x_rows, const void* target_rows);
   // Takes it. Raises IndexError for a class that is none, with nothing changed.
   void take(float* value);
+  // The same in parts: the step as options and counts are now, and what it leaves when it has been taken.
+  const Step& prepare(float* value);
+  void finish();
 
  private:
   template <class T>
@@ -59,6 +67,7 @@ class CheckedStep {
   List<Trained*> trained;  // by parameter
   List<Optimizer> optimizers;
   Step step;
+  int64_t bytes = 0;  // of the workspace, once a step has been taken
 };
 
 Tensor take_step(const StepArguments&);  // the loss, undefined where it is given

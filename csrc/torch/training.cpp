@@ -106,6 +106,18 @@ class Search {
   size_t group = 0, at = 0;
 };
 
+// Borrowed; null where there is none. Tensors hash by identity, and to ask them runs Python for each parameter.
+PyObject* state_in(PyObject* states, PyObject* parameter) {
+#if PY_VERSION_HEX < 0x030D0000
+  if (PyDict_Check(states))
+    if (PyObject* const found =
+            _PyDict_GetItem_KnownHash(states, parameter, reinterpret_cast<Py_hash_t>(parameter)))
+      return found;
+  if (PyErr_Occurred()) throw python_error();
+#endif
+  return get(states, parameter);
+}
+
 const OptimizerRow& row_of(PyObject* rule) { return optimizer_row(string_of(PyTuple_GET_ITEM(rule, 0))); }
 
 PyObject* rule_of(PyObject* optimizers, PyObject* optimizer) {
@@ -134,7 +146,8 @@ std::string why_not_known(PyObject* optimizers, PyObject* optimizer) {
   return has_hooks ? "optimizer: it has step hooks" : "";
 }
 
-std::string Training::collect(PyObject* optimizers, PyObject* of, Objects parameters, bool knows_all) {
+std::string Training::collect(PyObject* optimizers, PyObject* of, Objects parameters, bool knows_all,
+                              Numbers rates) {
   static const Keywords names =
       keywords({"param_groups", "state", "differentiable", "params", "made", "step"});
   static const Tensor& nothing = *new Tensor(at::detail::empty_cpu({0}, at::kFloat));
@@ -153,7 +166,10 @@ std::string Training::collect(PyObject* optimizers, PyObject* of, Objects parame
     groups.push_back(
         {THPObjectPtr::dup(group), THPObjectPtr::dup(required(group, names[3])), states_of(*row, group)});
   }
+  TORCH_CHECK_VALUE(rates.size() <= 1 || rates.size() == groups.size(), "rates: expected one for each of ",
+                    groups.size(), " groups of the optimizer, got ", rates.size());
   if (!has_numbers) return "optimizer: an option is neither a number nor a tensor of one on the CPU";
+  set_rates(rates);
 
   const auto has = [](PyObject* hooks) { return hooks && is_true(hooks); };
   Search search(groups);
@@ -174,7 +190,7 @@ std::string Training::collect(PyObject* optimizers, PyObject* of, Objects parame
     if (number >= 0 && !groups[size_t(number)].states.empty()) {
       Group& group = groups[size_t(number)];
       keys = group.states;
-      state = THPObjectPtr::dup(get(all_states, p));
+      state = THPObjectPtr::dup(state_in(all_states, p));
       PyObject* const first = get(state, keys[0]);
       if (!first || first == Py_None) {
         state = PyObject_CallMethodObjArgs(rule, names[4], p, group.own.get(), nullptr);
@@ -205,6 +221,12 @@ std::string Training::collect(PyObject* optimizers, PyObject* of, Objects parame
     numbers.push_back(number);
   }
   return is_trained ? "" : "optimizer: it trains none of the last layers' parameters";
+}
+
+void Training::set_rates(Numbers rates) {
+  if (rates.empty()) return;
+  for (size_t i = 0; i * row->options < options.size(); ++i)
+    if (rates.size() == 1 || i < rates.size()) options[i * row->options] = rates[rates.size() == 1 ? 0 : i];
 }
 
 void Training::finish() {

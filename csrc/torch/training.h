@@ -15,8 +15,10 @@ namespace fastmlp {
 class Training {
  public:
   // Collects it, anew at each call. Returns nothing, or why no kernel takes the parameters so; one that the optimizer does
-  // not know is a reason where `knows_all`.
-  std::string collect(PyObject* optimizers, PyObject* optimizer, Objects parameters, bool knows_all);
+  // not know is a reason where `knows_all`. `rates`, if any, are learning rates in place of the groups' own:
+  // one for all, or one each.
+  std::string collect(PyObject* optimizers, PyObject* optimizer, Objects parameters, bool knows_all,
+                      Numbers rates = {});
   // Leaves with the optimizer, after a step, the states that are new.
   void finish();
 
@@ -27,7 +29,10 @@ class Training {
   c10::SmallVector<double, 16>
       options;  // row->options of each group, and once more where it has a first step
   c10::SmallVector<int64_t, 8> numbers;  // of each parameter's options; -1 where it is not trained
-  bool is_first() const { return !made.empty(); }
+  // Whether there is a state that is new.
+  bool begins() const { return !made.empty(); }
+  // Other rates from now on, but for a parameter whose state is new.
+  void set_rates(Numbers rates);
 
  private:
   THPObjectPtr optimizer;
