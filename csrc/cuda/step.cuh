@@ -23,8 +23,7 @@
 #include "update.cuh"
 
 namespace fastmlp::cuda::whole_step {
-
-constexpr int threads = most_threads;
+constexpr int threads = most_threads, own_shared_bytes = threads * sizeof(double);  // the latter of across()
 
 struct Layer {
   Activation activation;
@@ -97,9 +96,8 @@ class Worker {
       sum = Warp::across<Sum>(sum);
       if (threadIdx.x == 0) a.value[step] = sum / divided_by;
     }
-    const bool clips = a.max_norm > 0.0;
     float factor = 1.0f;
-    for (bool again = false;; again = true) {
+    for (bool again = false, clips = a.max_norm > 0.0;; again = true) {
       for (int l = a.count - 1; l >= 0; --l) {
         if (!again && l > 0) backward(l);
         if (!again && l > 1) grid.arrive();
@@ -278,8 +276,6 @@ __global__ void __launch_bounds__(threads, 1) train(const __grid_constant__ Argu
   }
 }
 
-// ---- the launch
-
 inline Shape shape_of(const Step& s) {
   Shape shape{s.layers->M, s.count <= most_layers ? s.count : 0, {s.layers->K}, s.max_norm > 0};
   for (int64_t l = 0; l < shape.layers; ++l) shape.widths[l + 1] = s.layers[l].N;
@@ -309,10 +305,9 @@ inline Arguments arguments(const Step& s, const Plan& plan, char* workspace, int
     const Forward& f = s.layers[l];
     const bool is_last = l + 1 == s.count;
     Layer& p = a.layers[l];
-    p.activation = f.activation;
     p.N = int(f.N), p.K = int(f.K), p.N4 = int(padded(f.N)), p.K4 = int(padded(f.K));
     p.weight = static_cast<const float*>(f.weight), p.bias = static_cast<const float*>(f.bias);
-    p.units = int(plan.units[l]);
+    p.activation = f.activation, p.units = int(plan.units[l]);
     p.rows = shared;
     p.columns = shared += is_last ? 0 : p.units * p.K4;
     shared += l > 0 ? a.layers[l - 1].units * p.N4 : 0;
@@ -326,8 +321,7 @@ inline Arguments arguments(const Step& s, const Plan& plan, char* workspace, int
       p.changes[i].update.grad = s.max_norm > 0 ? take(t.update.size) : nullptr;
     }
   }
-  a.outputs = shared;
-  return a;
+  return a.outputs = shared, a;
 }
 
 // How a step is done on the current device; of no blocks where it is to be done by other kernels.
@@ -336,8 +330,7 @@ inline Plan plan(const Shape& shape) {
   if (cudaGetDevice(&device) != cudaSuccess || !has_code<train>(device)) return {};
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&cooperates, cudaDevAttrCooperativeLaunch, device);
-  const int64_t variables = int64_t{threads} * sizeof(double);  // of across()
-  return plan(shape, {cooperates ? multiprocessors : 0, most_shared_memory() - variables});
+  return plan(shape, {cooperates ? multiprocessors : 0, most_shared_memory() - own_shared_bytes});
 }
 
 inline int64_t workspace(const Step& s) {
