@@ -203,6 +203,9 @@ struct Step {
   float* value;     // where the loss goes, of the parameters before the update; null where dy is given
   double max_norm;  // all gradients are clipped to this norm together; 0 for no bound
   float* norm;      // where the norm goes that they had, where there is a bound
+  // On CUDA: so many steps, one after the other. The next one's x and target lie so many elements behind, its numbers in
+  // memory so many StepNumbers, its value and norm one element. Without numbers in memory, all have the first one's.
+  int64_t steps = 1, x_step = 0, target_step = 0, numbers_step = 0;
 };
 
 namespace cpu {
@@ -269,6 +272,13 @@ int clip(const Clip&, const Gradient* gradients, int64_t count, void* workspace,
 // A target that is neither a class nor ignore_index fails an assertion on the device, as in torch.
 int64_t cross_entropy_workspace(const CrossEntropy&);
 int cross_entropy(const CrossEntropy&, void* workspace, void* stream);
+
+// A step, or several, in one launch: of networks of two layers or more that are small enough for it to be faster than a
+// graph of the others, on the current device. `widths` are the first K and each layer's N. The loss is none that is given.
+// The workspace, of −1 bytes where it is no such step, is all 0 when it is first used, and used by nothing else then.
+bool is_one_launch(int64_t M, const int64_t* widths, int64_t layers, bool clips);
+int64_t train_workspace(const Step&);
+int train(const Step&, void* workspace, void* stream);
 
 // ---- whose the products are
 //

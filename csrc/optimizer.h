@@ -100,8 +100,11 @@ template <class Row>
 struct Named {
   using type = Row;
 };
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable  // f is of the host or of the device, as its caller is
+#endif
 template <class F>
-auto with_rule(const Optimizer& o, F f) {
+FASTMLP_INLINE auto with_rule(const Optimizer& o, F f) {
   if (o.kind == Optimizer::adam) return o.states > 2 ? f(Named<Adam<3>>{}) : f(Named<Adam<2>>{});
   return o.states > 0 ? f(Named<Sgd<1>>{}) : f(Named<Sgd<0>>{});
 }

@@ -65,13 +65,15 @@ class TrainStep:
     - In one call of a kernel: a model that ends by a chain of linear layers and activations, and trains
       nothing before it; a loss of torch's that the kernels know (cross-entropy with classes as targets, MSE,
       L1, smooth L1, Huber, binary cross-entropy of logits; mean or sum); SGD, Adam or AdamW, of torch.optim
-      or of fastmlp; on the CPU, in float32.
-    - In two calls around the loss, where that is another: it may be any callable, and autograd
+      or of fastmlp; in float32, on the CPU, or on a GPU where layers and batch are small enough for one
+      launch to be faster than many.
+    - In two calls around the loss, where that is another, on the CPU: it may be any callable, and autograd
       differentiates it down to the model's output.
     - In the standard loop, with the last layers, clipping and the optimizer fused, for all else: other
       optimizers, models that are trained before or between their layers too (whose other layers
       ``fastmlp.fuse`` fuses), an x that requires a gradient, `accumulate`, `process_group`, autocast. On
-      a GPU the loop becomes a CUDA graph where model, loss and optimizer are such as in the first way.
+      a GPU the loop becomes a CUDA graph where model, loss and optimizer are such as in the first way, of
+      any size.
 
     A step prints which it is, and ``fastmlp.why_not_fused`` tells why. The first two change each weight
     while its gradient is in cache: no gradient outlives its layer (or, where many rows meet few weights, or
@@ -384,7 +386,7 @@ class TrainStep:
             raise Slower("process_group: processes share gradients")
 
     def _may_be_one_call(self) -> bool:
-        return self.accumulate == 1 and self.process_group is None and "cpu" not in _CAPTURED
+        return self.accumulate == 1 and self.process_group is None
 
     def _expected_way(self) -> tuple[str, str | None]:
         """What the first call will be, if the model lets it."""
@@ -415,6 +417,16 @@ class TrainStep:
             if len(targets) == 1 and type(targets[0]) in functional.TENSORS
             else None
         )
+        why = NOT_KNOWN
+        if known is not None:
+            try:
+                value = self._call(layers, x, targets[0], known)
+            except _REFUSALS as error:
+                why = str(error)  # torch will do it, or raise
+            else:
+                if value is not NotImplemented:
+                    self._way = ONE_CALL, None
+                    return value
         if device in _CAPTURED and known is not None:
             value, self.grad_norm = self._graphs.step(
                 x, targets[0], layers, self.loss, known, self.optimizer, self.max_grad_norm
@@ -424,15 +436,6 @@ class TrainStep:
             return value
         if device in _CAPTURED or device != "cpu":
             raise Slower(f"on {device} a step is the loop, or with a loss that the kernels know a CUDA graph")
-        why = NOT_KNOWN
-        if known is not None:
-            try:
-                value = self._call(layers, x, targets[0], known)
-            except _REFUSALS as error:
-                why = str(error)  # torch will do it, or raise
-            else:
-                self._way = ONE_CALL, None
-                return value
         parameters, is_clipped = [*parameters_of(layers)], self.max_grad_norm is not None
         if slower := _C.why_not_trained(OPTIMIZERS, self.optimizer, parameters, is_clipped):
             raise Slower(slower)
@@ -450,15 +453,18 @@ class TrainStep:
     ) -> Any:
         """The op train_step_, or a run, of a model that is a chain of layers from its input on, or of those.
 
-        Returns NotImplemented where the model is none, or somebody looks on.
+        Returns NotImplemented where the model is none, or somebody looks on, or on a GPU where a step is more
+        than one launch.
 
         Raises:
             Slower: where the optimizer does not let it.
 
         And what the op raises; with nothing changed, all of them.
         """
-        bound = self.max_grad_norm
-        norm = None if bound is None else torch.empty(())
+        bound, device = self.max_grad_norm, x.device if type(x) in functional.TENSORS else torch.device("cpu")
+        norm = None if bound is None else torch.empty((), device=device)
+        if self._workspace.device != device:
+            self._workspace = torch.empty(0, dtype=torch.uint8, device=device)
         value = _C.train_step(
             KNOWN,
             OPTIMIZERS,

@@ -1,7 +1,8 @@
 // CUDA's part of the language and of the runtime for plain g++, so that the kernel sources run on the CPU.
 //
 // Every CUDA thread is a fiber; one block runs at a time, and a fiber runs until it waits for others: at a barrier of
-// its block, or at an instruction that a warp executes together. It shows what a GPU may hide:
+// its block or, in a cooperative launch, of the grid, or at an instruction that a warp executes together. It shows what
+// a GPU may hide:
 //
 //   - shared memory holds NaN before each block, and so does what an asynchronous copy is to fill until the thread
 //     that asked for the copy has waited for it;
@@ -10,6 +11,7 @@
 //     -fsanitize=thread, and what it calls is defined here, in place of its library;
 //   - what a block has written to the workspace another block of the launch may read only after the writers have fenced
 //     it and met, one of them has told by an atomic operation, and the reader's block has learnt it by one;
+//   - so do two blocks of a cooperative launch, or two threads of one, that touch the same memory with no barrier between;
 //   - a barrier that the threads of a block do not all reach fails the launch, as does a misaligned row or copy;
 //   - a launch fails that has more dynamic shared memory than was asked for, or on a device that there is no code for;
 //   - the accesses of a warp at one instruction are counted together, where that is asked for: the sectors of 32 bytes
@@ -26,6 +28,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <iterator>
 #include <map>
@@ -52,10 +55,13 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define __builtin_assume(condition)
 // Thread-local only to lie in one segment that the emulator can find: all fibers share the host's one thread.
 #define __shared__ static thread_local
 #define __syncthreads() emulator::synchronize_block(__LINE__)
 #define __syncwarp() emulator::synchronize_warp(__LINE__)
+#define __shfl_xor_sync(mask, value, step) emulator::shuffle_xor(value, step)
 
 struct dim3 {
   unsigned x, y, z;
@@ -76,6 +82,11 @@ struct alignas(16) uint4 {
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+#ifdef FASTMLP_EMULATE  // which a host's files do not see
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+#endif
+
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
@@ -88,11 +99,14 @@ enum cudaError_t {
   cudaErrorJitCompilerNotFound = 221,
   cudaErrorUnsupportedPtxVersion = 222,
   cudaErrorJitCompilationDisabled = 223,
+  cudaErrorCooperativeLaunchTooLarge = 720,
   cudaErrorLaunchFailure = 719
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrCooperativeLaunch,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor
 };
@@ -101,10 +115,19 @@ struct cudaFuncAttributes {
 };
 using cudaStream_t = struct CUstream_st*;
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int cooperative;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
+  const cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
 
 #ifdef __aarch64__  // where g++ has _Float16 in C++ from release 13 on only
@@ -167,6 +190,7 @@ constexpr Device devices[] = {{227 << 10, 0, true},       // sm_90
                               {64 << 10, 0, false}};      // sm_75
 constexpr size_t granted_bytes = 48 << 10;                // to a kernel that does not ask
 inline int device;                                        // the current one
+inline int multiprocessors = 8;  // of each, one block of a cooperative launch on each
 inline cudaError_t last_error;
 inline std::map<std::pair<int, const void*>, size_t> dynamic_bytes;  // that kernels have asked for, by device
 
@@ -229,7 +253,7 @@ struct Context {
 };
 #endif
 
-enum class State { ready, at_block_barrier, at_warp_meeting, ended };
+enum class State { ready, at_block_barrier, at_grid_barrier, at_warp_meeting, ended };
 
 struct Fiber {
   Context context;
@@ -248,9 +272,10 @@ struct Warp {
 inline std::vector<Fiber> fibers;
 inline Warp warps[most_threads / lanes];
 inline Context scheduler;
-inline Fiber* running;
+inline Fiber* running;   // null outside of the kernel
 inline unsigned thread;  // of the running fiber
 inline unsigned threads_of_block;
+inline bool is_meeting;             // it does for others what is no access of its own
 inline uint32_t block_epoch;        // counts barriers, of all blocks of all launches
 inline void (*kernel_call)(void*);  // the kernel with its arguments bound
 inline void* kernel_arguments;
@@ -283,6 +308,7 @@ inline void resume(unsigned t) {
   running = &fibers[t];
   threadIdx = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
   change(scheduler, running->context, running->stack.get(), stack_bytes);
+  running = nullptr;
 }
 
 inline void fiber_main() {
@@ -317,6 +343,7 @@ void meet(const char* name, Argument& mine, Operation operation) {
   running->argument = &mine;
   if (++warp.arrived < width) return suspend(State::at_warp_meeting);
   warp.arrived = 0;
+  is_meeting = true;
   Argument* arguments[lanes];
   for (unsigned lane = 0; lane < width; ++lane) {
     Fiber& fiber = fibers[first + lane];
@@ -326,10 +353,25 @@ void meet(const char* name, Argument& mine, Operation operation) {
   }
   if (*complaint) suspend(State::ended);
   operation(arguments);
+  is_meeting = false;
 }
 
 inline void synchronize_warp(int line) {
   meet("__syncwarp", line, [](int**) { ++warps[thread / lanes].epoch; });
+}
+
+template <class V>
+V shuffle_xor(V value, unsigned step) {
+  struct Argument {
+    V mine, other;
+    unsigned step;
+  } argument{value, value, step};
+  meet("__shfl_xor_sync", argument, [](Argument** arguments) {
+    const unsigned first = thread / lanes * lanes, width = std::min(lanes, threads_of_block - first);
+    for (unsigned lane = 0; lane < width; ++lane)
+      arguments[lane]->other = arguments[(lane ^ arguments[lane]->step) % width]->mine;
+  });
+  return argument.other;
 }
 
 // ---- who touched what in shared memory
@@ -476,9 +518,81 @@ inline void count_traffic() {
   in_count = false;
 }
 
+// ---- the blocks of a cooperative launch, and who of them touched what
+
+inline bool is_cooperative;
+inline uint32_t arrivals[256], waits[256];  // of each block at barriers of the grid
+inline uint64_t progress;                   // counts both
+
+UNSEEN inline unsigned arrive(unsigned* arrived, unsigned count) {
+  if (!is_cooperative) complain("a barrier of a grid whose blocks are not all there");
+  const unsigned before = *arrived;
+  *arrived += count;
+  ++arrivals[block], ++progress;
+  return before;
+}
+
+UNSEEN inline void wait(const unsigned* arrived, unsigned before) {
+  while (!((*arrived ^ before) & 0x80000000u)) suspend(State::at_grid_barrier);
+  ++waits[block], ++progress;
+}
+
+// A thread of a block; how often the block had arrived at barriers of the grid, and which of its own it had passed, when
+// the thread touched something.
+struct Touch {
+  uint16_t block, thread;
+  uint32_t arrivals, epoch;
+};
+constexpr uint16_t nobody = 0xffff;
+
+// Of four bytes: who has written last, and the last two blocks to read. Where two addresses meet, the older is forgotten.
+struct GlobalCell {
+  uintptr_t address;
+  uint64_t launch;
+  Touch write, reads[2];
+};
+constexpr size_t global_cells = 1 << 22;
+inline GlobalCell* const cells_of_all =
+    static_cast<GlobalCell*>(std::calloc(global_cells, sizeof(GlobalCell)));
+inline const char *own_begin, *own_end;  // of the emulator's own variables
+
+// Whether nothing orders what the thread that runs does behind that.
+UNSEEN inline bool races(const Touch& before) {
+  if (before.block == nobody) return false;
+  if (before.block != block) return before.arrivals >= waits[block];
+  return before.epoch == block_epoch && before.thread != thread;
+}
+
+UNSEEN inline void touch_together(const void* address, size_t bytes, bool writes) {
+  const char* at = static_cast<const char*>(address);
+  if (own_begin <= at && at < own_end) return;
+  const Touch mine = {uint16_t(block), uint16_t(thread), arrivals[block], block_epoch};
+  const Touch none = {nobody, 0, 0, 0};
+  for (const char* const end = at + bytes; at < end; at += 4) {
+    const uintptr_t number = reinterpret_cast<uintptr_t>(at) / 4;
+    GlobalCell& cell = cells_of_all[number % global_cells];
+    if (cell.address != number || cell.launch != launches) cell = {number, launches, none, {none, none}};
+    const auto who = [](const Touch& touch) UNSEEN { return 1000u * touch.block + touch.thread; };
+    if (races(cell.write)) complain("a race: %u touches what %u writes", who(mine), who(cell.write));
+    if (writes) {
+      for (const Touch& read : cell.reads)
+        if (races(read)) complain("a race: %u writes what %u reads", who(mine), who(read));
+      cell.write = mine;
+    } else {
+      const bool first = cell.reads[0].block == block ||
+                         (cell.reads[1].block != block && cell.reads[0].arrivals <= cell.reads[1].arrivals);
+      cell.reads[first ? 0 : 1] = mine;
+    }
+  }
+}
+
 UNSEEN inline void touch(unsigned who, const void* address, size_t bytes, bool writes) {
   Cell* cell = cells_at(address);
-  if (!cell) return touch_global(who, address, bytes, writes);
+  if (!cell) {
+    if (!is_cooperative) touch_global(who, address, bytes, writes);
+    else if (running && !is_meeting) touch_together(address, bytes, writes);
+    return;
+  }
   const unsigned warp = who / lanes;
   const uint32_t warp_epoch = warps[warp].epoch;
   for (Cell* const end = cell + (bytes + 3) / 4; cell != end; ++cell) {
@@ -515,15 +629,20 @@ inline void set_region(Region& region, void* begin, size_t bytes) {
   region = {static_cast<char*>(begin), static_cast<char*>(begin) + bytes, new Cell[bytes / 4 + 1]()};
 }
 
-inline void find_shared_memory() {
+inline void find_memory() {
   in_shared_memory = 0;  // allocates the segment if nothing has yet
   dl_iterate_phdr(
       [](dl_phdr_info* module, size_t, void*) {
         char* const begin = static_cast<char*>(module->dlpi_tls_data);
-        for (int i = 0; begin && i < module->dlpi_phnum; ++i) {
+        for (int i = 0; i < module->dlpi_phnum; ++i) {
           const auto& segment = module->dlpi_phdr[i];
-          const bool ours = begin <= &in_shared_memory && &in_shared_memory < begin + segment.p_memsz;
+          const bool ours =
+              begin && begin <= &in_shared_memory && &in_shared_memory < begin + segment.p_memsz;
           if (segment.p_type == PT_TLS && ours) set_region(regions[0], begin, segment.p_memsz);
+          const char* const own = reinterpret_cast<const char*>(module->dlpi_addr + segment.p_vaddr);
+          const char* const variable = reinterpret_cast<const char*>(&device);
+          if (segment.p_type == PT_LOAD && own <= variable && variable < own + segment.p_memsz)
+            own_begin = own, own_end = own + segment.p_memsz;
         }
         return 0;
       },
@@ -684,8 +803,24 @@ void multiply_matrices(float (&sums)[4], const uint32_t (&a)[4], const uint32_t 
 
 // ---- blocks
 
-// Runs all threads of the block to their end; false where something goes wrong.
-inline bool run_block(unsigned threads) {
+// The order in which so many fibers, or blocks, run.
+class Turn {
+ public:
+  explicit Turn(unsigned count) : random(order), numbers(count) {
+    std::iota(numbers.begin(), numbers.end(), 0);
+    if (order == 1) std::reverse(numbers.begin(), numbers.end());
+  }
+  const std::vector<unsigned>& next() {
+    if (order > 1) std::shuffle(numbers.begin(), numbers.end(), random);
+    return numbers;
+  }
+
+ private:
+  std::mt19937 random;
+  std::vector<unsigned> numbers;
+};
+
+inline void start_block(unsigned threads) {
   threads_of_block = threads;
   first_epoch_of_block = ++block_epoch;
   for (Region& region : regions) std::memset(region.begin, 0xff, region.end - region.begin);
@@ -695,33 +830,123 @@ inline bool run_block(unsigned threads) {
     groups[t] = fences[t] = fences_of_all[t] = 0;
   }
   heard_epoch = 0;
-  std::mt19937 random(order);
-  std::vector<unsigned> turn(threads);
-  std::iota(turn.begin(), turn.end(), 0);
-  if (order == 1) std::reverse(turn.begin(), turn.end());
-  const auto all = [&](auto condition) { return std::all_of(turn.begin(), turn.end(), condition); };
+}
+
+enum class Outcome { ended, waits, wrong };
+
+// Runs all threads of the block to their end, or until one waits for other blocks.
+inline Outcome run_block(unsigned threads, Turn& turn) {
+  const auto all = [&](auto condition) {
+    return std::all_of(fibers.begin(), fibers.begin() + threads, condition);
+  };
   for (;;) {
-    if (order > 1) std::shuffle(turn.begin(), turn.end(), random);
+    const std::vector<unsigned>& numbers = turn.next();
     for (bool moves = true; moves;) {
       moves = false;
-      for (unsigned t : turn) {
+      for (unsigned t : numbers) {
         if (fibers[t].state != State::ready) continue;
         moves = true;
         resume(t);
-        if (*complaint) return false;
+        if (*complaint) return Outcome::wrong;
       }
     }
-    if (all([](unsigned t) { return fibers[t].state == State::ended; })) return true;
-    if (!all([](unsigned t) {
-          return fibers[t].state == State::at_block_barrier && fibers[t].line == fibers[0].line;
+    if (all([](const Fiber& fiber) { return fiber.state == State::ended; })) return Outcome::ended;
+    if (!all([](const Fiber& fiber) { return fiber.state != State::at_grid_barrier; })) return Outcome::waits;
+    if (!all([](const Fiber& fiber) {
+          return fiber.state == State::at_block_barrier && fiber.line == fibers[0].line;
         })) {
       complain("the threads of a block part ways");
-      return false;
+      return Outcome::wrong;
     }
     ++block_epoch;
     std::copy_n(fences, threads, fences_of_all);
     for (unsigned t = 0; t < threads; ++t) fibers[t].state = State::ready;
   }
+}
+
+// Of the exact size, so that AddressSanitizer sees its end.
+constexpr std::align_val_t alignment{128};
+inline void make_dynamic_memory(size_t bytes) {
+  operator delete(dynamic_shared_memory, alignment);
+  dynamic_shared_memory = static_cast<unsigned char*>(operator new(bytes, alignment));
+  set_region(regions[1], dynamic_shared_memory, bytes);
+}
+
+inline void run_of_grid(uint64_t number) {
+  block = number;
+  blockIdx = dim3(number % gridDim.x, number / gridDim.x % gridDim.y, number / gridDim.x / gridDim.y);
+}
+
+// A block of a cooperative launch while it does not run: the variables above hold what the one has that does.
+class Waiting {
+ public:
+  Waiting(unsigned threads, size_t dynamic_bytes)
+      : turn(threads), variables(regions[0].end - regions[0].begin) {
+    exchange();
+    make_fibers(threads);
+    set_region(regions[0], own_regions[0].begin, variables.size());
+    make_dynamic_memory(dynamic_bytes);
+    exchange();
+  }
+  ~Waiting() {
+    operator delete(memory, alignment);
+    for (Region& region : own_regions) delete[] region.cells;
+  }
+  // Runs it until it waits for others.
+  Outcome run(unsigned threads) {
+    exchange();
+    if (!std::exchange(has_started, true)) start_block(threads);
+    for (Fiber& fiber : fibers)
+      if (fiber.state == State::at_grid_barrier) fiber.state = State::ready;
+    outcome = run_block(threads, turn);
+    exchange();
+    return outcome;
+  }
+  Outcome outcome = Outcome::waits;
+
+ private:
+  void exchange() {
+    const std::vector<char> theirs(regions[0].begin, regions[0].end);  // memcpy is no access that is seen
+    std::memcpy(regions[0].begin, variables.data(), variables.size());
+    std::memcpy(variables.data(), theirs.data(), theirs.size());
+    fibers.swap(own_fibers);
+    std::swap(warps, own_warps), std::swap(copies, own_copies), std::swap(groups, own_groups);
+    std::swap(regions, own_regions), std::swap(dynamic_shared_memory, memory);
+    std::swap(block_epoch, epoch), std::swap(first_epoch_of_block, first_epoch);
+  }
+
+  Turn turn;
+  bool has_started = false;
+  std::vector<Fiber> own_fibers;
+  Warp own_warps[most_threads / lanes] = {};
+  std::vector<Copy> own_copies[most_threads];
+  int own_groups[most_threads] = {};
+  Region own_regions[2] = {};
+  std::vector<char> variables;  // what is shared of static storage
+  unsigned char* memory = nullptr;
+  uint32_t epoch = 1, first_epoch = 1;
+};
+
+// False where something goes wrong.
+inline bool run_together(unsigned threads, unsigned blocks, size_t dynamic_bytes) {
+  is_meeting = false;
+  is_cooperative = true;
+  std::fill_n(arrivals, blocks, 0), std::fill_n(waits, blocks, 0);
+  std::vector<std::unique_ptr<Waiting>> waiting;
+  while (waiting.size() < blocks) waiting.push_back(std::make_unique<Waiting>(threads, dynamic_bytes));
+  Turn turn(blocks);
+  for (unsigned left = blocks; left > 0 && !*complaint;) {
+    const uint64_t before = progress;
+    for (unsigned number : turn.next()) {
+      if (waiting[number]->outcome == Outcome::ended) continue;
+      run_of_grid(number);
+      if (waiting[number]->run(threads) == Outcome::ended) --left, ++progress;
+      if (*complaint) break;
+    }
+    if (progress == before) complain("the blocks of a grid wait for one another");
+  }
+  is_cooperative = false;
+  return !*complaint;
 }
 
 }  // namespace emulator
@@ -786,11 +1011,20 @@ inline cudaError_t cudaSetDevice(int device) {
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin
-               ? int(emulator::devices[device].most_shared_bytes)
-           : attribute == cudaDevAttrComputeCapabilityMajor ? 9
-                                                            : 0;
-  return cudaSuccess;
+  switch (attribute) {
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = int(emulator::devices[device].most_shared_bytes);
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = emulator::multiprocessors;
+      return cudaSuccess;
+    case cudaDevAttrCooperativeLaunch:
+      *value = true;
+      return cudaSuccess;
+    default:
+      *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+      return cudaSuccess;
+  }
 }
 template <class... Parameters>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
@@ -808,6 +1042,14 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
   if (bytes < 0 || size_t(bytes) < own || size_t(bytes) + device.variables_bytes > device.most_shared_bytes)
     return emulator::fail(cudaErrorInvalidValue);
   own = size_t(bytes);
+  return cudaSuccess;
+}
+
+template <class... Parameters>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(Parameters...), int,
+                                                          size_t bytes) {
+  const emulator::Device& device = emulator::devices[emulator::device];
+  *blocks = bytes + device.variables_bytes <= device.most_shared_bytes;
   return cudaSuccess;
 }
 
@@ -832,14 +1074,17 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulator::kernel_call = [](void* bound) { (*static_cast<decltype(call)*>(bound))(); };
   emulator::kernel_arguments = &call;
   *emulator::complaint = 0;
+  if (!emulator::regions[0].begin) emulator::find_memory();
+  if (config->numAttrs && config->attrs->val.cooperative) {
+    ++emulator::launches;
+    if (blocks > unsigned(emulator::multiprocessors))
+      return emulator::fail(cudaErrorCooperativeLaunchTooLarge);
+    const bool is_right =
+        emulator::run_together(unsigned(threads), unsigned(blocks), config->dynamicSmemBytes);
+    return is_right ? cudaSuccess : emulator::fail(cudaErrorLaunchFailure);
+  }
   if (emulator::fibers.size() < threads) emulator::make_fibers(unsigned(threads));
-  if (!emulator::regions[0].begin) emulator::find_shared_memory();
-  // Of the exact size, so that AddressSanitizer sees its end.
-  const std::align_val_t alignment{128};
-  operator delete(emulator::dynamic_shared_memory, alignment);
-  emulator::dynamic_shared_memory =
-      static_cast<unsigned char*>(operator new(config->dynamicSmemBytes, alignment));
-  emulator::set_region(emulator::regions[1], emulator::dynamic_shared_memory, config->dynamicSmemBytes);
+  emulator::make_dynamic_memory(config->dynamicSmemBytes);
   emulator::grids.push_back(int64_t(blocks));
   std::vector<size_t> turn(blocks);
   std::iota(turn.begin(), turn.end(), 0);
@@ -853,12 +1098,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       emulator::told = emulator::told_by.data();
       if (emulator::order > 1) std::shuffle(turn.begin(), turn.end(), random);
     }
-    const size_t block = emulator::block = turn[i % blocks];
-    blockIdx = dim3(block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y);
-    if (emulator::run_block(unsigned(threads))) {
+    emulator::run_of_grid(turn[i % blocks]);
+    emulator::start_block(unsigned(threads));
+    emulator::Turn of_threads{unsigned(threads)};
+    if (emulator::run_block(unsigned(threads), of_threads) == emulator::Outcome::ended) {
       if (emulator::counts_traffic) emulator::count_traffic();
       continue;
     }
+    if (!*emulator::complaint) emulator::complain("a block waits for others that are not there");
     emulator::fibers.clear();  // what they are in the middle of is abandoned
     for (emulator::Warp& warp : emulator::warps) warp.arrived = 0;
     return emulator::fail(cudaErrorLaunchFailure);

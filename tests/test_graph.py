@@ -126,6 +126,10 @@ def gpu(monkeypatch):
     monkeypatch.setattr(Capture, "graphs", [])
     monkeypatch.setattr(Streams, "current", Streams.made(None))
     monkeypatch.setattr(fastmlp.step, "_CAPTURED", {"cpu"})
+    monkeypatch.setattr(fastmlp.step._C, "train_step", lambda *_: NotImplemented)  # of more than one launch
+
+
+_train_step = fastmlp.step._C.train_step
 
 
 def captures():
@@ -220,6 +224,18 @@ def test_a_graph_clips(kind, max_norm):
     assert captures() == 1
     twins.max_norm = twins.step.max_grad_norm = 0.01
     twins.train(*[8] * 3)
+
+
+def test_what_is_one_launch_needs_no_graph(monkeypatch):
+    monkeypatch.setattr(fastmlp.step._C, "train_step", _train_step)
+    twins = Twins()
+    for index in range(3):
+        batch = twins.batch()
+        if index == 2:  # what comes to the layers is a module's that is none of theirs
+            twins.step.model = nn.Sequential(nn.Softmax(1), *twins.model)
+        twins.step(*batch)
+        assert "in one call" in repr(twins.step)
+    assert captures() == 0
 
 
 def test_every_shape_of_batch_has_its_graph_in_the_memory_of_all():

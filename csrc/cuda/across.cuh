@@ -31,4 +31,23 @@ __device__ __forceinline__ V across(V value) {
   return values[0];
 }
 
+// Those who share work, with the same operation over all of them: the threads of a block, or of a warp.
+struct Block {
+  static __device__ __forceinline__ unsigned rank() { return threadIdx.x; }
+  static __device__ __forceinline__ unsigned size() { return blockDim.x; }
+  template <class Op, class V>
+  static __device__ __forceinline__ V across(V value) {
+    return cuda::across<Op>(value);
+  }
+};
+struct Warp {
+  static __device__ __forceinline__ unsigned rank() { return threadIdx.x % 32; }
+  static constexpr __device__ __forceinline__ unsigned size() { return 32; }
+  template <class Op, class V>
+  static __device__ __forceinline__ V across(V value) {
+    for (int step = 16; step > 0; step /= 2) value = Op::of(value, __shfl_xor_sync(0xffffffff, value, step));
+    return value;
+  }
+};
+
 }  // namespace fastmlp::cuda

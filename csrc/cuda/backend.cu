@@ -13,6 +13,7 @@
 #include "product.cuh"
 #include "simt.cuh"
 #include "softmax.cuh"
+#include "step.cuh"
 #include "tensor_core.cuh"
 #include "update.cuh"
 
@@ -398,6 +399,19 @@ int backward(const Backward* layers_, int64_t count, void* workspace, void* stre
       if (const cudaError_t error = run(p); error != cudaSuccess) return error;
     return cudaSuccess;
   });
+}
+
+bool is_one_launch(int64_t M, const int64_t* widths, int64_t layers, bool clips) {
+  if (layers > whole_step::most_layers || products.owner == Owner::library) return false;
+  whole_step::Shape shape{M, layers, {}, clips};
+  std::copy_n(widths, layers + 1, shape.widths);
+  return whole_step::plan(shape).blocks > 0;
+}
+
+int64_t train_workspace(const Step& s) { return whole_step::workspace(s); }
+
+int train(const Step& s, void* workspace, void* stream) {
+  return whole_step::run(s, workspace, static_cast<cudaStream_t>(stream));
 }
 
 void set_products(Library library, Owner owner, const Measured* table, int64_t count) {

@@ -125,4 +125,30 @@ cudaError_t launch_with(size_t shared_bytes, int64_t blocks, unsigned threads, c
   return error == cudaSuccess ? enqueue(kernel, shared_bytes, blocks, threads, stream, arguments...) : error;
 }
 
+// The same with all blocks there at once, so that they may wait for one another; an error where there is no room.
+template <auto kernel, class... Arguments>
+cudaError_t launch_together(size_t shared_bytes, int64_t blocks, unsigned threads, cudaStream_t stream,
+                            Arguments... arguments) {
+  int device = 0, multiprocessors = 0, on_each = 0;
+  cudaError_t error = ask_for_shared_memory<kernel>();
+  if (error == cudaSuccess) error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&on_each, kernel, int(threads), shared_bytes);
+  if (error != cudaSuccess) return error;
+  if (blocks < 1 || blocks > int64_t{on_each} * multiprocessors) return cudaErrorCooperativeLaunchTooLarge;
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &together;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 }  // namespace fastmlp::cuda

@@ -9,11 +9,13 @@
 namespace fastmlp::cuda::ptx {
 
 #ifdef FASTMLP_EMULATE
+using emulator::arrive;
 using emulator::commit_copies;
 using emulator::copy_async;
 using emulator::load_matrices;
 using emulator::multiply_matrices;
 using emulator::round_to_tf32;
+using emulator::wait;
 using emulator::wait_for_copies;
 
 inline unsigned char* dynamic_shared_memory() { return emulator::dynamic_shared_memory; }
@@ -86,6 +88,24 @@ __device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
   uint32_t rounded;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "r"(bits));
   return rounded;
+}
+
+// Adds to what other blocks wait for, and returns what it was: all that the block has written before a barrier of its own
+// is there for those who have waited.
+__device__ __forceinline__ unsigned arrive(unsigned* arrived, unsigned count) {
+  unsigned before;
+  asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(arrived), "r"(count)
+               : "memory");
+  return before;
+}
+
+// Until the highest bit is another than it was.
+__device__ __forceinline__ void wait(const unsigned* arrived, unsigned before) {
+  unsigned now;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
+  while (!((now ^ before) & 0x80000000u));
 }
 #endif
 

@@ -13,6 +13,12 @@
 #include <chrono>
 #include <optional>
 
+#ifdef FASTMLP_WITH_CUDA
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#endif
+
 #include "call.h"
 #include "chain.h"
 #include "network.h"
@@ -37,33 +43,48 @@ Loss parse_loss(std::string_view name) {
 }
 
 // A state of no element is none.
-void check_parameter(size_t index, const Tensor& t, TensorList states) {
-  TORCH_CHECK(t.is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous(), "params[", index,
-              "]: expected a contiguous float32 tensor on the CPU");
+void check_parameter(size_t index, const Tensor& t, TensorList states, c10::Device device) {
+  const auto fits = [&](const Tensor& own) {
+    return own.device() == device && own.scalar_type() == at::kFloat && own.is_contiguous();
+  };
+  TORCH_CHECK(fits(t), "params[", index, "]: expected a contiguous float32 tensor on ", device);
   TORCH_CHECK(
       !t.is_inference(), "params[", index,
       "]: expected a tensor made outside of torch.inference_mode, which alone may be written outside of it");
   for (const Tensor& state : states) {
     if (state.numel() == 0) continue;
-    TORCH_CHECK(state.is_cpu() && state.scalar_type() == at::kFloat && state.is_contiguous() &&
-                    state.sizes() == t.sizes() && !state.is_inference(),
-                "states of params[", index, "]: expected contiguous float32 tensors on the CPU of shape ",
-                t.sizes(), ", made outside of torch.inference_mode");
+    TORCH_CHECK(fits(state) && state.sizes() == t.sizes() && !state.is_inference(), "states of params[",
+                index, "]: expected contiguous float32 tensors on ", device, " of shape ", t.sizes(),
+                ", made outside of torch.inference_mode");
   }
 }
 
 // The weights of a loss as a vector over the outputs, which one that is the same for all of a batch expands to.
-Tensor over_outputs(const char* name, const OptionalTensor& values, int64_t outputs, bool expands) {
+Tensor over_outputs(const char* name, const OptionalTensor& values, int64_t outputs, bool expands,
+                    c10::Device device) {
   if (!values) return {};
   const bool is_vector = values->dim() > 0 && values->size(-1) == outputs && values->numel() == outputs;
-  TORCH_CHECK(values->is_cpu() && values->scalar_type() == at::kFloat &&
+  TORCH_CHECK(values->device() == device && values->scalar_type() == at::kFloat &&
                   ((is_vector && (expands || values->dim() == 1)) || (expands && values->numel() == 1)),
-              name, ": expected float32 on the CPU of shape [", outputs, "], one for each output, got ",
+              name, ": expected float32 on ", device, " of shape [", outputs, "], one for each output, got ",
               values->scalar_type(), " on ", values->device(), " of shape ", values->sizes());
   return values->reshape({-1}).expand({outputs}).contiguous();
 }
 
 const float* floats_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+
+// As one launch; there a class that is none fails an assertion.
+void run_on_gpu([[maybe_unused]] const Step& step, [[maybe_unused]] const Tensor& workspace) {
+#ifdef FASTMLP_WITH_CUDA
+  const int64_t bytes = cuda::train_workspace(step);
+  TORCH_CHECK(bytes >= 0, "train_step_: expected a step on a GPU that is small enough for one launch");
+  if (workspace.numel() < bytes) workspace.set_(at::zeros({bytes}, workspace.options()));
+  void* const memory = workspace.mutable_data_ptr();
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  c10::cuda::CUDACachingAllocator::recordStream(workspace.storage().data_ptr(), stream);
+  C10_CUDA_CHECK(static_cast<cudaError_t>(cuda::train(step, memory, stream.stream())));
+#endif
+}
 
 // What a layer has left for a loss whose gradient is given.
 const float* left_of(c10::ArrayRef<OptionalTensor> left, size_t i, int64_t M, int64_t N) {
@@ -93,20 +114,21 @@ CheckedStep::CheckedStep(const StepArguments& a) : a(a), row(optimizer_row(a.opt
   const bool given = loss == Loss::given;
   TORCH_CHECK(a.left.size() == (given ? L : 0), "left: expected ", given ? L : 0, " tensors, got ",
               a.left.size());
+  const Tensor &input = a.input, &target = a.target;
+  const c10::Device device = input.device();
   const OptionalTensor& norm = a.norm;
-  TORCH_CHECK(!norm || (norm->is_cpu() && norm->scalar_type() == at::kFloat && norm->numel() == 1),
-              "norm: expected one float32 on the CPU");
+  TORCH_CHECK(!norm || (norm->device() == device && norm->scalar_type() == at::kFloat && norm->numel() == 1),
+              "norm: expected one float32 on ", device);
   TORCH_CHECK((a.max_norm > 0) == norm.has_value(),
               "max_norm: expected a positive number where norm is given, else 0, got ", a.max_norm);
-  const Tensor &input = a.input, &target = a.target;
-  TORCH_CHECK(input.is_cpu() && input.scalar_type() == at::kFloat && input.layout() == c10::kStrided &&
-                  input.dim() >= 1,
-              "input: expected a float32 tensor on the CPU of shape [..., in_features], got ",
-              input.scalar_type(), " on ", input.device(), " of shape ", input.sizes());
+  TORCH_CHECK(input.scalar_type() == at::kFloat && input.layout() == c10::kStrided && input.dim() >= 1,
+              "input: expected a float32 tensor of shape [..., in_features], got ", input.scalar_type(),
+              " on ", device, " of shape ", input.sizes());
   TORCH_CHECK(!input.requires_grad(),
               "input: expected a tensor that requires no gradient, since a step computes none");
-  TORCH_CHECK(a.workspace.is_cpu() && a.workspace.scalar_type() == at::kByte && a.workspace.is_contiguous(),
-              "workspace: expected a contiguous uint8 tensor on the CPU");
+  TORCH_CHECK(
+      a.workspace.device() == device && a.workspace.scalar_type() == at::kByte && a.workspace.is_contiguous(),
+      "workspace: expected a contiguous uint8 tensor on ", device);
 
   const int64_t M = rows_of(input);
   x = as_matrix(input, M, input.size(-1));
@@ -153,20 +175,22 @@ CheckedStep::CheckedStep(const StepArguments& a) : a(a), row(optimizer_row(a.opt
               "input: expected shape [batch, in_features] for cross-entropy, got ", input.sizes());
   TORCH_CHECK(!classes || width > 0, "params: expected a class or more, got a last weight of shape ",
               a.params.back().sizes());
-  TORCH_CHECK(target.is_cpu() && target.scalar_type() == (classes ? at::kLong : at::kFloat),
-              "target: expected ", classes ? at::kLong : at::kFloat, " on the CPU, got ",
+  TORCH_CHECK(target.device() == device && target.scalar_type() == (classes ? at::kLong : at::kFloat),
+              "target: expected ", classes ? at::kLong : at::kFloat, " on ", device, ", got ",
               target.scalar_type(), " on ", target.device());
   TORCH_CHECK(target.sizes() == at::IntArrayRef(sizes), "target: expected shape ", at::IntArrayRef(sizes),
               ", got ", target.sizes());
   targets = target.contiguous();
-  weighs = over_outputs("weight", a.weight, width, !classes);
-  pos_weighs = over_outputs("pos_weight", a.pos_weight, width, !classes);
+  weighs = over_outputs("weight", a.weight, width, !classes, device);
+  pos_weighs = over_outputs("pos_weight", a.pos_weight, width, !classes, device);
   Memories memories = {memory_of(x), memory_of(targets), memory_of(weighs), memory_of(pos_weighs)};
   for (const TensorList tensors : {a.params, a.states, a.counts})
     for (const Tensor& t : tensors) memories.push_back(memory_of(t));
   TORCH_CHECK_VALUE(
       !overlap(std::move(memories)),
       "params: expected tensors that share no memory with one another, nor with input or target");
+  TORCH_CHECK(input.is_cpu() || !given, "loss: expected one that the kernels know on ", device,
+              ", got given");
   step = {.count = int64_t(L),
           .layers = layers.data(),
           .weights = weights.data(),
@@ -201,7 +225,7 @@ void CheckedStep::take_parameter(Trained& to) {
   trained.push_back(&to);
   const Tensor& t = a.params[at];
   const TensorList states = a.states.slice(row.states * at, row.states);
-  check_parameter(at, t, states);
+  check_parameter(at, t, states, a.input.device());
   to.update.param = t.mutable_data_ptr<float>();
   to.update.size = t.numel();
   if (a.numbers[at] < 0) return;
@@ -258,10 +282,15 @@ void CheckedStep::move_to(const void* x_rows, const void* target_rows) {
 
 void CheckedStep::take(float* value) {
   prepare(value);
-  if (!bytes) bytes = cpu::train_workspace(step, threads);
-  // Kept by the caller from step to step: a block as large would come from the system as new pages each time.
-  if (a.workspace.numel() < bytes) a.workspace.set_(empty({bytes}, a.workspace.options()));
-  const int64_t wrong = cpu::train(step, a.workspace.mutable_data_ptr(), threads);
+  int64_t wrong = -1;
+  if (a.input.is_cpu()) {
+    if (!bytes) bytes = cpu::train_workspace(step, threads);
+    // Kept by the caller from step to step: a block as large would come from the system as new pages each time.
+    if (a.workspace.numel() < bytes) a.workspace.set_(empty({bytes}, a.workspace.options()));
+    wrong = cpu::train(step, a.workspace.mutable_data_ptr(), threads);
+  } else {
+    run_on_gpu(step, a.workspace);
+  }
   TORCH_CHECK_INDEX(wrong < 0, "target: expected classes from 0 to ", step.cross_entropy.C - 1, ", got ",
                     step.cross_entropy.target[wrong], " in row ", wrong);
   finish();
@@ -308,7 +337,8 @@ bool is_unseen(const StepArguments& a) {
 
 Tensor take_step(const StepArguments& a) {
   CheckedStep step(a);
-  const Tensor value = a.loss == "given" ? Tensor() : at::detail::empty_cpu({}, at::kFloat);
+  const c10::DeviceGuard guard(a.input.device());
+  const Tensor value = a.loss == "given" ? Tensor() : empty({}, a.input.options());
   const Unlocked unlocked(PyGILState_Check() && step.multiply_adds() >= long_enough);
   step.take(value.defined() ? value.mutable_data_ptr<float>() : nullptr);
   return value;
@@ -328,6 +358,22 @@ Tensor call_train_step(const StepArguments& a) {
 }
 
 namespace {
+
+// Whether a step is one call of a kernel, as far as device, dtype and shapes tell. On a GPU that is one launch; not while
+// the caller captures a graph, in which the optimizer's numbers would stay as they are.
+bool is_one_call(const Tensor& input, Objects weights, [[maybe_unused]] bool clips) {
+  if (at::autocast::is_autocast_enabled(input.device().type())) return false;
+#ifdef FASTMLP_WITH_CUDA
+  if (input.is_cuda() && input.scalar_type() == at::kFloat && input.dim() > 0) {
+    c10::SmallVector<int64_t, 9> widths = {input.size(-1)};
+    for (PyObject* const w : weights) widths.push_back(is_plain(w) ? THPVariable_Unpack(w).size(0) : 0);
+    const c10::DeviceGuard guard(input.device());
+    return c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None &&
+           cuda::is_one_launch(rows_of(input), widths.data(), int64_t(weights.size()), clips);
+  }
+#endif
+  return input.is_cpu();
+}
 
 // Steps one after the other, each of a batch of the next rows of x and target, or of the rows that come next in `order`,
 // which are gathered in the first step's input and target.
@@ -425,10 +471,13 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     x = THPObjectPtr::dup(arguments[3]);
     TORCH_CHECK_TYPE(is_plain(x) && is_plain(target), "input, target: expected tensors of torch's own type");
   } else {
-    if (!is_plain(target) || at::autocast::is_autocast_enabled(at::kCPU)) Py_RETURN_NOTIMPLEMENTED;
+    if (!is_plain(target)) Py_RETURN_NOTIMPLEMENTED;
     x = find_unwatched(arguments[0], model, arguments[3], chain);
-    if (!x || !is_plain(x) || !THPVariable_Unpack(x).is_cpu()) Py_RETURN_NOTIMPLEMENTED;
+    if (!x || !is_plain(x)) Py_RETURN_NOTIMPLEMENTED;
   }
+  const Tensor& input = THPVariable_Unpack(x);
+  const OptionalTensor norm = tensor_or_none(arguments[8]);
+  if (!is_one_call(input, chain.weights, norm.has_value())) Py_RETURN_NOTIMPLEMENTED;
 
   Chain::Objects parameters;
   c10::SmallVector<int64_t, 8> has_bias;
@@ -437,7 +486,6 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     has_bias.push_back(chain.biases[i] != Py_None);
     if (has_bias.back()) parameters.push_back(chain.biases[i]);
   }
-  const OptionalTensor norm = tensor_or_none(arguments[8]);
   std::optional<Run> run;
   if (arguments[11] != Py_None) run.emplace(arguments[11]);
   if (run && !run->is_covered(THPVariable_Unpack(arguments[3]))) return PyLong_FromLong(0);
@@ -451,7 +499,7 @@ PyObject* train_step(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   for (PyObject* const t : items_of(arguments[6])) left.push_back(tensor_or_none(t));
   const NamedActivations activations(chain.activations);
   const std::string name = string_of(loss[0]);
-  const StepArguments step{.input = THPVariable_Unpack(x),
+  const StepArguments step{.input = input,
                            .target = THPVariable_Unpack(target),
                            .params = training.params,
                            .states = training.states,
@@ -521,6 +569,9 @@ TORCH_LIBRARY_FRAGMENT(fastmlp, m) {
       "Tensor");
 }
 TORCH_LIBRARY_IMPL(fastmlp, CPU, m) { m.impl("train_step_", train_step_); }
+#ifdef FASTMLP_WITH_CUDA
+TORCH_LIBRARY_IMPL(fastmlp, CUDA, m) { m.impl("train_step_", train_step_); }
+#endif
 TORCH_LIBRARY_IMPL(fastmlp, Autograd, m) { m.impl("train_step_", torch::CppFunction::makeFallthrough()); }
 
 }  // namespace fastmlp

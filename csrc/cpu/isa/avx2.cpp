@@ -13,6 +13,7 @@
 #define FASTMLP_SQUARE_ROOT(v) _mm256_sqrt_ps(__m256(v))
 
 #include "../../activation.h"
+#include "../../loss.h"
 #include "../../optimizer.h"
 
 namespace fastmlp::cpu {

@@ -16,6 +16,7 @@
 #define FASTMLP_SQUARE_ROOT(v) _mm512_sqrt_ps(__m512(v))
 
 #include "../../activation.h"
+#include "../../loss.h"
 #include "../../optimizer.h"
 
 namespace fastmlp::cpu {

@@ -11,6 +11,7 @@
 #endif
 
 #include "../../activation.h"
+#include "../../loss.h"
 #include "../../optimizer.h"
 
 namespace fastmlp::cpu {
