@@ -16,7 +16,7 @@ from statistics import geometric_mean
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs/performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/performance.md", ROOT / "docs/architecture.md")
 
 # What the keys of the CSV files are to people.
 NETWORKS = {
@@ -340,11 +340,38 @@ def integrations() -> str:
     return f"{table(['', *columns], body)}\n\nMeasured on {where(results[0])}."
 
 
+def plans() -> str:
+    """What an H100 is predicted to launch, and for how long, a cell a row. Nothing is measured."""
+    from fastmlp.plan import plan, plan_step
+    from shapes import GRID
+
+    body = []
+    for network in GRID:
+        for batch in network.batches:
+            cells = []
+            for dtype in ("float32", "bfloat16"):
+                launches = plan(network.sizes, batch, dtype)
+                own = [launch for launch in launches if launch.owner == "own"]
+                blocks = sorted({launch.blocks for launch in own})
+                cells += [
+                    f"{len(launches)}, {len(launches) - len(own)}",
+                    "-".join(map(str, blocks[:1] + blocks[1:][-1:])),
+                    f"{sum(launch.predicted(dtype) for launch in own):.0f}",
+                ]
+            step = plan_step(network.sizes, batch)
+            one = f"{step.predicted:.0f} ({step.blocks}, {step.barriers})" if step else "a graph"
+            body.append([short_sizes("-".join(map(str, network.sizes))), str(batch), *cells, one])
+    header = ["network", "batch"]
+    for dtype in ("float32", "bfloat16"):
+        header += [f"{dtype}: launches, torch's", "blocks", "µs of ours"]
+    return table([*header, "step in one launch: µs (blocks, barriers)"], body)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     figure.__name__: figure
     for figure in (
         headline, short, train, steps, adam, training, ensemble, kernels, peers, inference, integrations,
-        habits, slower,
+        habits, slower, plans,
     )
 }  # fmt: skip
 

@@ -18,6 +18,9 @@ def use_products(owner: str, rows: Sequence[tuple[int, str, str, int, str]]) -> 
 def plan(
     sizes: Sequence[int], batch: int, dtype: str, shared_bytes: int, own: bool
 ) -> list[tuple[str, int, str, tuple[int, int, int, int, int, int, int, int], float, int]]: ...
+def plan_step(
+    sizes: Sequence[int], batch: int, clips: bool, multiprocessors: int, shared_bytes: int
+) -> tuple[int, int, float]: ...
 def network(
     input: Tensor,
     weights: Sequence[Tensor],

@@ -1,7 +1,7 @@
 """What a GPU would launch for the layers of a network, without one: ``python -m fastmlp --plan 784-500-10``.
 
-The plan is what the backend runs (csrc/cuda/plan.h). The times are predictions, of an H100 whose kernels
-follow one another in a graph: nobody has measured them.
+The plan is what the backend runs (csrc/cuda/plan.h, step_plan.h). The times are predictions, of an H100
+whose kernels follow one another in a graph: nobody has measured them.
 """
 
 from argparse import ArgumentParser
@@ -14,6 +14,7 @@ from . import _C
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 
 MULTIPROCESSORS = 128
+ONE_LAUNCH = 3.0  # µs, until a cooperative launch begins
 LAUNCH = 2.0  # µs, from the end of one kernel to the first result of the next
 BANDWIDTH = 3.0e6  # bytes a µs
 # µs that a step of a tile of 128 x 128 takes, from 64 bytes of each operand: multiply-adds at 80 % of their
@@ -73,6 +74,28 @@ def plan(
     ]
 
 
+class Step(NamedTuple):
+    """A training step in one launch."""
+
+    blocks: int
+    barriers: int  # of the whole grid
+    predicted: float  # µs
+
+
+def plan_step(
+    sizes: Sequence[int], batch: int, clips: bool = False, architecture: str = "sm_90"
+) -> Step | None:
+    """The one launch that a training step of float32 is; None where it is a graph of launches.
+
+    >>> plan_step([8, 64, 64, 4], 1)[:2]
+    (1, 0)
+    """
+    blocks, barriers, time = _C.plan_step(
+        list(sizes), batch, clips, MULTIPROCESSORS, SHARED_MEMORY[architecture]
+    )
+    return Step(blocks, barriers, ONE_LAUNCH + time) if blocks else None
+
+
 def report(sizes: Sequence[int], batch: int, dtype: str, architecture: str, products: str) -> str:
     """The plan as a table."""
     head = f"{'launch':15s}layer   rows x columns      K  tile  splits  blocks  waves  fill       MB     µs"
@@ -88,6 +111,13 @@ def report(sizes: Sequence[int], batch: int, dtype: str, architecture: str, prod
         lines.append(f"{one.name:15s}{one.layer:5d}{shape:>17s}{one.K:7d}{own}{one.bytes / 1e6:9.2f}{time}")
     own_time = sum(one.predicted(dtype) for one in launches)
     lines.append(f"{len(launches)} launches; {own_time:.0f} µs predicted for those of fastmlp's kernels")
+    if dtype == "float32" and (step := plan_step(sizes, batch, architecture=architecture)):
+        lines.append(
+            f"a training step is one launch of {step.blocks} blocks that meet {step.barriers} times; "
+            f"{step.predicted:.0f} µs predicted"
+        )
+    else:
+        lines.append("a training step is a CUDA graph, of these launches, the loss's and the optimizer's")
     return "\n".join(lines)
 
 

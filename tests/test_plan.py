@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from fastmlp.plan import MULTIPROCESSORS, SHARED_MEMORY, plan
+from fastmlp.plan import MULTIPROCESSORS, SHARED_MEMORY, plan, plan_step
 
 GRID = {
     "784-500-10": (1, 64, 1024),
@@ -89,6 +89,26 @@ def test_a_chain_is_where_two_of_its_weights_fit_in_a_block(architecture):
     assert (launches[0].name == "chain forward") == fits
 
 
+def test_a_small_step_is_one_launch_of_blocks_that_are_all_there_at_once():
+    steps = [plan_step([784, 500, 10], batch) for batch in (1, 64)]
+    assert [1 < step.blocks <= MULTIPROCESSORS for step in steps] == [True, True]
+    assert plan_step([784, 500, 10], 64, clips=True).barriers == steps[1].barriers + 1
+    assert plan_step([8, 64, 64, 4], 1)[:2] == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "sizes", [[17, 6], [1024, 1024, 1024, 10], [8] * 10], ids=["no hidden layer", "too large", "too many"]
+)
+def test_all_other_steps_are_graphs(sizes):
+    assert plan_step(sizes, 64) is None
+
+
+def test_weights_that_do_not_fit_in_the_shared_memory_are_no_one_launch():
+    sizes = [3072, 2048, 10]
+    assert plan_step(sizes, 16, architecture="sm_90") is not None
+    assert plan_step(sizes, 16, architecture="sm_86") is None
+
+
 @every_cell
 def test_a_training_step_predicted_is_no_shorter_than_what_it_has_to_read(widths, batch, dtype):
     launches = plan(sizes_of(widths), batch, dtype, products="own")
@@ -105,6 +125,7 @@ def test_the_plan_is_printed():
     assert result.returncode == 0
     assert "64 x 500    784    64       6      48" in result.stdout
     assert "5 launches" in result.stdout
+    assert "one launch of 63 blocks that meet 2 times" in result.stdout
 
 
 @pytest.mark.parametrize("widths", ["784", "784-0"])

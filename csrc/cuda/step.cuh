@@ -23,7 +23,7 @@
 #include "update.cuh"
 
 namespace fastmlp::cuda::whole_step {
-constexpr int threads = most_threads, own_shared_bytes = threads * sizeof(double);  // the latter of across()
+static_assert(threads == most_threads);
 
 struct Layer {
   Activation activation;
@@ -330,7 +330,7 @@ inline Plan plan(const Shape& shape) {
   if (cudaGetDevice(&device) != cudaSuccess || !has_code<train>(device)) return {};
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   cudaDeviceGetAttribute(&cooperates, cudaDevAttrCooperativeLaunch, device);
-  return plan(shape, {cooperates ? multiprocessors : 0, most_shared_memory() - own_shared_bytes});
+  return plan(shape, {cooperates ? multiprocessors : 0, most_shared_memory()});
 }
 
 inline int64_t workspace(const Step& s) {

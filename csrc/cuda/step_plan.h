@@ -8,6 +8,7 @@
 namespace fastmlp::cuda::whole_step {
 
 constexpr int most_layers = 8;
+constexpr int threads = 256, own_shared_bytes = threads * sizeof(double);  // the latter for sums over a block
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t padded(int64_t n) { return ceil_div(n, 4) * 4; }  // to whole tiles
@@ -32,7 +33,7 @@ struct Plan {
   int64_t blocks;              // 0 where the step does not fit, or other kernels are expected to be faster
   int64_t units[most_layers];  // of a block, of each hidden layer; a multiple of a tile
   int64_t rows;                // of the batch for a block, as well
-  int64_t shared_floats;
+  int64_t shared_floats, barriers;
   double microseconds;  // predicted, without the launch
 };
 
@@ -52,7 +53,8 @@ inline Plan planned(const Shape& s, int64_t units, const Gpu& gpu) {
   }
   p.rows = padded(ceil_div(s.M, p.blocks));
   p.shared_floats = 3 * p.rows * padded(N[L - 1]);
-  p.microseconds = (p.blocks > 1 ? 2 * (L - 1) + s.clips : 0) * gpu.barrier;
+  p.barriers = p.blocks > 1 ? 2 * (L - 1) + s.clips : 0;
+  p.microseconds = double(p.barriers) * gpu.barrier;
   // A product of rows [m, k] with rows [n, k], which every block reads all of.
   const auto add = [&](int64_t m, int64_t n, int64_t k) {
     const double bytes = 4.0 * k * (m + n);
@@ -74,7 +76,8 @@ inline Plan planned(const Shape& s, int64_t units, const Gpu& gpu) {
       add(s.M, p.units[l - 1], N[l]);  // dx
     }
   }
-  const bool fits = 4 * p.shared_floats <= gpu.shared_bytes && p.blocks <= gpu.multiprocessors;
+  const bool fits =
+      4 * p.shared_floats + own_shared_bytes <= gpu.shared_bytes && p.blocks <= gpu.multiprocessors;
   if (!fits || p.microseconds > node * (4.0 * L + 6 + 3 * s.clips)) p.blocks = 0;
   return p;
 }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../cuda/plan.h"
+#include "../cuda/step_plan.h"
 #include "../kernels.h"
 #include "activations.h"
 #include "call.h"
@@ -115,6 +116,18 @@ std::vector<PlanRow> plan(const std::vector<int64_t>& sizes, int64_t batch, cons
   return rows;
 }
 
+// The blocks of a training step in one launch, none where it is not one; its barriers of the grid, and its microseconds.
+std::tuple<int64_t, int64_t, double> plan_step(const std::vector<int64_t>& sizes, int64_t batch, bool clips,
+                                               int64_t multiprocessors, int64_t shared_bytes) {
+  using namespace fastmlp::cuda::whole_step;
+  const int64_t layers = int64_t(sizes.size()) - 1;
+  if (layers > most_layers) return {};
+  Shape shape{batch, layers, {}, clips};
+  std::copy(sizes.begin(), sizes.end(), shape.widths);
+  const Plan p = plan(shape, {multiprocessors, shared_bytes});
+  return {p.blocks, p.barriers, p.microseconds};
+}
+
 PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
@@ -158,6 +171,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     return supported;
   });
   m.def("use_instruction_set", use, py::arg("name"));
+  m.def("plan_step", plan_step, py::arg("sizes"), py::arg("batch"), py::arg("clips"),
+        py::arg("multiprocessors"), py::arg("shared_bytes"));
   m.def("plan", plan, py::arg("sizes"), py::arg("batch"), py::arg("dtype"), py::arg("shared_bytes"),
         py::arg("own"));
   py::dict activations;  // each with the defaults of its parameters
