@@ -95,10 +95,10 @@ int64_t planned_forward(const Forward* layers, int64_t count, int64_t* blocks) {
 int64_t planned_backward(const Backward* layers, int64_t count, int64_t* blocks) {
   return planned(layers, count, blocks);
 }
-int64_t launched(int64_t* blocks) {  // since the last call
+void forget_launches() { emulator::grids.clear(); }
+int64_t launched(int64_t* blocks) {  // since then
   const int64_t launches = int64_t(emulator::grids.size());
   std::copy(emulator::grids.begin(), emulator::grids.end(), blocks);
-  emulator::grids.clear();
   return launches;
 }
 int use(const char* backend) {  // "cuda", or "cuda library" for one that leaves all products to the library
@@ -310,7 +310,13 @@ void check(Dtype dtype, Activation g, int64_t M, int64_t N, int64_t K) {
       if (reads_z) expect("z", z[at], sum);
       expect("y", y[at], activated(g, float(sum)));
       const double dz = differentiated(g, decode(grad_y[at]), decode(saved[at]));
+#ifdef FASTMLP_EMULATE
+      T stored;  // what is summed, as by torch
+      encode(stored, float(dz));
+      db[n] += decode(stored);
+#else
       db[n] += dz;
+#endif
       for (int64_t k = 0; k < K; ++k) {
         dx[m * K + k] += dz * decode(w[n * ldw + k]);
         const double term = dz * activated(b.x_activation, decode(x[m * ldx + k]));

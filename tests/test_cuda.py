@@ -523,7 +523,10 @@ class Twins:
 
 
 STEP_OPTIONS = [{}, SGD["nesterov"], SGD["dampening"]]  # an eps that keeps Adam from steps of rounding alone
-STEP_OPTIONS += [{"kind": "Adam", "amsgrad": True, "eps": 1e-3}, {"kind": "AdamW", "lr": 0.01, "eps": 1e-3}]
+STEP_OPTIONS += [
+    {"kind": "Adam", "amsgrad": True, "lr": 0.01, "eps": 1e-3},
+    {"kind": "AdamW", "lr": 0.01, "eps": 1e-3},
+]
 
 
 @product_of(["name", "options"], [*STEP_LOSSES], STEP_OPTIONS)

@@ -344,7 +344,7 @@ int forward(const Forward* layers, int64_t count, void* workspace, void* stream_
           p.launch == Launch::chain_forward ? forward_chain<T>(layers, count, stream)
           : p.launch == Launch::forward
               ? forward<T>(f, p.owner, between + 2 * bytes, stream)
-              : elementwise::activate<T>(f.z ? f.z : f.y, f.y, f.M * f.N, f.activation, stream);
+              : elementwise::activate<T>(f.z ? f.z : f.y, f.N, f.y, f.M, f.N, f.activation, stream);
       if (error != cudaSuccess) return error;
     }
     return cudaSuccess;
@@ -389,7 +389,7 @@ int backward(const Backward* layers_, int64_t count, void* workspace, void* stre
         case Launch::dx:
           return dx<T>(b, below, x[p.layer], p.owner, memory, stream);
         case Launch::find_x:
-          return elementwise::activate<T>(b.x, x[p.layer], b.M * b.K, b.x_activation, stream);
+          return elementwise::activate<T>(b.x, b.ldx, x[p.layer], b.M, b.K, b.x_activation, stream);
         default:
           if (x[p.layer]) b.x = x[p.layer], b.ldx = b.K;
           return dW<T>(b, p.owner, memory, stream);

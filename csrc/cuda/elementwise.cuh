@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "pack.cuh"
 #include "splits.cuh"
@@ -11,16 +12,20 @@ namespace fastmlp::cuda::elementwise {
 
 constexpr int threads = 256;
 
-// y = g(z), of `size` elements; y may be z.
+// y [rows, columns] = g(z), whose rows are ldz apart; y may be z. A thread has a pack of a row.
 template <class T>
-__global__ void __launch_bounds__(threads) activate_all(const T* z, T* y, int64_t size, const Activation g) {
-  const int64_t i = (blockIdx.x * int64_t{threads} + threadIdx.x) * Pack<T>::size, left = size - i;
-  if (left <= 0) return;
-  const bool aligned = is_aligned<T>(reinterpret_cast<uintptr_t>(z) | reinterpret_cast<uintptr_t>(y));
-  Pack<T> pack = load(z + i, left, aligned);
+__global__ void __launch_bounds__(threads)
+    activate_all(const T* z, int64_t ldz, T* y, int64_t rows, int64_t columns, const Activation g) {
+  constexpr int size = Pack<T>::size;
+  const int64_t i = blockIdx.x * int64_t{threads} + threadIdx.x, packs = (columns + size - 1) / size;
+  const int64_t row = rows > 1 ? i / packs : 0, column = (i - row * packs) * size, left = columns - column;
+  if (row >= rows || left <= 0) return;
+  const bool aligned = is_aligned<T>(reinterpret_cast<uintptr_t>(z) | reinterpret_cast<uintptr_t>(y)) &&
+                       (rows == 1 || (columns % size == 0 && ldz % size == 0));
+  Pack<T> pack = load(z + row * ldz + column, left, aligned);
   if (is_simple(g)) activate<true>(pack, g);
   else activate<false>(pack, g);
-  store(y + i, pack, left, aligned);
+  store(y + row * columns + column, pack, left, aligned);
 }
 
 // Of matrices [rows, columns]: dz = dy · g', which may be dy; y = g of what is saved; and db [columns]. Each is null where
@@ -72,9 +77,11 @@ inline int64_t workspace(Dtype dtype, int64_t rows, int64_t columns) {
 }
 
 template <class T>
-cudaError_t activate(const void* z, void* y, int64_t size, const Activation& g, cudaStream_t stream) {
-  return launch(activate_all<T>, blocks_of(size, threads * Pack<T>::size), threads, stream,
-                static_cast<const T*>(z), static_cast<T*>(y), size, g);
+cudaError_t activate(const void* z, int64_t ldz, void* y, int64_t rows, int64_t columns, const Activation& g,
+                     cudaStream_t stream) {
+  if (ldz == columns) columns *= std::exchange(rows, 1);
+  return launch(activate_all<T>, blocks_of(rows * blocks_of(columns, Pack<T>::size), threads), threads,
+                stream, static_cast<const T*>(z), ldz, static_cast<T*>(y), rows, columns, g);
 }
 
 // dz, y and db, each of them or null for none. Without dz, dy is dz.

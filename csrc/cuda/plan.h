@@ -241,8 +241,9 @@ inline Numbers numbers_of(const Planned& p, const Backward* layers, int64_t coun
     return own;
   }
   if (p.launch == Launch::find_x) {
-    const int64_t bytes = b.M * b.K * bytes_of(b.dtype);
-    return {b.M, b.K, 0, {}, blocks_of(bytes, 256 * 16), 1.0, 2 * bytes};
+    const int64_t size = bytes_of(b.dtype), of_pack = 16 / size;
+    const int64_t packs = b.ldx == b.K ? blocks_of(b.M * b.K, of_pack) : b.M * blocks_of(b.K, of_pack);
+    return {b.M, b.K, 0, {}, blocks_of(packs, 256), 1.0, 2 * b.M * b.K * size};
   }
   const Share own = share(b.dtype, b.M, b.N);
   const int64_t bytes = (p.forms_dz ? 3 : 1) * b.M * b.N * bytes_of(b.dtype);

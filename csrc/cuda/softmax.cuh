@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(many) weigh(const CrossEntropy p, float* weigh
 }
 
 template <class T>
-__global__ void __launch_bounds__(many)
+__global__ void __launch_bounds__(many, 1)
     rows(const CrossEntropy p, const float* weights, int64_t weights_count, float* losses) {
   const float scale = 1.0f / divisor(p, weights, weights_count);
   float block_loss = 0.0f;

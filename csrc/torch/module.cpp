@@ -93,7 +93,7 @@ std::vector<PlanRow> plan(const std::vector<int64_t>& sizes, int64_t batch, cons
     Forward f{};
     Backward back{};
     f.dtype = back.dtype = dtype, f.activation = back.activation = g;
-    f.M = back.M = batch, f.N = back.N = sizes[i + 1], f.K = back.K = sizes[i];
+    f.M = back.M = batch, f.N = back.N = sizes[i + 1], f.K = back.K = back.ldx = sizes[i];
     back.grad_weight = back.grad_bias = &wanted;
     forwards.push_back(f);
     backwards.insert(backwards.begin(), back);
