@@ -414,7 +414,7 @@ SLOWER = [
     (models, nn.MSELoss(), sgd, CLIPPED, NO_CHAINS) for models in OTHERS if models is not in_double_precision
 ]
 SLOWER += [
-    (in_double_precision, nn.MSELoss(), sgd, CLIPPED, "expected a float32 tensor on the CPU"),
+    (in_double_precision, nn.MSELoss(), sgd, CLIPPED, "expected a float32 tensor"),
     (with_parameters_in_common, nn.MSELoss(), sgd, CLIPPED, "share no memory"),
     (alike, lambda y, target: (y - target).square().mean(), adam, CLIPPED, "loss: the kernels know"),
     (
