@@ -3,6 +3,7 @@
 import _thread
 import copy
 import itertools
+import signal
 import threading
 import time
 import warnings
@@ -287,7 +288,15 @@ def test_what_a_callback_changes_is_so_from_the_next_step_on():
     assert_same(step, other)
 
 
-def test_an_interrupt_leaves_whole_steps():
+@pytest.fixture
+def interrupts():
+    """Ctrl-C as Python has it, also in a process of the background, which is begun without."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_leaves_whole_steps(interrupts):
     torch.manual_seed(0)
     model = stock(5, 9, 3)
     step, other = (step_of(m, MSE, **ADAM) for m in (model, copy.deepcopy(model)))
