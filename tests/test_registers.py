@@ -21,8 +21,10 @@ MEMORY = re.compile(
 def reports(tmp_path_factory):
     """What ptxas tells of the kernels, compiled for all architectures at once: future by architecture."""
 
+    folder = tmp_path_factory.mktemp("registers")  # here: it is not for several threads
+
     def compiled(architecture: str) -> subprocess.CompletedProcess[str]:
-        output = tmp_path_factory.mktemp(architecture) / "backend.o"
+        output = folder / f"{architecture}.o"
         command = ["nvcc", "-O3", "-std=c++17", f"-arch={architecture}", "-Xptxas", "-v"]
         command += ["-c", str(ROOT / "csrc/cuda/backend.cu"), "-o", str(output)]
         return subprocess.run(command, capture_output=True, text=True)
