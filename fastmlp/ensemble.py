@@ -226,16 +226,16 @@ class EnsembleStep(TrainStep):
         if rates is not None:
             raise ValueError("rates: expected None, as the optimizers of an ensemble have their own")
         rows = checked_rows(self.model.split(x, *targets)[0], batch_size, order)
-        losses = torch.empty(-(-rows // batch_size), len(self.model.models))
+        losses = []
         for number, begin in enumerate(range(0, rows, batch_size)):
             some = (
                 slice(begin, min(begin + batch_size, rows)) if order is None else order[begin:][:batch_size]
             )
             values = self(*(t[some] if x.dim() == 2 else t[:, some] for t in (x, *targets)))
-            losses[number] = values[0] if isinstance(values, tuple) else values
+            losses.append(values[0] if isinstance(values, tuple) else values)
             if callback:
                 callback(number, losses[number])
-        return losses
+        return torch.stack(losses) if losses else torch.empty(0, len(self.model.models))
 
     def _together(self, x: Tensor, targets: tuple[Tensor, ...]) -> Any:
         """In one call; Slower, with nothing changed, where that cannot be."""

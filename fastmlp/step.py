@@ -46,6 +46,7 @@ LOSSES: dict[Any, tuple[Any, ...]] = {
 }
 #: Models that have a step of their own.
 KINDS: dict[type[nn.Module], Any] = {}
+_CPU = torch.device("cpu")
 _CAPTURED = {"cuda"}  # the devices whose steps become graphs
 
 
@@ -461,9 +462,10 @@ class TrainStep:
 
         And what the op raises; with nothing changed, all of them.
         """
-        bound, device = self.max_grad_norm, x.device if type(x) in functional.TENSORS else torch.device("cpu")
+        is_elsewhere = type(x) in functional.TENSORS and not x.is_cpu
+        bound, device = self.max_grad_norm, x.device if is_elsewhere else _CPU
         norm = None if bound is None else torch.empty((), device=device)
-        if self._workspace.device != device:
+        if (is_elsewhere or not self._workspace.is_cpu) and self._workspace.device != device:
             self._workspace = torch.empty(0, dtype=torch.uint8, device=device)
         value = _C.train_step(
             KNOWN,

@@ -570,18 +570,6 @@ def test_every_run_of_a_step_of_one_launch_gives_the_same_bits(sizes):
     assert all(map(torch.equal, trained(), trained()))
 
 
-def test_a_step_of_one_launch_does_not_wait_for_the_device(monkeypatch):
-    twins = Twins(monkeypatch, kind="Adam", is_one_launch=True)
-    data = torch.randn(64, 30, device="cuda"), torch.randint(10, (64,), device="cuda")
-    for _ in range(2):
-        twins.step(*data)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        twins.step(*data)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_a_step_has_a_graph_for_every_shape_of_batch(monkeypatch):
     twins = Twins(monkeypatch, momentum=0.9)
     twins.train(*[64, 64, 17] * 4)
@@ -660,9 +648,9 @@ def test_a_step_that_counts_on_the_gpu_is_the_loop(monkeypatch):
     assert "counts its steps on the GPU" in fastmlp.why_not_fused(twins.step)
 
 
-@product_of(["kind"], ["SGD", "Adam"])
-def test_a_step_does_not_wait_for_the_device(monkeypatch, kind):
-    twins = Twins(monkeypatch, kind=kind)
+@product_of(["kind", "is_one_launch"], ["SGD", "Adam"], [False, True])
+def test_a_step_does_not_wait_for_the_device(monkeypatch, kind, is_one_launch):
+    twins = Twins(monkeypatch, kind=kind, is_one_launch=is_one_launch)
     data = torch.randn(64, 30, device="cuda"), torch.randint(10, (64,), device="cuda")
     for _ in range(4):
         twins.step(*data)

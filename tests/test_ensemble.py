@@ -516,6 +516,15 @@ def test_a_run_is_its_steps(is_shared, order):
         step.run(x, target, batch_size=2, rates=[0.1])
 
 
+def test_the_losses_of_a_run_are_as_exact_as_the_models():
+    ensemble = fastmlp.Ensemble(in_double_precision())
+    step = fastmlp.TrainStep(ensemble, nn.MSELoss(), one_each(ensemble.models, sgd))
+    other, (x, target) = copy.deepcopy(step), (t.double() for t in batch_of(ensemble, None, 6))
+    right = [other(*(t[..., rows, :] for t in (x, target))) for rows in (slice(0, 4), slice(4, 6))]
+    assert torch.equal(step.run(x, target, batch_size=4), torch.stack(right))
+    assert step.run(x[..., :0, :], target[..., :0, :], batch_size=4).shape == (0, 2)
+
+
 def test_autograd_notices_that_a_step_has_changed_parameters():
     ensemble = ensemble_of(2, 4, 7, 2)
     x, target = batch_of(ensemble, None, 5)

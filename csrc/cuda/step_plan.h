@@ -40,7 +40,8 @@ struct Plan {
 // Rates of an H100 for a kernel of this kind, per microsecond; about half of what it can do.
 constexpr double multiply_adds = 1e5, bytes_of_block = 1e5, bytes_of_all = 4e6;
 constexpr double phase = 0.5;  // microseconds that its loads and sums wait
-constexpr double node = 2.5;   // of a graph of kernels
+constexpr double node =
+    2.5;  // of a graph: of each layer y, dx and dW; and some six of the loss and the update
 
 // With so many units of the widest hidden layer for a block.
 inline Plan planned(const Shape& s, int64_t units, const Gpu& gpu) {
@@ -78,7 +79,7 @@ inline Plan planned(const Shape& s, int64_t units, const Gpu& gpu) {
   }
   const bool fits =
       4 * p.shared_floats + own_shared_bytes <= gpu.shared_bytes && p.blocks <= gpu.multiprocessors;
-  if (!fits || p.microseconds > node * (4.0 * L + 6 + 3 * s.clips)) p.blocks = 0;
+  if (!fits || p.microseconds > node * (3.0 * L + 6 + 3 * s.clips)) p.blocks = 0;
   return p;
 }
 
