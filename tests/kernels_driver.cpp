@@ -20,8 +20,6 @@
 #endif
 
 #ifndef FASTMLP_EMULATE
-#include <dlfcn.h>
-
 #include <atomic>
 
 #include "../csrc/cpu/plan.h"
@@ -73,12 +71,12 @@ static int64_t planned(const Layer* layers, int64_t count, int64_t* blocks) {
 [[maybe_unused]] static int threads(unsigned variant) { return int(1 + variant % 7); }
 
 #ifndef FASTMLP_EMULATE
-// In the place of libgomp's barrier: how often threads have come to one.
+// What the linker puts in the place of libgomp's barrier: how often threads have come to one.
 static std::atomic<int64_t> arrivals{0};
-extern "C" void GOMP_barrier() {
-  static const auto barrier = reinterpret_cast<void (*)()>(dlsym(RTLD_NEXT, "GOMP_barrier"));
+extern "C" void __real_GOMP_barrier();
+extern "C" void __wrap_GOMP_barrier() {
   ++arrivals;
-  barrier();
+  __real_GOMP_barrier();
 }
 #endif
 

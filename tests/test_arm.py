@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from test_kernels import FLAGS, ROOT, SOURCES
+from test_kernels import FLAGS, OPENMP, ROOT, SOURCES
 
 TOOLS = "aarch64-linux-gnu-"
 MISSING = [tool for tool in (f"{TOOLS}g++", f"{TOOLS}objdump", "qemu-aarch64") if shutil.which(tool) is None]
@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}"),
 ]
 
-COMPILE = [f"{TOOLS}g++", "-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off"]  # optimised as the package is
+COMPILE = [f"{TOOLS}g++", "-std=c++17", "-O3", *OPENMP, "-ffp-contract=off"]  # optimised as the package is
 
 
 def run(*command: object) -> str:

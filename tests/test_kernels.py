@@ -210,6 +210,7 @@ FLAGS = {
     ],
     "cpu": ["-DFASTMLP_COST_OF_THREADS=0"],
 }
+OPENMP = ["-fopenmp", "-Wl,--wrap=GOMP_barrier"]  # the driver counts who comes to a barrier
 OLDEST = "g++-11"  # the oldest compiler that the package can be built with
 # The instruction sets that can be emulated, and the flag of a processor that has them.
 EMULATED = {"avx512bf16": "avx512_bf16", "avx512": "avx512vl"}
@@ -281,7 +282,7 @@ class Builds:
         return futures
 
     def gxx(self, compiler: str, *arguments: object) -> Path:
-        command = [compiler, "-std=c++17", "-fopenmp", "-ffp-contract=off", *map(str, arguments)]
+        command = [compiler, "-std=c++17", *OPENMP, "-ffp-contract=off", *map(str, arguments)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         return Path(command[-1])
 
