@@ -204,7 +204,8 @@ struct Step {
   double max_norm;  // all gradients are clipped to this norm together; 0 for no bound
   float* norm;      // where the norm goes that they had, where there is a bound
   // On CUDA: so many steps, one after the other. The next one's x and target lie so many elements behind, its numbers in
-  // memory so many StepNumbers, its value and norm one element. Without numbers in memory, all have the first one's.
+  // memory so many StepNumbers, its value one element. Without numbers in memory, all have the first one's. The norm is the
+  // last one's.
   int64_t steps = 1, x_step = 0, target_step = 0, numbers_step = 0;
 };
 

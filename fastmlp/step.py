@@ -263,7 +263,9 @@ class TrainStep:
                 step(x[rows], *(target[rows] for target in targets))
 
         Where a step is one call, so are all of them: batches are gathered in it, and Python sees to signals
-        and other threads each 10 ms. An exception, KeyboardInterrupt too, leaves whole steps. Model and
+        and other threads each 10 ms. Where a step is one launch on a GPU, so are up to 128 of them; one
+        such launch is under way while the next is made ready. An exception, KeyboardInterrupt too, leaves
+        whole steps. Model and
         optimizer are looked at anew each time, after a callback too.
 
         Args:
@@ -309,8 +311,9 @@ class TrainStep:
                 )
             rates = rates[:, None].contiguous() if rates.dim() == 1 else rates.contiguous()
         data = [t.contiguous() for t in (x, *targets)]
-        order = None if order is None else order.contiguous()
-        losses, number = torch.empty(count, dtype=torch.float32, device="cpu"), 0
+        order = None if order is None else order.to(x.device).contiguous()
+        losses, number = torch.empty(count, dtype=torch.float32, device=x.device), 0
+        launched: list[torch.cuda.Event] = []
         memory = data  # of a batch
         if order is not None:
             memory = [t.new_empty(min(batch_size, rows), *t.shape[1:]) for t in data]
@@ -329,6 +332,10 @@ class TrainStep:
                     losses = losses.to(value)
                 losses[number], done = value, 1
             number += done
+            if x.is_cuda and done > 1:
+                launched.append(torch.cuda.current_stream(x.device).record_event())
+                if len(launched) > 1:
+                    launched.pop(0).synchronize()
             if callback:
                 callback(number - 1, losses[number - 1])
         return losses

@@ -37,6 +37,7 @@ struct Request {
   Step step;
   int multiprocessors;
   unsigned order;
+  int64_t at_once;  // steps of a launch
 };
 
 int64_t train(const Request* r, int64_t M, const float* x, int64_t ldx) {
@@ -74,8 +75,17 @@ int64_t train(const Request* r, int64_t M, const float* x, int64_t ldx) {
   std::vector<char> memory(cuda::whole_step::workspace(step) + 15, char(0xff));  // NaN
   char* const workspace = memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16) % 16;
   *reinterpret_cast<unsigned*>(workspace) = 0;
-  int error = 0;
-  error = cuda::whole_step::run(step, workspace, nullptr);
-  return error;
+  const int64_t numbers_step = step.numbers_step;
+  for (int64_t left = step.steps; left > 0; left -= r->at_once) {
+    step.steps = std::min(left, r->at_once);
+    if (const int error = cuda::whole_step::run(step, workspace, nullptr)) return error;
+    layers[0].x = static_cast<const float*>(layers[0].x) + step.steps * step.x_step;
+    step.cross_entropy.target += step.steps * step.target_step;
+    step.pointwise.target += step.steps * step.target_step;
+    step.value += step.steps;
+    if (r->numbers)
+      for (Trained& t : trained) t.update.numbers += step.steps * numbers_step;
+  }
+  return 0;
 }
 }

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference import cases
+from test_run import OPTIONS as RUN_OPTIONS
+from test_run import assert_same, run_by_calls, step_of
 
 import fastmlp
 
@@ -696,6 +698,63 @@ def test_a_step_may_be_captured_in_a_graph_of_the_users_own(monkeypatch):
     first = value.clone()
     graph.replay()
     assert value < first
+
+
+ROWS = 16 * 150 + 5  # of more steps than one launch has; the last batch is short
+ORDERS = {
+    "in their order": lambda: None,
+    "an order": lambda: torch.randperm(ROWS),
+    "an order on the GPU": lambda: torch.randint(ROWS, (ROWS,), device="cuda"),
+}
+
+
+@product_of(["name", "order"], [*RUN_OPTIONS], [*ORDERS])
+def test_a_run_of_few_launches_trains_to_the_bit_as_its_steps_do(monkeypatch, name, order):
+    torch.manual_seed(0)
+    model, loss = fastmlp.MLP(30, 70, 10, device="cuda"), torch.nn.CrossEntropyLoss()
+    step, other = (step_of(m, loss, **RUN_OPTIONS[name]) for m in (model, copy.deepcopy(model)))
+    data = torch.randn(ROWS, 30, device="cuda"), torch.randint(10, (ROWS,), device="cuda")
+    numbers = ORDERS[order]()
+    expected = run_by_calls(other, *data, batch_size=16, order=numbers)
+    assert "in one call" in repr(other)
+    monkeypatch.setattr(fastmlp.TrainStep, "__call__", None)
+    losses = step.run(*data, batch_size=16, order=numbers)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=0)
+    assert_same(step, other)
+
+
+def test_a_run_of_few_launches_takes_the_rates_that_it_is_given(monkeypatch):
+    torch.manual_seed(0)
+    model, loss = fastmlp.MLP(30, 70, 10, device="cuda"), torch.nn.MSELoss()
+    step, other = (step_of(m, loss, **RUN_OPTIONS["decay"]) for m in (model, copy.deepcopy(model)))
+    data = torch.randn(ROWS, 30, device="cuda"), torch.randn(ROWS, 10, device="cuda")
+    rates = torch.linspace(0.1, 0.0, -(-ROWS // 16), dtype=torch.float64)
+
+    def set_rate(number):
+        other.optimizer.param_groups[0]["lr"] = rates[number].item()
+
+    set_rate(0)
+    expected = run_by_calls(
+        other, *data, batch_size=16, after=lambda number: set_rate(min(number + 1, len(rates) - 1))
+    )
+    monkeypatch.setattr(fastmlp.TrainStep, "__call__", None)
+    losses = step.run(*data, batch_size=16, rates=rates)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=0)
+    torch.testing.assert_close(model.state_dict(), other.model.state_dict(), rtol=0, atol=0)
+
+
+@product_of(["order"], ["in their order", "an order"])
+def test_a_run_of_steps_that_are_graphs_trains_as_its_steps_do(monkeypatch, order):
+    monkeypatch.setattr(fastmlp.step._C, "train_step", lambda *_: NotImplemented)
+    torch.manual_seed(0)
+    model, loss = fastmlp.MLP(30, 70, 10, device="cuda"), torch.nn.CrossEntropyLoss()
+    step, other = (step_of(m, loss, **RUN_OPTIONS["momentum"]) for m in (model, copy.deepcopy(model)))
+    data = torch.randn(ROWS, 30, device="cuda"), torch.randint(10, (ROWS,), device="cuda")
+    numbers = ORDERS[order]()
+    losses = step.run(*data, batch_size=16, order=numbers)
+    expected = run_by_calls(other, *data, batch_size=16, order=numbers)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=0)
+    assert_same(step, other)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -72,7 +72,7 @@ class Request(ctypes.Structure):
     _fields_ += [(name, ctypes.c_void_p) for name in ("widths", "activations", "params", "states", "trained")]
     _fields_ += [("optimizer", Optimizer), ("rate", ctypes.c_float), ("inverse_root", ctypes.c_float)]
     _fields_ += [("numbers", ctypes.c_void_p), ("step", Step)]
-    _fields_ += [("multiprocessors", ctypes.c_int), ("order", ctypes.c_uint)]
+    _fields_ += [("multiprocessors", ctypes.c_int), ("order", ctypes.c_uint), ("at_once", ctypes.c_int64)]
 
 
 def build(output: Path, root: Path = ROOT) -> ctypes.CDLL:
@@ -157,8 +157,8 @@ class Training:
             row.kept, row.weight_decay = 1 - o["lr"] * o["weight_decay"], 0
         return row, o["lr"] / (1 - first**count), 1 / (1 - second**count) ** 0.5
 
-    def by_kernel(self, kernel, multiprocessors=4, order=0, in_memory=True):
-        """Parameters and states after the steps, the values and the norms."""
+    def by_kernel(self, kernel, multiprocessors=4, order=0, in_memory=True, at_once=None):
+        """Parameters and states after the steps, the values and the last norm."""
         optimizer, rate, root = self.optimizer(1)
         params = [p if p is None else p.copy() for p in self.params]
         states = [
@@ -173,7 +173,7 @@ class Training:
             pointers(itertools.chain(*states)),
             np.array(self.trained),
         ]
-        values, norms = (np.full(self.steps, np.nan, np.float32) for _ in range(2))
+        values, norm = (np.full(size, np.nan, np.float32) for size in (self.steps, 1))
         is_class = self.loss == "cross_entropy"
         request = Request(len(self.activations), *map(address, self.alive), optimizer, rate, root)
         if in_memory:
@@ -193,13 +193,14 @@ class Training:
             ),
             value=address(values),
             max_norm=self.max_norm,
-            norm=address(norms),
+            norm=address(norm),
             steps=self.steps,
             x_step=self.M * self.ldx,
             target_step=self.M * (1 if is_class else C),
             numbers_step=len(params),
         )  # fmt: skip
         request.multiprocessors, request.order = multiprocessors, order
+        request.at_once = at_once or self.steps
         error = kernel.train(
             ctypes.byref(request), ctypes.c_int64(self.M), ctypes.c_void_p(address(self.x)),
             ctypes.c_int64(self.ldx),
@@ -208,7 +209,7 @@ class Training:
         kept = [s for p, s in zip(self.trained, states, strict=True) if p]
         results = [p for p in params if p is not None]
         results += [s for own in kept for s in own if s is not None]
-        return [*results, values, *([norms] if self.max_norm else [])]
+        return [*results, values, *([norm] if self.max_norm else [])]
 
     def row(self, kernel, name: str) -> Row:
         g = ACTIVATIONS[name]
@@ -256,7 +257,7 @@ class Training:
         )
         states = [optimizer.state[p][name] for p in trained for name in names if name in optimizer.state[p]]
         results = [p.detach().numpy() for p in params if p is not None] + [s.numpy() for s in states]
-        return [*results, np.array(values), *([np.array(norms)] if self.max_norm else [])]
+        return [*results, np.array(values), *([np.array(norms[-1:])] if self.max_norm else [])]
 
     def check(self, kernel, **how):
         for ours, right in zip(self.by_kernel(kernel, **how), self.by_torch(), strict=True):
@@ -319,6 +320,14 @@ def test_neither_the_number_of_blocks_nor_their_order_changes_a_bit(kernel, case
     for multiprocessors, order in [(2, 1), (5, 0), (5, 1), (5, 2), (3, 3)]:
         for one, other in zip(alone, training.by_kernel(kernel, multiprocessors, order), strict=True):
             assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("case", ["cross-entropy", "mse", "nesterov", "adam", "clipped"])
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_steps_of_one_launch_are_to_the_bit_those_of_several(kernel, case, at_once):
+    training = Training(**CASES[case])
+    pairs = zip(training.by_kernel(kernel), training.by_kernel(kernel, at_once=at_once), strict=True)
+    assert all(np.array_equal(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}], ids=str)

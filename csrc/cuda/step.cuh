@@ -48,7 +48,7 @@ struct Arguments {
   Losses loss;
   double max_norm;
   int outputs;                   // where z, y and dy of those rows are in shared memory
-  float *losses, *value, *norm;  // [M], [steps], [steps]
+  float *losses, *value, *norm;  // [M], [steps], of the last step
   double* squares;               // [blocks]
   unsigned* arrived;             // of the grid's barrier
 };
@@ -255,7 +255,7 @@ class Worker {
     double sum = 0.0;
     for (unsigned b = threadIdx.x; b < gridDim.x; b += threads) sum += a.squares[b];
     const double norm = sqrt(across<Sum>(sum));
-    if (blockIdx.x == 0 && threadIdx.x == 0) a.norm[step] = static_cast<float>(norm);
+    if (blockIdx.x == 0 && threadIdx.x == 0) *a.norm = static_cast<float>(norm);
     return factor_of({Dtype::float32, a.max_norm, false, nullptr}, norm, true);
   }
 

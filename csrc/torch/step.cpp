@@ -237,8 +237,8 @@ void CheckedStep::take_parameter(Trained& to) {
               " of shape ", a.counts[at].sizes());
 }
 
-// As options and counts are now.
-void CheckedStep::optimize() {
+// As options are now, and counts after so many steps.
+void CheckedStep::optimize(int64_t steps_before) {
   double last = -1;
   for (size_t i = 0; i < trained.size(); ++i) {
     if (!trained[i]->optimizer) continue;
@@ -246,7 +246,7 @@ void CheckedStep::optimize() {
     void* const* const own = trained[i]->update.states;
     void* const* const states = std::find(own, own + row.states, nullptr);
     optimizers[i] = optimizer_of(row, options, Dtype::float32, size_t(states - own));
-    const double count = row.counts ? count_of(a.counts[i]) + 1 : 0;
+    const double count = row.counts ? count_of(a.counts[i]) + 1 + double(steps_before) : 0;
     // Powers take longer than all else, and are mostly the last parameter's.
     const bool is_last = i > 0 && count == last && a.numbers[i] == a.numbers[i - 1];
     trained[i]->update.rates = is_last ? trained[i - 1]->update.rates : rates_of(row, options, count);
@@ -294,6 +294,26 @@ void CheckedStep::take(float* value) {
   TORCH_CHECK_INDEX(wrong < 0, "target: expected classes from 0 to ", step.cross_entropy.C - 1, ", got ",
                     step.cross_entropy.target[wrong], " in row ", wrong);
   finish();
+}
+
+void CheckedStep::take(float* values, int64_t steps, c10::function_ref<void(int64_t)> set_rates) {
+  const size_t P = trained.size();
+  const Tensor told =
+      at::detail::empty_cpu({steps * int64_t(P * sizeof(StepNumbers))}, at::kByte, /*pin_memory=*/true);
+  StepNumbers* to = static_cast<StepNumbers*>(told.mutable_data_ptr());
+  for (int64_t number = 0; number < steps; ++number) {
+    set_rates(number), optimize(number);
+    for (size_t i = 0; i < P; ++i) *to++ = {optimizers[i], trained[i]->update.rates};
+  }
+  const Tensor numbers = told.to(a.input.device(), /*non_blocking=*/true);
+  for (size_t i = 0; i < P; ++i) {
+    optimizers[i].in_memory = true;
+    trained[i]->update.numbers = static_cast<const StepNumbers*>(numbers.const_data_ptr()) + i;
+  }
+  step.value = values, step.steps = steps, step.numbers_step = int64_t(P);
+  step.x_step = x.numel(), step.target_step = targets.numel();
+  run_on_gpu(step, a.workspace);
+  for (int64_t number = 0; number < steps; ++number) finish();
 }
 
 void CheckedStep::finish() {
@@ -392,15 +412,17 @@ struct Run {
   }
   // Whether the steps are of rows as the batch's, and all that they read and write is there.
   bool is_covered(const Tensor& batch) const {
-    const auto covers = [](const Tensor& t, at::ScalarType dtype, int64_t size) {
-      return t.is_cpu() && t.is_contiguous() && t.scalar_type() == dtype && t.dim() > 0 && t.size(0) >= size;
+    const auto covers = [&](const Tensor& t, at::ScalarType dtype, int64_t size) {
+      return t.device() == batch.device() && t.is_contiguous() && t.scalar_type() == dtype && t.dim() > 0 &&
+             t.size(0) >= size;
     };
     const int64_t rows = batch.dim() > 1 ? batch.size(0) : 0, end = begin + steps * rows;
     const int64_t of_data = order ? 0 : end;
     return rows > 0 && begin >= 0 && steps > 0 && number >= 0 && covers(x, at::kFloat, of_data) &&
            covers(target, target.scalar_type(), of_data) && target.size(0) >= x.size(0) &&
            covers(losses, at::kFloat, number + steps) && (!order || covers(*order, at::kLong, end)) &&
-           (!rates || (covers(*rates, at::kDouble, number + steps) && rates->dim() == 2));
+           (!rates || (rates->is_cpu() && rates->is_contiguous() && rates->scalar_type() == at::kDouble &&
+                       rates->dim() == 2 && rates->size(0) >= number + steps));
   }
   // Those of a step.
   Numbers rates_of(int64_t step) const {
@@ -413,6 +435,24 @@ struct Run {
   int64_t begin, steps,
       number;  // of the first step: its first row, of which the number tells its loss and rates
 };
+
+// Takes the next steps of a run on a GPU in one launch, and returns how many. Python sees to signals between launches, which
+// therefore take a few milliseconds at most. The batches of an order are gathered before: for all steps at once that costs
+// less than a step, whose kernel would else find each row of x twice by its number.
+int64_t take_launch(CheckedStep& step, int64_t rows, const Run& run, Training& training, float* losses) {
+  constexpr int64_t most = 128, most_gathered = 64 << 20;  // bytes
+  Tensor x = run.x.slice(0, run.begin), target = run.target.slice(0, run.begin);
+  int64_t steps = training.begins() ? 1 : std::min(run.steps, most);
+  if (run.order) {
+    const int64_t of_row = int64_t(run.x.nbytes()) / std::max<int64_t>(run.x.size(0), 1);
+    steps = std::clamp<int64_t>(most_gathered / std::max<int64_t>(rows * of_row, 1), 1, steps);
+    const Tensor order = run.order->slice(0, run.begin, run.begin + steps * rows);
+    x = run.x.index_select(0, order), target = run.target.index_select(0, order);
+  }
+  step.move_to(x.const_data_ptr(), target.const_data_ptr());
+  step.take(losses, steps, [&](int64_t number) { training.set_rates(run.rates_of(number)); });
+  return steps;
+}
 
 // Takes as many steps as there is time for, and returns how many: 0 where the first is to be taken by itself, or raises. The
 // caller then sees to signals, and to what other threads of Python may have changed.
@@ -429,10 +469,12 @@ int64_t take_steps(const StepArguments& a, const Tensor& batch, const Run& run, 
   const char *const x = static_cast<const char*>(run.x.const_data_ptr()),
                     *const target = static_cast<const char*>(run.target.const_data_ptr());
   float* const losses = run.losses.mutable_data_ptr<float>() + run.number;
+  const c10::DeviceGuard guard(a.input.device());
   const Unlocked unlocked(true);
   const auto end = std::chrono::steady_clock::now() + time;
   int64_t done = 0;
   try {
+    if (!a.input.is_cpu()) return take_launch(step, rows, run, training, losses);
     do {
       const int64_t begin = run.begin + done * rows;
       if (run.order) {

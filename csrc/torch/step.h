@@ -1,6 +1,8 @@
 // A training step of a network: forward, loss, backward and update, in one call of the CPU backend.
 #pragma once
 
+#include <c10/util/FunctionRef.h>
+
 #include <string_view>
 
 #include "backends.h"
@@ -48,6 +50,9 @@ class CheckedStep {
   void move_to(const void* x_rows, const void* target_rows);
   // Takes it. Raises IndexError for a class that is none, with nothing changed.
   void take(float* value);
+  // On a GPU so many steps in one launch, each of the rows behind the last one's, with the losses one after the other.
+  // Before the numbers of a step are taken, set_rates(step) is called.
+  void take(float* values, int64_t steps, c10::function_ref<void(int64_t)> set_rates);
   // The same in parts: the step as options and counts are now, and what it leaves when it has been taken.
   const Step& prepare(float* value);
   void finish();
@@ -57,7 +62,7 @@ class CheckedStep {
   using List = c10::SmallVector<T, 8>;
 
   void take_parameter(Trained& to);
-  void optimize();
+  void optimize(int64_t steps_before = 0);
 
   const StepArguments& a;
   const OptimizerRow& row;
