@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import accumulate, islice
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import _C, functional
 from .layers import Layers, parameters_of
-from .optim import Rule, rule_of
+from .optim import OPTIMIZERS
 
 __all__ = ["Graphs", "Slower"]
 
@@ -27,17 +27,6 @@ class Slower(Exception):
     """Why a step is the standard loop."""
 
 
-class _Part(NamedTuple):
-    """Those of the trained parameters that the optimizer changes alike."""
-
-    begin: int
-    end: int
-    states: int  # tensors of each
-
-    def cut(self, tensors: list[Tensor]) -> list[Tensor]:
-        return tensors[self.begin : self.end]
-
-
 class Graphs:
     """The steps of a model and an optimizer on one GPU, a graph for each of the last shapes of batch.
 
@@ -49,14 +38,8 @@ class Graphs:
 
     def __init__(self) -> None:
         """See the class."""
-        self._held: Any = None  # what was compared last, and of the states
-        self._places: bytes | None = None
-        self._trained: list[Tensor] = []
-        self._parts: list[_Part] = []
-        self._groups: list[int] = []  # of each of the trained parameters
-        self._names: list[tuple[str, ...]] = []  # of each one's states, and of its count where there is one
-        self._counts: list[int] = []  # where they are among all states
-        self._options: list[Any] | None = None  # that `_numbers` has been made of
+        self._held: Any = None  # what was compared last
+        self._options: Any = None  # that `_numbers` has been made of
         self._numbers = torch.empty(0)
         self._graphs: dict[bytes, _Graph | None] = {}  # None for a shape that has come once
         self._refused: dict[bytes, str] = {}
@@ -91,32 +74,19 @@ class Graphs:
             raise Slower("x or target is on another device, or requires a gradient")
         if torch.cuda.is_current_stream_capturing():
             raise Slower("the caller captures a CUDA graph")
-        rule: Any = rule_of(optimizer)
-        keys: list[Any] = []
-        options: list[Any] = []
-        params: list[list[Tensor]] = []
-        for group in optimizer.param_groups:
-            keys.append(None if group["differentiable"] else rule.keys(group))
-            options += rule.options(group)
-            params.append(group["params"])
-        places = _C.places(weights, biases, known[2:4], *params)
-        held = places, rule.name, keys, activations, known[:2], known[4:], max_norm
+        parameters = [*dict.fromkeys(parameters_of(layers))]
+        found = _C.collect(OPTIMIZERS, optimizer, parameters, max_norm is not None)
+        if isinstance(found, str):
+            raise Slower(found)
+        name, trained, states, counts, options = found
+        if not all(t.is_cpu for t in counts):
+            raise Slower("optimizer: it counts its steps on the GPU")
+        places = _C.places(weights, biases, known[2:4], trained, counts, *states)
+        held = places, name, activations, known[:2], known[4:], max_norm
         if held != self._held:
-            self._held = self._places = None
-            self._plan(layers, params, keys, rule, max_norm)
-            self._held = held
-        states = _C.states(optimizer.state, self._trained, self._names)
-        if states is None:
-            raise Slower("until the optimizer has its states, a step is the loop")
-        counts = [states[index] for index in self._counts]
-        places = _C.places(states)
-        if places != self._places:
-            self._places, self._graphs = None, {}
-            if not all(t.is_cpu for t in counts):
-                raise Slower("optimizer: it counts its steps on the GPU")
-            self._places = places
-        if None in options:
-            raise Slower("optimizer: an option is neither a number nor a tensor of one on the CPU")
+            self._held, self._graphs, self._options = held, {}, None
+            size = len(trained) * _C.size_of_numbers
+            self._numbers = torch.zeros(size, dtype=torch.uint8, device=trained[0].device)
 
         if batch in self._refused:
             raise Slower(self._refused[batch])
@@ -128,45 +98,13 @@ class Graphs:
         if is_new:
             raise Slower("until a batch of the same shape comes again, a step is the loop")
         if graph is None:
-            step = _Step(layers, loss, rule, max_norm, self._trained, self._parts, states, self._numbers)
+            step = _Step(layers, loss, name, max_norm, trained, states, self._numbers)
             graph = self._graphs[batch] = self._captured(batch, step, x, target)
         if counts or options != self._options:
-            numbers = _C.count_up_numbers(rule.name, options, self._groups, counts, self._numbers.is_cuda)
+            numbers = _C.count_up_numbers(name, *options, counts, self._numbers.is_cuda)
             self._numbers.copy_(numbers, non_blocking=True)
             self._options = options
         return graph.replay(x, target)
-
-    def _plan(
-        self,
-        layers: Layers,
-        params: list[list[Tensor]],
-        keys: list[Any],
-        rule: Rule,
-        max_norm: float | None,
-    ) -> None:
-        """Finds what is trained, and how."""
-        if None in keys:
-            raise Slower("optimizer: it is differentiable")
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in parameters_of(layers)):
-            raise Slower("model: a parameter has hooks")
-        own = {p for p in parameters_of(layers) if p.requires_grad}
-        self._trained, self._parts, self._groups, self._names, self._counts = [], [], [], [], []
-        counted = (rule.counter,) if rule.counter else ()
-        for number, (of_group, names) in enumerate(zip(params, keys, strict=True)):
-            begin, found = len(self._trained), [p for p in of_group if p in own]
-            self._trained += found
-            self._parts.append(_Part(begin, len(self._trained), len(names)))
-            self._groups += [number] * len(found)
-            self._names += [(*names, *counted)] * len(found)
-        if counted:
-            self._counts = [end - 1 for end in accumulate(map(len, self._names))]
-        if not self._trained:
-            raise Slower("optimizer: it trains none of the last layers' parameters")
-        if max_norm is not None and len(own) > len(self._trained):
-            raise Slower("optimizer: it does not know all gradients that are clipped together")
-        size = len(self._trained) * _C.size_of_numbers
-        self._numbers = torch.zeros(size, dtype=torch.uint8, device=self._trained[0].device)
-        self._options = None
 
     def _captured(self, batch: bytes, step: "_Step", x: Tensor, target: Tensor) -> "_Graph":
         """The step as a graph; Slower, from now on, where there cannot be one."""
@@ -192,11 +130,10 @@ class _Step(NamedTuple):
 
     layers: Layers
     loss: Callable[..., Any]
-    rule: Rule
+    optimizer: str
     max_norm: float | None
     trained: list[Tensor]
-    parts: list[_Part]
-    states: list[Tensor]  # of each of the trained; its count is the last, where there is one
+    states: list[tuple[Tensor, ...]]  # of each of the trained
     numbers: Tensor
 
     def __call__(
@@ -211,13 +148,13 @@ class _Step(NamedTuple):
         params = list(leaves.values())
         grads = list(torch.autograd.grad(value, params))
         norm = None if self.max_norm is None else _clip(grads, self.max_norm)
-        is_covered, states = self.max_norm is None or norm is not None, iter(self.states)
-        for part in self.parts:
-            length = part.states + (self.rule.counter is not None)
-            of_each = [[*islice(states, length)][: part.states] for _ in range(part.begin, part.end)]
-            own = [memory(each[kind]) for kind in range(part.states) for each in of_each]
-            numbers = self.numbers[part.begin * _C.size_of_numbers : part.end * _C.size_of_numbers]
-            is_covered &= _optimize(self.rule.name, part.cut(params), part.cut(grads), own, numbers)
+        is_covered, end = self.max_norm is None or norm is not None, 0
+        for kinds, part in groupby(self.states, len):  # those that the optimizer changes alike
+            of_each = [*part]
+            begin, end = end, end + len(of_each)
+            own = [memory(each[kind]) for kind in range(kinds) for each in of_each]
+            numbers = self.numbers[begin * _C.size_of_numbers : end * _C.size_of_numbers]
+            is_covered &= _optimize(self.optimizer, params[begin:end], grads[begin:end], own, numbers)
         if not is_covered:
             raise Slower("the kernels do not cover the parameters, their gradients or the optimizer's states")
         return value.detach(), norm, grads
@@ -232,7 +169,7 @@ class _Graph:
     def __init__(self, step: _Step, x: Tensor, target: Tensor, pool: Any) -> None:
         self.pool, device = pool, x.device
         self._x, self._target = (t.clone(memory_format=torch.contiguous_format) for t in (x, target))
-        self._trained, self._changed = step.trained, step.trained + step.states
+        self._trained, self._changed = step.trained, [*step.trained, *chain(*step.states)]
         self._graph = torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream(device)
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -26,7 +26,6 @@ __all__ = [
     "drop_gradients",
     "fuse_optimizer",
     "has_step_hooks",
-    "rule_of",
     "take_step",
     "unfuse_optimizer",
 ]
@@ -349,11 +348,6 @@ _OURS: dict[type[Optimizer], type[_OneKernel]] = {cls._torchs: cls for cls in (S
 _RULES = {cls: ours._rule for torchs, ours in _OURS.items() for cls in (torchs, ours)}
 #: What csrc/torch/training.cpp is to know: those, and who is called before or after any optimizer's step.
 OPTIMIZERS = _RULES, (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
-
-
-def rule_of(optimizer: Optimizer) -> Rule | None:
-    """What the kernels are to know of the optimizer, torch's or ours; None for one that they do not know."""
-    return _RULES.get(type(optimizer))
 
 
 def drop_gradients(optimizer: Optimizer) -> None:

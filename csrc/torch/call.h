@@ -44,6 +44,11 @@ PyObject* known_loss(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 // latter two, for any parameters.
 PyObject* why_not_trained(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
+// collect(optimizers, optimizer, parameters, knows_all): that reason; or the kernels' name of the optimizer, and lists of the
+// parameters that it trains, of the tuple of states of each, and of the counts, and as count_up_numbers takes them the options
+// and their numbers.
+PyObject* collect(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
 // options(name, group), keys(name, group): of an optimizer that the kernels know by this name. The numbers in the kernels'
 // order, [None] where one is none; and the names of a parameter's states, as a tuple.
 PyObject* options(PyObject*, PyObject* const* arguments, Py_ssize_t count);

@@ -2,7 +2,6 @@
 // layer takes. What is found is held: to make a dictionary, or a list, may collect garbage, which may run any code.
 #include "lookup.h"
 
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
 namespace fastmlp {
@@ -69,26 +68,6 @@ PyObject* find(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     }
     if (!value) Py_RETURN_NONE;
     PyList_SET_ITEM(list.get(), i, value.release());
-  }
-  return list.release();
-}
-
-PyObject* states(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 3 || !PyDict_Check(arguments[0]) || !PyList_Check(arguments[1]) ||
-      !PyList_Check(arguments[2]) || PyList_GET_SIZE(arguments[1]) != PyList_GET_SIZE(arguments[2]))
-    return PyErr_Format(PyExc_TypeError,
-                        "states: expected a dict, a list of parameters and one of tuples of names");
-  THPObjectPtr list(PyList_New(0));
-  for (Py_ssize_t i = 0; list && i < PyList_GET_SIZE(arguments[1]); ++i) {
-    PyObject* const names = PyList_GET_ITEM(arguments[2], i);
-    if (!PyTuple_Check(names)) return PyErr_Format(PyExc_TypeError, "states: expected tuples of names");
-    if (!PyTuple_GET_SIZE(names)) continue;
-    THPObjectPtr own = item(arguments[0], PyList_GET_ITEM(arguments[1], i));
-    for (Py_ssize_t j = 0; j < PyTuple_GET_SIZE(names); ++j) {
-      THPObjectPtr value = item(own, PyTuple_GET_ITEM(names, j));
-      if (!value || !THPVariable_CheckExact(value)) Py_RETURN_NONE;
-      if (PyList_Append(list, value)) return nullptr;
-    }
   }
   return list.release();
 }

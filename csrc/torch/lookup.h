@@ -14,10 +14,6 @@ PyObject* attribute(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 // attributes; a Method stands for itself. None where there is another call, or one that is not found.
 PyObject* find(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
-// states(state, parameters, names): the list of state[p][name] for each of the parameters, and of its tuple of names. None
-// where one is not there, or no plain tensor.
-PyObject* states(PyObject*, PyObject* const* arguments, Py_ssize_t count);
-
 // is_unchanged(function, code, other): whether the function still has this code, and the defaults of the other one.
 PyObject* is_unchanged(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 

@@ -132,6 +132,11 @@ THPObjectPtr dict_of(PyObject* o) {
   return own;
 }
 
+const Tensor& nothing() {
+  static const Tensor& none = *new Tensor(at::detail::empty_cpu({0}, at::kFloat));
+  return none;
+}
+
 }  // namespace
 
 std::string why_not_known(PyObject* optimizers, PyObject* optimizer) {
@@ -150,7 +155,6 @@ std::string Training::collect(PyObject* optimizers, PyObject* of, Objects parame
                               Numbers rates) {
   static const Keywords names =
       keywords({"param_groups", "state", "differentiable", "params", "made", "step"});
-  static const Tensor& nothing = *new Tensor(at::detail::empty_cpu({0}, at::kFloat));
   std::string why = why_not_known(optimizers, of);
   if (!why.empty()) return why;
   optimizer = THPObjectPtr::dup(of);
@@ -214,14 +218,16 @@ std::string Training::collect(PyObject* optimizers, PyObject* of, Objects parame
     bool is_known = true;
     for (size_t i = 0; i < row->states; ++i)
       if (i < keys.size()) is_known &= push(keys[i], states);
-      else states.push_back(nothing);
+      else states.push_back(nothing());
     if (row->counts && state) is_known &= push(names[5], counts);
-    else if (row->counts) counts.push_back(nothing);
+    else if (row->counts) counts.push_back(nothing());
     if (!is_known) return "optimizer: a state is no tensor, or of a type of its own";
     numbers.push_back(number);
   }
   return is_trained ? "" : "optimizer: it trains none of the last layers' parameters";
 }
+
+bool Training::has_state(size_t number) const { return !states[number].is_same(nothing()); }
 
 void Training::set_rates(Numbers rates) {
   if (rates.empty()) return;
@@ -251,6 +257,38 @@ PyObject* why_not_trained(PyObject*, PyObject* const* arguments, Py_ssize_t coun
                                                           arguments[3] == Py_True);
   if (why.empty()) Py_RETURN_NONE;
   return PyUnicode_FromStringAndSize(why.data(), Py_ssize_t(why.size()));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* collect(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 4 && is_list(arguments[2]),
+                   "collect: expected what is known, an optimizer, a list of parameters, and a bool");
+  Training own;
+  std::string why = own.collect(arguments[0], arguments[1], items_of(arguments[2]), arguments[3] == Py_True);
+  if (why.empty() && own.begins()) why = "until the optimizer has its states, a step is the loop";
+  if (!why.empty()) return PyUnicode_FromStringAndSize(why.data(), Py_ssize_t(why.size()));
+  const auto append = [](PyObject* list, PyObject* item) {
+    const THPObjectPtr owned(item);
+    if (!item || PyList_Append(list, item)) throw python_error();
+  };
+  THPObjectPtr lists[5];  // of parameters, states, counts, options and their numbers
+  for (THPObjectPtr& list : lists)
+    if (list = PyList_New(0); !list) throw python_error();
+  for (const double option : own.options) append(lists[3], PyFloat_FromDouble(option));
+  for (size_t i = 0; i < own.params.size(); ++i) {
+    if (own.numbers[i] < 0) continue;
+    THPObjectPtr states(PyList_New(0));
+    if (!states) throw python_error();
+    for (size_t k = own.row->states * i; k < own.row->states * (i + 1); ++k)
+      if (own.has_state(k)) append(states, THPVariable_Wrap(own.states[k]));
+    append(lists[0], THPVariable_Wrap(own.params[i]));
+    append(lists[1], PyList_AsTuple(states));
+    if (own.row->counts) append(lists[2], THPVariable_Wrap(own.counts[i]));
+    append(lists[4], PyLong_FromLongLong(own.numbers[i]));
+  }
+  return Py_BuildValue("sOOO(OO)", own.row->name, lists[0].get(), lists[1].get(), lists[2].get(),
+                       lists[3].get(), lists[4].get());
   END_HANDLE_TH_ERRORS
 }
 

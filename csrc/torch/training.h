@@ -29,6 +29,7 @@ class Training {
   c10::SmallVector<double, 16>
       options;  // row->options of each group, and once more where it has a first step
   c10::SmallVector<int64_t, 8> numbers;  // of each parameter's options; -1 where it is not trained
+  bool has_state(size_t number) const;   // or it is none, of no element
   // Whether there is a state that is new.
   bool begins() const { return !made.empty(); }
   // Other rates from now on, but for a parameter whose state is new.
