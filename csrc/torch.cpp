@@ -14,6 +14,7 @@
 #endif
 #include "torch/lookup.cpp"
 #include "torch/module.cpp"
+#include "torch/module_call.cpp"
 #include "torch/network.cpp"
 #include "torch/optimizer.cpp"
 #include "torch/predictor.cpp"

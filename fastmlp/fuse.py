@@ -21,6 +21,7 @@ from fastmlp.layers import (
     Layers,
     Role,
     apply_sequential,
+    call_directly,
     is_called_plainly,
     is_unwatched,
     role_of,
@@ -79,6 +80,7 @@ def fuse(model: Model, inplace: bool = True) -> Model:
         fuse_optimizer(model)
         return model
     _check(model)
+    call_directly()
     if not inplace:
         model = copy.deepcopy(model)
     changes, _ = plan(model)
@@ -334,6 +336,8 @@ def _make_class(cls: Any) -> Any:
     for method in attributes.values():
         if isinstance(method, _Rewritten):
             method.fused = fused
+    if not methods:
+        call_directly(fused)
     return fused
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ from fastmlp.activations import ATTRIBUTES, COMPOSITES, METHODS, MODULES, Activa
 
 __all__ = [
     "FUNCTIONS", "KNOWN", "ROLES", "Bound", "Fused", "Layers", "Method", "Role", "Stopped", "apply",
-    "apply_sequential", "drops", "is_called_plainly", "is_unwatched", "parameters_of", "role_of", "walk",
+    "apply_sequential", "call_directly", "drops", "is_called_plainly", "is_unwatched", "parameters_of",
+    "role_of", "walk",
 ]  # fmt: skip
 
 
@@ -332,6 +334,8 @@ _TORCHS = tuple(
     )
     for name in names
 )
+#: What nn.Module's call looks up.
+_CALL = ("_call_impl", _original(nn.Module, "_call_impl")), ("_compiled_call_impl", None)
 #: What csrc/torch/chain.cpp is to know.
 KNOWN = (
     ROLES,
@@ -342,7 +346,24 @@ KNOWN = (
     _seen,
     _activation,
     _drops,
+    (
+        ("_call_impl", _original(nn.Module, "_call_impl")),
+        ("_compiled_call_impl", None),
+    ),  # of nn.Module's call
 )
+
+_direct: WeakSet[Any] = WeakSet()
+
+
+def call_directly(*classes: Any) -> None:
+    """Has Python call modules of these classes past nn.Module's call and forward, where nobody can tell.
+
+    They are to be fastmlp's, with a role, and with no forward of the owner's. Where somebody has assigned
+    ``nn.Module.__call__`` for a while, as torch.fx does, Python has undone it: this does it again for all.
+    """
+    _direct.update(classes)
+    for cls in _direct:
+        _C.call_directly(KNOWN, cls)
 
 
 def is_unwatched(input: object) -> bool:

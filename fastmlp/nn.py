@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmlp import activations, functional
-from fastmlp.layers import ROLES, Role, apply_sequential
+from fastmlp.layers import ROLES, Role, apply_sequential, call_directly
 
 __all__ = ["MLP", "CrossEntropyLoss", "Linear", "LinearReLU"]
 
@@ -145,6 +145,7 @@ ROLES |= {
     LinearReLU: Role.of(LinearReLU, "layer"),
     MLP: Role.of(MLP, "sequential"),
 }
+call_directly(Linear, LinearReLU, MLP)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

@@ -5,7 +5,10 @@ import inspect
 import io
 import pickle
 import random
+import sys
 import threading
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmlp
@@ -903,6 +907,138 @@ def test_another_kind_of_tensor_takes_the_original_forward(ops):
     model = fastmlp.fuse(Net())
     assert type(model(torch.randn(5, 12).as_subclass(Kind))) is Kind
     assert not ops
+
+
+# ---- the call
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """Notes each forward of fastmlp's that runs in Python: all ask whether they are being compiled."""
+    seen, asked = [], torch.compiler.is_dynamo_compiling
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: seen.append(None) or asked())
+    return seen
+
+
+CALLED = {
+    "a Sequential": lambda: fastmlp.fuse(sequential()),
+    "a subclass of Sequential": lambda: fastmlp.fuse(SubclassOfSequential(*sequential())),
+    "a Linear": lambda: fastmlp.fuse(nn.Linear(12, 4)),
+    "a Linear of fastmlp's": lambda: fastmlp.Linear(12, 4, activation="gelu"),
+    "a LinearReLU": lambda: fastmlp.LinearReLU(12, 4, bias=False),
+    "an MLP": lambda: fastmlp.MLP(12, 9, 4),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", CALLED)
+def test_a_call_goes_past_python_where_nobody_can_tell(forwards, name, mode):
+    model, x = CALLED[name](), inputs()
+    with mode():
+        y = model(x)
+        assert not forwards
+        expected = model.forward(x)
+    assert forwards
+    assert torch.equal(y, expected)
+    assert y.requires_grad == expected.requires_grad == (mode is torch.enable_grad)
+
+
+@contextmanager
+def removed(handle):
+    """A hook for a while."""
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def python_profile(set_profile):
+    set_profile(lambda *_: None)
+    try:
+        yield
+    finally:
+        set_profile(None)
+
+
+class Sees(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def exchanged(holder, name, value):
+    """An attribute for a while."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(holder, name, value, raising=False)
+    return removed(SimpleNamespace(remove=patch.undo))
+
+
+CALL_IMPL = nn.Module._call_impl
+WATCHERS = {
+    "a hook": lambda m: removed(m.register_forward_hook(lambda *_: None)),
+    "a hook before, with keywords": lambda m: removed(
+        m.register_forward_pre_hook(lambda *_: None, with_kwargs=True)
+    ),
+    "a hook of backward": lambda m: removed(m.register_full_backward_hook(lambda *_: None)),
+    "a hook before backward": lambda m: removed(m.register_full_backward_pre_hook(lambda *_: None)),
+    "a hook of all modules": lambda m: removed(
+        nn.modules.module.register_module_forward_pre_hook(lambda *_: None)
+    ),
+    "a forward of its own": lambda m: exchanged(m, "forward", m.forward),
+    "another call": lambda m: exchanged(nn.Module, "__call__", lambda self, x: CALL_IMPL(self, x)),
+    "what the call calls": lambda m: exchanged(nn.Module, "_call_impl", lambda self, x: CALL_IMPL(self, x)),
+    "what the module's call calls": lambda m: exchanged(m, "_call_impl", m._call_impl),
+    "a compiled call": lambda m: exchanged(m, "_compiled_call_impl", m.forward),
+    "a profiler of Python": lambda m: python_profile(sys.setprofile),
+    "a debugger of Python": lambda m: python_profile(sys.settrace),
+    "a profiler of torch": lambda m: torch.autograd.profiler.profile(),
+    "a mode": lambda m: Sees(),
+}
+
+
+@pytest.mark.parametrize("watcher", WATCHERS)
+@pytest.mark.parametrize("name", ["a Sequential", "an MLP"])
+def test_a_call_that_somebody_watches_is_nn_modules(forwards, name, watcher):
+    model, x = CALLED[name](), inputs()
+    y = model(x)
+    with WATCHERS[watcher](model):
+        torch.testing.assert_close(model(x), y)
+    assert forwards
+    fastmlp.fuse(model)  # another call has slowed down all of them
+    forwards.clear()
+    assert torch.equal(model(x), y)
+    assert not forwards
+
+
+def test_arguments_of_other_kinds_are_passed_on():
+    model, x = fastmlp.fuse(sequential()), inputs()
+    torch.testing.assert_close(model(input=x), model(x))
+    for arguments in ((), (x, x)):
+        with pytest.raises(TypeError, match="positional argument"):
+            model(*arguments)
+    with pytest.raises(TypeError, match="must be Tensor"):
+        model([1.0])
+
+
+def test_a_trace_of_the_model_keeps_the_names_of_its_parts():
+    with pytest.warns((DeprecationWarning, FutureWarning), match="trace"):
+        traced = torch.jit.trace(fastmlp.fuse(nn.Sequential(sequential(), nn.Tanh())), torch.randn(5, 12))
+    assert [name for name, _ in traced.named_children()] == ["0", "1"]
+
+
+def test_a_class_derived_from_ours_is_called_as_nn_modules_are():
+    class Own(fastmlp.MLP):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, x = Own(12, 9, 4), inputs()
+    assert torch.equal(model(x), 2 * fastmlp.MLP.forward(model, x))
+
+
+def test_the_attribute_call_stays_nn_modules():
+    model, x = fastmlp.fuse(sequential()), inputs()
+    assert type(model).__call__ is nn.Module.__call__
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
 
 
 # ---- what forwards do besides

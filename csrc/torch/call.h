@@ -13,6 +13,10 @@ PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 // they are not all layers, or where somebody looks on. `known` is what layers.py knows.
 PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
+// call_directly(known, class): from now on Python calls modules of the class, whose role is known, past nn.Module's call and
+// forward, where they are layers alone and nobody could tell. Until their __call__ is assigned to.
+PyObject* call_directly(PyObject*, PyObject* const* arguments, Py_ssize_t count);
+
 // find_layers(known, parts, input, layers): the input of the layers that the parts all are, which then have been appended to
 // the three lists of weights, biases and activations. NotImplemented where they are not.
 PyObject* find_layers(PyObject*, PyObject* const* arguments, Py_ssize_t count);

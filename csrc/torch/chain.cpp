@@ -19,7 +19,7 @@ namespace {
 // What Python knows, as layers.py has put it together.
 struct Known {
   explicit Known(PyObject* tuple) {
-    TORCH_CHECK_TYPE(PyTuple_Check(tuple) && PyTuple_GET_SIZE(tuple) == 8, "known: expected 8 items");
+    TORCH_CHECK_TYPE(PyTuple_Check(tuple) && PyTuple_GET_SIZE(tuple) == 9, "known: expected 9 items");
     const Objects items = items_of(tuple);
     roles = items[0], functions = items[1], composites = items[2], hooks = items[3], torchs = items[4];
     seen = items[5], activation = items[6], drops = items[7];
@@ -222,18 +222,16 @@ Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, const Na
   return y;
 }
 
-namespace {
-
-PyObject* network(PyObject* input, const Chain& chain) {
+THPObjectPtr run_chain(PyObject* input, const Chain& chain) {
   const Objects weights = chain.weights, biases = chain.biases;
   const auto is_bias = [](PyObject* o) { return o == Py_None || is_plain(o); };
   if (!is_plain(input) || !std::all_of(weights.begin(), weights.end(), is_plain) ||
       !std::all_of(biases.begin(), biases.end(), is_bias))
-    Py_RETURN_NOTIMPLEMENTED;
+    return {};
   const NamedActivations named(chain.activations);
   const Tensor x = THPVariable_Unpack(input);
   Tensor y = run_unseen(x, weights, biases, named);
-  if (y.defined()) return THPVariable_Wrap(std::move(y));
+  if (y.defined()) return THPObjectPtr(THPVariable_Wrap(std::move(y)));
   c10::SmallVector<Tensor, 4> weight_tensors;
   OptionalTensors bias_tensors;
   bias_tensors.reserve(biases.size());
@@ -243,10 +241,8 @@ PyObject* network(PyObject* input, const Chain& chain) {
     const pybind11::gil_scoped_release no_gil;
     y = call_network(x, weight_tensors, bias_tensors, named.names, named.parameters);
   }
-  return THPVariable_Wrap(std::move(y));
+  return THPObjectPtr(THPVariable_Wrap(std::move(y)));
 }
-
-}  // namespace
 
 THPObjectPtr attributes_of(PyObject* role, PyObject* module) {
   static PyObject *const forward = interned("forward"), *const call = interned("__call__");
@@ -265,9 +261,11 @@ THPObjectPtr attributes_of(PyObject* role, PyObject* module) {
 
 THPObjectPtr find_unwatched(PyObject* known_tuple, PyObject* parts, PyObject* input, Chain& chain) {
   const Known known(known_tuple);
-  if (!is_plain(input) || at::impl::PythonTorchFunctionTLS::stack_len() > 0 || !is_untouched(known) ||
-      !Walk(known, chain).all(parts) || chain.weights.empty())
+  if (!is_plain(input) || at::impl::PythonTorchFunctionTLS::stack_len() > 0 || !is_untouched(known))
     return {};
+  Walk walk(known, chain);
+  const bool are_many = is_list(parts) || PyDict_CheckExact(parts);
+  if (!(are_many ? walk.all(parts) : walk.part(parts)) || chain.weights.empty()) return {};
   return reshaped(input, chain);
 }
 
@@ -318,7 +316,8 @@ PyObject* network(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   Chain chain;
   for (auto* const list : {&chain.weights, &chain.biases, &chain.activations})
     for (PyObject* const o : items_of(*++arguments)) list->push_back(Py_NewRef(o));
-  return network(input, chain);
+  THPObjectPtr y = run_chain(input, chain);
+  return y ? y.release() : Py_NewRef(Py_NotImplemented);
   END_HANDLE_TH_ERRORS
 }
 
@@ -327,8 +326,8 @@ PyObject* apply(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   TORCH_CHECK_TYPE(count == 3, "apply: expected what is known, parts and an input");
   Chain chain;
   THPObjectPtr input = find_unwatched(arguments[0], arguments[1], arguments[2], chain);
-  if (!input) Py_RETURN_NOTIMPLEMENTED;
-  return network(input, chain);
+  THPObjectPtr y = input ? run_chain(input, chain) : THPObjectPtr();
+  return y ? y.release() : Py_NewRef(Py_NotImplemented);
   END_HANDLE_TH_ERRORS
 }
 

@@ -40,9 +40,12 @@ struct Unlocked {
 // The attributes of a module that is called as its role (see layers.py) tells; null where it is not, or has hooks.
 THPObjectPtr attributes_of(PyObject* role, PyObject* module);
 
-// The input of the layers that the parts all are, one after the other; null, with nothing done, where they are not, or where
-// somebody looks on. `known` is what layers.py knows.
+// The input of the layers that the parts all are, one after the other, or that a module is; null, with nothing done, where they
+// are not, or where somebody looks on. `known` is what layers.py knows.
 THPObjectPtr find_unwatched(PyObject* known, PyObject* parts, PyObject* input, Chain& chain);
+
+// What the layers make of the input, as the op network does; null, with nothing done, where a tensor is of a type of its own.
+THPObjectPtr run_chain(PyObject* input, const Chain& chain);
 
 // Whether the dispatcher would call an op's kernel for the CPU, for tensors of these keys, with nobody to see it but
 // autograd.

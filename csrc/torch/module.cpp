@@ -136,6 +136,7 @@ PyMethodDef functions[] = {
     {"apply", fast(fastmlp::apply), METH_FASTCALL, nullptr},
     {"attribute", fast(fastmlp::attribute), METH_FASTCALL, nullptr},
     {"batch", fast(fastmlp::batch), METH_FASTCALL, nullptr},
+    {"call_directly", fast(fastmlp::call_directly), METH_FASTCALL, nullptr},
     {"clip_grad_norm", fast(fastmlp::clip_grad_norm), METH_FASTCALL, nullptr},
     {"collect", fast(fastmlp::collect), METH_FASTCALL, nullptr},
     {"count_up_numbers", fast(fastmlp::count_up_numbers), METH_FASTCALL, nullptr},
