@@ -16,6 +16,7 @@ SHARED_MEMORY = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_
 MULTIPROCESSORS = 128
 ONE_LAUNCH = 3.0  # µs, until a cooperative launch begins
 LAUNCH = 2.0  # µs, from the end of one kernel to the first result of the next
+EARLY = 0.8  # µs less where that has begun by then, at most 0.96 (docs/architecture.md)
 BANDWIDTH = 3.0e6  # bytes a µs
 # µs that a step of a tile of 128 x 128 takes, from 64 bytes of each operand: multiply-adds at 80 % of their
 # peak of 128 a cycle, or tensor cores at 60 %. A smaller tile takes a third, and no step less than its way.
@@ -51,7 +52,7 @@ class Launch(NamedTuple):
             return 0.0
         step = max(STEP[dtype] / (1 if self.tile == 128 else 3), LEAST_STEP) if self.K else 0.0
         rounds = -(-self.tiles * self.splits // MULTIPROCESSORS)
-        return LAUNCH + max(rounds * self.steps * step, self.bytes / BANDWIDTH)
+        return LAUNCH - EARLY + max(rounds * self.steps * step, self.bytes / BANDWIDTH)
 
 
 def plan(

@@ -6,14 +6,17 @@
 //
 //   - shared memory holds NaN before each block, and so does what an asynchronous copy is to fill until the thread
 //     that asked for the copy has waited for it;
-//   - two threads that touch the same shared memory, one of them writing, with nothing between that orders them fail
-//     the launch, whatever the values are. The compiler reports every access: the sources are compiled by
-//     -fsanitize=thread, and what it calls is defined here, in place of its library;
-//   - what a block has written to the workspace another block of the launch may read only after the writers have fenced
-//     it and met, one of them has told by an atomic operation, and the reader's block has learnt it by one;
-//   - so do two blocks of a cooperative launch, or two threads of one, that touch the same memory with no barrier between;
+//   - two threads that touch the same memory, one of them writing, with nothing between that orders them fail the
+//     launch, whatever the values are. The compiler reports every access: the sources are compiled by
+//     -fsanitize=thread, and what it calls is defined here, in place of its library. Threads of a block are ordered by
+//     its barriers, and in shared memory by those of a warp; blocks by barriers of the grid, or by an atomic operation
+//     of one after its threads have fenced what they wrote, and of the other before it reads that;
+//   - a launch that may begin before the one before it has ended touches nothing but its parameters and shared memory
+//     until it waits, and all its threads wait. So nothing that they do earlier could be seen by that other launch, nor
+//     the other way round, and there is no need to run the two beside each other;
 //   - a barrier that the threads of a block do not all reach fails the launch, as does a misaligned row or copy;
-//   - a launch fails that has more dynamic shared memory than was asked for, or on a device that there is no code for;
+//   - a launch fails as on a GPU: of too many threads, parameters or bytes of shared memory, of more than was asked for,
+//     of blocks that are not all there at once, of attributes that the GPU does not know, and without code for it;
 //   - the accesses of a warp at one instruction are counted together, where that is asked for: the sectors of 32 bytes
 //     that they touch in global memory, and how often they wait for a bank of shared memory;
 //   - the blocks and the fibers run forward, reversed or shuffled, and a launch more than once, as in a graph.
@@ -99,8 +102,9 @@ enum cudaError_t {
   cudaErrorJitCompilerNotFound = 221,
   cudaErrorUnsupportedPtxVersion = 222,
   cudaErrorJitCompilationDisabled = 223,
+  cudaErrorLaunchFailure = 719,
   cudaErrorCooperativeLaunchTooLarge = 720,
-  cudaErrorLaunchFailure = 719
+  cudaErrorNotSupported = 801
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr {
@@ -112,14 +116,18 @@ enum cudaDeviceAttr {
 };
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
+  int ptxVersion;
 };
 using cudaStream_t = struct CUstream_st*;
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeProgrammaticStreamSerialization = 6
+};
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
-    int cooperative;
+    int cooperative, programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -165,6 +173,9 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
 // Below nothing is instrumented: it is what is called at an access.
 #define UNSEEN __attribute__((no_sanitize("thread")))
 
+extern "C" __attribute__((visibility("hidden"))) const char __ehdr_start,
+    _end;  // the linker's, of this library
+
 namespace emulator {
 
 // The order of blocks, and of fibers between barriers: 0 forward, 1 reversed, else a seed to shuffle by.
@@ -177,20 +188,25 @@ inline char complaint[200];
 constexpr unsigned lanes = 32, most_threads = 1024;
 constexpr size_t stack_bytes = 64 << 10;
 
-// The GPUs that there are: what a block may have of shared memory where its kernel asks for it, what each kernel has of
-// it for variables, and whether there is code.
+// The GPUs that there are: the architecture, that of the code, or 0 where there is none, and the driver's CUDA; what a block
+// may have of shared memory where its kernel asks for it, and what each kernel has of it for variables; how many threads
+// and blocks a multiprocessor has room for.
 struct Device {
+  int architecture, code, driver;
   size_t most_shared_bytes, variables_bytes;
-  bool has_code;
+  unsigned most_threads, most_blocks;
 };
-constexpr Device devices[] = {{227 << 10, 0, true},       // sm_90
-                              {163 << 10, 0, true},       // sm_80
-                              {99 << 10, 0, true},        // sm_86, sm_120
-                              {99 << 10, 8 << 10, true},  // the same of kernels with variables
-                              {64 << 10, 0, false}};      // sm_75
-constexpr size_t granted_bytes = 48 << 10;                // to a kernel that does not ask
-inline int device;                                        // the current one
-inline int multiprocessors = 8;  // of each, one block of a cooperative launch on each
+constexpr Device devices[] = {
+    {90, 90, 13000, 227 << 10, 0, 2048, 32}, {80, 80, 13000, 163 << 10, 0, 2048, 32},
+    {86, 80, 13000, 99 << 10, 0, 1536, 16},  {120, 120, 13000, 99 << 10, 0, 1536, 24},
+    {90, 80, 13000, 227 << 10, 0, 2048, 32},  // by way of PTX
+    {90, 90, 12020, 227 << 10, 0, 2048, 32}, {86, 80, 13000, 99 << 10, 8 << 10, 1536, 16},
+    {75, 0, 13000, 64 << 10, 0, 1024, 16}};
+constexpr size_t granted_bytes = 48 << 10;        // to a kernel that does not ask
+constexpr size_t most_parameter_bytes = 4 << 10;  // before CUDA 12.1; and more, later, only from sm_70 on
+constexpr size_t reserved_bytes = 1 << 10;        // of shared memory, for each block
+inline int device;                                // the current one
+inline int multiprocessors = 8;                   // of each
 inline cudaError_t last_error;
 inline std::map<std::pair<int, const void*>, size_t> dynamic_bytes;  // that kernels have asked for, by device
 
@@ -255,6 +271,15 @@ struct Context {
 
 enum class State { ready, at_block_barrier, at_grid_barrier, at_warp_meeting, ended };
 
+// An asynchronous copy.
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+  bool inside;  // or it becomes 0
+  int group;    // of the thread's, as they are committed
+};
+
 struct Fiber {
   Context context;
   std::unique_ptr<char[]> stack;
@@ -262,6 +287,11 @@ struct Fiber {
   int line;               // of the barrier at which it waits
   const char* operation;  // in which it meets the other lanes, and what it brings
   void* argument;
+  std::vector<Copy> copies;
+  int groups;
+  uint32_t fence, unfenced;  // when it fenced last, and when it first wrote to global memory since
+  bool has_heard;            // of other blocks, since it last met its own
+  bool is_early;             // the launch before may not have ended
 };
 
 struct Warp {
@@ -269,18 +299,56 @@ struct Warp {
   uint32_t epoch;  // counts its barriers
 };
 
-inline std::vector<Fiber> fibers;
-inline Warp warps[most_threads / lanes];
+// Of four bytes of shared memory, which no kernel lets two threads share. An epoch begins with a barrier of the block.
+struct Cell {
+  uint32_t write_epoch, write_warp_epoch, read_epoch, read_warp_epoch;
+  uint16_t writer, reader;
+  bool several_lanes, several_warps;  // have read, since the last barrier of the warp, of the block
+  uint32_t filling;                   // the epoch in which a copy into it began
+};
+struct Region {
+  char *begin, *end;
+  Cell* cells;
+};
+
+// What a block has told others: of what its threads did before `all`, and one of them before `own`.
+struct Release {
+  uint32_t all, own;
+  unsigned thread;
+};
+
+// The block that runs. Times are counted by `now`, of all blocks of all launches.
+struct Block {
+  size_t number;
+  std::vector<Fiber> fibers;
+  Warp warps[most_threads / lanes];
+  Region regions[2];  // of shared memory: statically allocated, and dynamic
+  unsigned char* dynamic_memory;
+  uint32_t began, met, fenced;  // the last barrier, and when the first write came that was not fenced there
+  std::vector<Release> known, heard;  // of each block: when they last met, and since then
+};
+inline Block own;
+inline uint32_t now;
+
 inline Context scheduler;
 inline Fiber* running;   // null outside of the kernel
 inline unsigned thread;  // of the running fiber
 inline unsigned threads_of_block;
-inline bool is_meeting;             // it does for others what is no access of its own
-inline uint32_t block_epoch;        // counts barriers, of all blocks of all launches
-inline void (*kernel_call)(void*);  // the kernel with its arguments bound
-inline void* kernel_arguments;
+inline void (*kernel_call)(void*);  // with the kernel and its arguments, which are so many bytes
+inline char* kernel_arguments;
+inline size_t kernel_arguments_bytes;
 inline thread_local char in_shared_memory;
-inline unsigned char* dynamic_shared_memory;
+
+// While the emulator is at work, which is no access of the kernel's.
+inline bool is_inside;
+class Inside {
+ public:
+  UNSEEN Inside() : was_inside(is_inside) { is_inside = true; }
+  UNSEEN ~Inside() { is_inside = was_inside; }
+
+ private:
+  const bool was_inside;
+};
 
 // AddressSanitizer has to know which stack is in use.
 inline const void* host_stack;
@@ -299,13 +367,16 @@ inline void change(Context& from, Context& to, [[maybe_unused]] const void* stac
 }
 
 inline void suspend(State state) {
+  const bool was_inside = std::exchange(is_inside, true);
   running->state = state;
   change(running->context, scheduler, host_stack, host_stack_bytes);
+  is_inside = was_inside;
 }
 
 inline void resume(unsigned t) {
+  const Inside here;
   thread = t;
-  running = &fibers[t];
+  running = &own.fibers[t];
   threadIdx = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
   change(scheduler, running->context, running->stack.get(), stack_bytes);
   running = nullptr;
@@ -316,20 +387,24 @@ inline void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &host_stack, &host_stack_bytes);
 #endif
   for (;;) {  // a block a turn
+    is_inside = false;
     kernel_call(kernel_arguments);
+    is_inside = true;
+    if (running->is_early) complain("a thread ends that has not waited for the launch before");
     suspend(State::ended);
   }
 }
 
 inline void make_fibers(unsigned count) {
-  fibers = std::vector<Fiber>(count);
-  for (Fiber& fiber : fibers) {
+  own.fibers = std::vector<Fiber>(count);
+  for (Fiber& fiber : own.fibers) {
     fiber.stack.reset(new char[stack_bytes]);
     fiber.context.start(fiber_main, fiber.stack.get());
   }
 }
 
 inline void synchronize_block(int line) {
+  const Inside here;
   running->line = line;
   suspend(State::at_block_barrier);
 }
@@ -337,27 +412,26 @@ inline void synchronize_block(int line) {
 // The lanes of a warp meet in an operation; the last to arrive does it for all.
 template <class Argument, class Operation>
 void meet(const char* name, Argument& mine, Operation operation) {
-  Warp& warp = warps[thread / lanes];
+  const Inside here;
+  Warp& warp = own.warps[thread / lanes];
   const unsigned first = thread / lanes * lanes, width = std::min(lanes, threads_of_block - first);
   running->operation = name;
   running->argument = &mine;
   if (++warp.arrived < width) return suspend(State::at_warp_meeting);
   warp.arrived = 0;
-  is_meeting = true;
   Argument* arguments[lanes];
   for (unsigned lane = 0; lane < width; ++lane) {
-    Fiber& fiber = fibers[first + lane];
+    Fiber& fiber = own.fibers[first + lane];
     if (std::strcmp(fiber.operation, name)) complain("a warp parts ways: %s and %s", fiber.operation, name);
     arguments[lane] = static_cast<Argument*>(fiber.argument);
     fiber.state = State::ready;
   }
   if (*complaint) suspend(State::ended);
   operation(arguments);
-  is_meeting = false;
 }
 
 inline void synchronize_warp(int line) {
-  meet("__syncwarp", line, [](int**) { ++warps[thread / lanes].epoch; });
+  meet("__syncwarp", line, [](int**) { ++own.warps[thread / lanes].epoch; });
 }
 
 template <class V>
@@ -374,74 +448,112 @@ V shuffle_xor(V value, unsigned step) {
   return argument.other;
 }
 
-// ---- who touched what in shared memory
-
-// Of four bytes, which no kernel lets two threads share. Epochs of the block tell what lies between two of its barriers.
-struct Cell {
-  uint32_t write_epoch, write_warp_epoch, read_epoch, read_warp_epoch;
-  uint16_t writer, reader;
-  bool several_lanes, several_warps;  // have read, since the last barrier of the warp, of the block
-  uint32_t filling;                   // the epoch in which a copy into it began
-};
-
-struct Region {
-  char *begin, *end;
-  Cell* cells;
-};
-inline Region regions[2];  // of the statically allocated memory, and the dynamic
-inline uint32_t first_epoch_of_block;
+// ---- who touched what
 
 UNSEEN inline Cell* cells_at(const void* address) {
   const char* const at = static_cast<const char*>(address);
-  for (Region& region : regions)
+  for (Region& region : own.regions)
     if (region.begin <= at && at < region.end) return region.cells + (at - region.begin) / 4;
   return nullptr;
 }
 
-// ---- who wrote what in the workspace of a call, which is where blocks leave something for others
-
-inline const char* watched;
-inline int64_t watched_bytes;
-
-// What a thread of the running block has fenced, and had fenced when the block last met: counts of its fences.
-inline uint32_t fences[most_threads], fences_of_all[most_threads];
-// The same of the blocks of a launch, as an atomic operation told it last; and where the running one has had one.
-inline std::vector<uint32_t*> told_by;
-inline uint32_t** told;  // the same, in calls that are not seen
-inline uint32_t heard_epoch;
-inline unsigned heard_thread;
-inline uint64_t launches;
-inline size_t block;  // the running one's number
-
-// Of two bytes, which is the least that two blocks may have as neighbours. A table of those written last.
-struct Written {
-  uintptr_t address;
-  uint64_t launch;
-  size_t block;
-  uint32_t thread, fences;
-};
-inline Written written[1 << 20];
-
-UNSEEN inline void touch_global(unsigned who, const void* p, size_t bytes, bool writes) {
-  const uintptr_t begin = uintptr_t(p);
-  if (p < watched || watched + watched_bytes <= p) return;
-  for (uintptr_t at = begin / 2; at < (begin + bytes) / 2; at += writes ? 1 : 2) {
-    Written& own = written[at % (sizeof(written) / sizeof(*written))];
-    if (own.address == at && own.launch == launches && own.block != block) {
-      const bool is_told = told[own.block] && told[own.block][own.thread] > own.fences;
-      if (!is_told || !heard_epoch || (heard_epoch == block_epoch && heard_thread != who))
-        complain("a race: block %zu touches what block %zu writes", block, own.block);
+UNSEEN inline void touch_shared(unsigned who, Cell* cell, size_t bytes, bool writes) {
+  const unsigned warp = who / lanes;
+  const uint32_t epoch = own.met, warp_epoch = own.warps[warp].epoch;
+  for (Cell* const end = cell + (bytes + 3) / 4; cell != end; ++cell) {
+    if (cell->filling >= own.began) complain("thread %u touches what an asynchronous copy still fills", who);
+    const bool after_write = cell->write_epoch != epoch || cell->writer == who ||
+                             (cell->writer / lanes == warp && cell->write_warp_epoch != warp_epoch);
+    if (!after_write) complain("a race: thread %u touches what thread %u writes", who, +cell->writer);
+    const bool first_read = cell->read_epoch != epoch;
+    if (writes) {
+      const bool after_reads =
+          first_read ||
+          (!cell->several_warps && cell->reader / lanes == warp &&
+           (cell->read_warp_epoch != warp_epoch || (!cell->several_lanes && cell->reader == who)));
+      if (!after_reads) complain("a race: thread %u writes what thread %u reads", who, +cell->reader);
+      cell->write_epoch = epoch;
+      cell->write_warp_epoch = warp_epoch;
+      cell->writer = uint16_t(who);
+    } else {
+      const bool other_warp = !first_read && cell->reader / lanes != warp;
+      const bool same_epoch = !first_read && !other_warp && cell->read_warp_epoch == warp_epoch;
+      cell->several_warps = !first_read && (cell->several_warps || other_warp);
+      cell->several_lanes = same_epoch && (cell->several_lanes || cell->reader != who);
+      cell->read_epoch = epoch;
+      cell->read_warp_epoch = warp_epoch;
+      cell->reader = uint16_t(who);
     }
-    if (writes) own = {at, launches, block, who, fences[who]};
   }
 }
 
-// An atomic operation of the running thread.
-UNSEEN inline void tell() {
-  if (!told[block]) told[block] = new uint32_t[most_threads];
-  for (unsigned t = 0; t < threads_of_block; ++t) told[block][t] = fences_of_all[t];
-  told[block][thread] = fences[thread];
-  if (!heard_epoch) heard_epoch = block_epoch, heard_thread = thread;
+// A thread's touch, and when it was.
+struct Touch {
+  uint32_t who, time;  // the first is 1024 times the block's number more than the thread's
+};
+constexpr uint32_t nobody = UINT32_MAX, never = UINT32_MAX;
+
+// Of two bytes of global memory, which is the least that two threads may have as neighbours: who has written last, and
+// the last two blocks to read. Where two addresses meet, the older is forgotten.
+struct GlobalCell {
+  uintptr_t address;
+  uint32_t launch;
+  Touch write, reads[2];
+};
+constexpr size_t global_cells = 1 << 22;
+inline GlobalCell* const cells_of_all =
+    static_cast<GlobalCell*>(std::calloc(global_cells, sizeof(GlobalCell)));
+inline uint32_t launches;
+
+// Whether nothing orders what the thread does behind that.
+UNSEEN inline bool races(unsigned who, const Touch& before) {
+  const unsigned block = before.who / most_threads, its_thread = before.who % most_threads;
+  if (before.who == nobody) return false;
+  if (block == own.number) return its_thread != who && before.time >= own.met;
+  const std::vector<Release>& releases = own.fibers[who].has_heard ? own.heard : own.known;
+  if (releases.empty()) return true;
+  const Release& release = releases[block];
+  return before.time >= (its_thread == release.thread ? release.own : release.all);
+}
+
+UNSEEN inline void touch_global(unsigned who, const void* p, size_t bytes, bool writes) {
+  Fiber& fiber = own.fibers[who];
+  if (fiber.is_early) complain("thread %u touches memory and has not waited for the launch before", who);
+  if (writes && fiber.unfenced == never) fiber.unfenced = now;
+  const Touch mine = {uint32_t(own.number) * most_threads + who, now};
+  const auto check = [&](const Touch& before, const char* what, const char* its) UNSEEN {
+    if (races(who, before))
+      complain("a race: block %zu, thread %u %s what block %u, thread %u %s", own.number, who, what,
+               before.who / most_threads, before.who % most_threads, its);
+  };
+  const uintptr_t begin = uintptr_t(p) / 2, end = (uintptr_t(p) + bytes + 1) / 2;
+  for (uintptr_t at = begin; at < end; ++at) {
+    GlobalCell& cell = cells_of_all[at % global_cells];
+    if (cell.address != at || cell.launch != launches)
+      cell = {at, launches, {nobody, 0}, {{nobody, 0}, {nobody, 0}}};
+    check(cell.write, "touches", "writes");
+    if (writes) {
+      for (const Touch& read : cell.reads) check(read, "writes", "reads");
+      cell.write = mine;
+    } else {
+      const auto is_own = [&](const Touch& read) UNSEEN { return read.who / most_threads == own.number; };
+      const bool first =
+          is_own(cell.reads[0]) || (!is_own(cell.reads[1]) && cell.reads[0].time <= cell.reads[1].time);
+      cell.reads[first ? 0 : 1] = mine;
+    }
+  }
+}
+
+// What no other thread can see, or none writes: constants, the emulator's own variables.
+UNSEEN inline bool is_private(unsigned who, const void* p) {
+  const char *const at = static_cast<const char*>(p), *const stack = own.fibers[who].stack.get();
+  return (stack <= at && at < stack + stack_bytes) || (&__ehdr_start <= at && at < &_end) ||
+         (kernel_arguments <= at && at < kernel_arguments + kernel_arguments_bytes);
+}
+
+UNSEEN inline void touch(unsigned who, const void* p, size_t bytes, bool writes) {
+  if (Cell* const cell = cells_at(p)) touch_shared(who, cell, bytes, writes);
+  else if (!is_private(who, p)) touch_global(who, p, bytes, writes);
 }
 
 // ---- how a warp's accesses go together
@@ -456,7 +568,7 @@ struct Access {
 struct Traffic {
   int64_t global_bytes, global_sectors, shared_requests, shared_waits;
 };
-inline bool counts_traffic, in_count;
+inline bool counts_traffic;
 inline std::pair<uintptr_t, uintptr_t> traced_data[64];  // global memory that is counted
 inline size_t traced_count;
 
@@ -471,10 +583,9 @@ inline std::vector<Access> accesses[2];  // to global and to shared memory
 inline std::map<std::pair<unsigned, const void*>, uint32_t> passed;
 
 UNSEEN inline void count_access(const void* instruction, const void* p, size_t bytes, bool is_shared) {
-  if (!counts_traffic || in_count) return;
-  in_count = true;  // what is called here is seen
+  if (!counts_traffic) return;
+  const Inside here;  // what is called here is seen
   accesses[is_shared].push_back({instruction, passed[{thread, instruction}]++, thread, uintptr_t(p), bytes});
-  in_count = false;
 }
 
 // Calls f(first, last) for the accesses of each warp at once.
@@ -493,7 +604,6 @@ void each_request(std::vector<Access>& all, F f) {
 
 // Of a block that is through. 128 bytes of shared memory go at once: of lanes that ask for 16 bytes, 8.
 inline void count_traffic() {
-  in_count = true;
   each_request(accesses[0], [](auto first, auto last) {
     std::set<uintptr_t> bytes, sectors;
     for (; first != last; ++first)
@@ -515,112 +625,40 @@ inline void count_traffic() {
     }
   });
   passed.clear();
-  in_count = false;
 }
 
-// ---- the blocks of a cooperative launch, and who of them touched what
+// ---- between launches and between blocks
 
-inline bool is_cooperative;
-inline uint32_t arrivals[256], waits[256];  // of each block at barriers of the grid
-inline uint64_t progress;                   // counts both
+inline std::vector<Release> releases, at_barrier;  // of each block; and as they were when all had come there
+inline uint64_t progress;                          // counts who comes there and who leaves
+
+// What other blocks have told.
+inline void hear(const std::vector<Release>& told) {
+  own.heard = told;
+  running->has_heard = true;
+}
 
 UNSEEN inline unsigned arrive(unsigned* arrived, unsigned count) {
-  if (!is_cooperative) complain("a barrier of a grid whose blocks are not all there");
-  const unsigned before = *arrived;
-  *arrived += count;
-  ++arrivals[block], ++progress;
+  const Inside here;
+  releases[own.number] = {own.met, ++now, thread};
+  const unsigned before = std::exchange(*arrived, *arrived + count);
+  if ((before ^ *arrived) & 0x80000000u) at_barrier = releases;
+  ++progress;
   return before;
 }
 
 UNSEEN inline void wait(const unsigned* arrived, unsigned before) {
+  const Inside here;
   while (!((*arrived ^ before) & 0x80000000u)) suspend(State::at_grid_barrier);
-  ++waits[block], ++progress;
+  hear(at_barrier);
+  ++progress;
 }
 
-// A thread of a block; how often the block had arrived at barriers of the grid, and which of its own it had passed, when
-// the thread touched something.
-struct Touch {
-  uint16_t block, thread;
-  uint32_t arrivals, epoch;
-};
-constexpr uint16_t nobody = 0xffff;
-
-// Of four bytes: who has written last, and the last two blocks to read. Where two addresses meet, the older is forgotten.
-struct GlobalCell {
-  uintptr_t address;
-  uint64_t launch;
-  Touch write, reads[2];
-};
-constexpr size_t global_cells = 1 << 22;
-inline GlobalCell* const cells_of_all =
-    static_cast<GlobalCell*>(std::calloc(global_cells, sizeof(GlobalCell)));
-inline const char *own_begin, *own_end;  // of the emulator's own variables
-
-// Whether nothing orders what the thread that runs does behind that.
-UNSEEN inline bool races(const Touch& before) {
-  if (before.block == nobody) return false;
-  if (before.block != block) return before.arrivals >= waits[block];
-  return before.epoch == block_epoch && before.thread != thread;
-}
-
-UNSEEN inline void touch_together(const void* address, size_t bytes, bool writes) {
-  const char* at = static_cast<const char*>(address);
-  if (own_begin <= at && at < own_end) return;
-  const Touch mine = {uint16_t(block), uint16_t(thread), arrivals[block], block_epoch};
-  const Touch none = {nobody, 0, 0, 0};
-  for (const char* const end = at + bytes; at < end; at += 4) {
-    const uintptr_t number = reinterpret_cast<uintptr_t>(at) / 4;
-    GlobalCell& cell = cells_of_all[number % global_cells];
-    if (cell.address != number || cell.launch != launches) cell = {number, launches, none, {none, none}};
-    const auto who = [](const Touch& touch) UNSEEN { return 1000u * touch.block + touch.thread; };
-    if (races(cell.write)) complain("a race: %u touches what %u writes", who(mine), who(cell.write));
-    if (writes) {
-      for (const Touch& read : cell.reads)
-        if (races(read)) complain("a race: %u writes what %u reads", who(mine), who(read));
-      cell.write = mine;
-    } else {
-      const bool first = cell.reads[0].block == block ||
-                         (cell.reads[1].block != block && cell.reads[0].arrivals <= cell.reads[1].arrivals);
-      cell.reads[first ? 0 : 1] = mine;
-    }
-  }
-}
-
-UNSEEN inline void touch(unsigned who, const void* address, size_t bytes, bool writes) {
-  Cell* cell = cells_at(address);
-  if (!cell) {
-    if (!is_cooperative) touch_global(who, address, bytes, writes);
-    else if (running && !is_meeting) touch_together(address, bytes, writes);
-    return;
-  }
-  const unsigned warp = who / lanes;
-  const uint32_t warp_epoch = warps[warp].epoch;
-  for (Cell* const end = cell + (bytes + 3) / 4; cell != end; ++cell) {
-    if (cell->filling >= first_epoch_of_block)
-      complain("thread %u touches what an asynchronous copy still fills", who);
-    const bool after_write = cell->write_epoch != block_epoch || cell->writer == who ||
-                             (cell->writer / lanes == warp && cell->write_warp_epoch != warp_epoch);
-    if (!after_write) complain("a race: thread %u touches what thread %u writes", who, +cell->writer);
-    const bool first_read = cell->read_epoch != block_epoch;
-    if (writes) {
-      const bool after_reads =
-          first_read ||
-          (!cell->several_warps && cell->reader / lanes == warp &&
-           (cell->read_warp_epoch != warp_epoch || (!cell->several_lanes && cell->reader == who)));
-      if (!after_reads) complain("a race: thread %u writes what thread %u reads", who, +cell->reader);
-      cell->write_epoch = block_epoch;
-      cell->write_warp_epoch = warp_epoch;
-      cell->writer = uint16_t(who);
-    } else {
-      const bool other_warp = !first_read && cell->reader / lanes != warp;
-      const bool same_epoch = !first_read && !other_warp && cell->read_warp_epoch == warp_epoch;
-      cell->several_warps = !first_read && (cell->several_warps || other_warp);
-      cell->several_lanes = same_epoch && (cell->several_lanes || cell->reader != who);
-      cell->read_epoch = block_epoch;
-      cell->read_warp_epoch = warp_epoch;
-      cell->reader = uint16_t(who);
-    }
-  }
+// Of an atomic operation: others learn by it what is fenced.
+inline void tell() {
+  const bool has_fenced = running->fence > own.met;  // for all
+  releases[own.number] = {has_fenced ? own.met : own.fenced, std::min(running->unfenced, ++now), thread};
+  hear(releases);
 }
 
 inline void set_region(Region& region, void* begin, size_t bytes) {
@@ -638,11 +676,7 @@ inline void find_memory() {
           const auto& segment = module->dlpi_phdr[i];
           const bool ours =
               begin && begin <= &in_shared_memory && &in_shared_memory < begin + segment.p_memsz;
-          if (segment.p_type == PT_TLS && ours) set_region(regions[0], begin, segment.p_memsz);
-          const char* const own = reinterpret_cast<const char*>(module->dlpi_addr + segment.p_vaddr);
-          const char* const variable = reinterpret_cast<const char*>(&device);
-          if (segment.p_type == PT_LOAD && own <= variable && variable < own + segment.p_memsz)
-            own_begin = own, own_end = own + segment.p_memsz;
+          if (segment.p_type == PT_TLS && ours) set_region(own.regions[0], begin, segment.p_memsz);
         }
         return 0;
       },
@@ -651,16 +685,6 @@ inline void find_memory() {
 
 // ---- asynchronous copies
 
-struct Copy {
-  void* to;
-  const void* from;
-  int bytes;
-  bool inside;  // or it becomes 0
-  int group;    // of the thread's, as they are committed
-};
-inline std::vector<Copy> copies[most_threads];
-inline int groups[most_threads];
-
 inline void set_filling(const Copy& copy, uint32_t epoch) {
   Cell* const cells = cells_at(copy.to);
   for (int i = 0; cells && i < copy.bytes / 4; ++i) cells[i].filling = epoch;
@@ -668,26 +692,28 @@ inline void set_filling(const Copy& copy, uint32_t epoch) {
 
 template <int bytes>
 void copy_async(void* to, const void* from, bool inside) {
+  const Inside here;
   const auto misaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes != 0; };
   if (misaligned(to) || (inside && misaligned(from))) complain("a copy of %d bytes is misaligned", bytes);
-  const Copy copy{to, from, bytes, inside, groups[thread]};
   touch(thread, to, bytes, true);
+  if (inside) touch(thread, from, bytes, false);
   static const char global = 0, shared = 0;
   count_access(&shared, to, bytes, true);
   if (inside && is_traced(from)) count_access(&global, from, bytes, false);
   std::memset(to, 0xff, bytes);
-  set_filling(copy, block_epoch);
-  copies[thread].push_back(copy);
+  running->copies.push_back({to, from, bytes, inside, running->groups});
+  set_filling(running->copies.back(), own.met);
 }
 
-inline void commit_copies() { ++groups[thread]; }
+UNSEEN inline void commit_copies() { ++running->groups; }
 
 // Until all of the thread's groups but the last `left` have arrived.
 template <int left>
 void wait_for_copies() {
-  auto& own = copies[thread];
-  const auto arrived = [](const Copy& copy) { return copy.group < groups[thread] - left; };
-  for (const Copy& copy : own) {
+  const Inside here;
+  auto& copies = running->copies;
+  const auto arrived = [](const Copy& copy) { return copy.group < running->groups - left; };
+  for (const Copy& copy : copies) {
     if (!arrived(copy)) continue;
     set_filling(copy, 0);
     touch(thread, copy.to, copy.bytes, true);
@@ -695,21 +721,29 @@ void wait_for_copies() {
     std::memset(copy.to, 0, copy.bytes);
     if (copy.inside) std::memcpy(copy.to, copy.from, copy.bytes);
   }
-  own.erase(std::remove_if(own.begin(), own.end(), arrived), own.end());
+  copies.erase(std::remove_if(copies.begin(), copies.end(), arrived), copies.end());
 }
-
-// ---- between blocks
 
 }  // namespace emulator
 
-inline void __threadfence() { ++emulator::fences[emulator::thread]; }
+inline void __threadfence() {
+  const emulator::Inside here;
+  emulator::running->fence = ++emulator::now;
+  emulator::running->unfenced = emulator::never;
+}
 UNSEEN inline unsigned long long atomicCAS(unsigned long long* p, unsigned long long expected,
                                            unsigned long long wanted) {
+  const emulator::Inside here;
   emulator::tell();
   const unsigned long long found = *p;
   if (found == expected) *p = wanted;
   return found;
 }
+inline void cudaGridDependencySynchronize() {  // is not there in older code
+  const emulator::Inside here;
+  if (emulator::devices[emulator::device].code >= 90) emulator::running->is_early = false;
+}
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
 template <class T>
 T __ldcg(const T* p) {
   return *p;
@@ -731,7 +765,6 @@ void load_matrices(uint32_t (&registers)[4], const void* row) {
   static const char shared = 0;
   count_access(&shared, row, 16, true);
   meet("ldmatrix", mine, [](Argument** arguments) {
-    const bool counted = std::exchange(in_count, true);  // by each lane
     for (unsigned matrix = 0; matrix < 4; ++matrix) {
       uint16_t elements[8][8];
       unsigned banks = 0;
@@ -751,7 +784,6 @@ void load_matrices(uint32_t (&registers)[4], const void* row) {
         arguments[lane]->registers[matrix] = low | high << 16;
       }
     }
-    in_count = counted;
   });
 }
 
@@ -820,16 +852,17 @@ class Turn {
   std::vector<unsigned> numbers;
 };
 
-inline void start_block(unsigned threads) {
+inline void start_block(unsigned threads, bool is_early) {
   threads_of_block = threads;
-  first_epoch_of_block = ++block_epoch;
-  for (Region& region : regions) std::memset(region.begin, 0xff, region.end - region.begin);
-  for (unsigned t = 0; t < threads; ++t) {
-    fibers[t].state = State::ready;
-    copies[t].clear();
-    groups[t] = fences[t] = fences_of_all[t] = 0;
+  own.began = own.met = own.fenced = ++now;
+  own.known.clear();
+  for (Region& region : own.regions) std::memset(region.begin, 0xff, region.end - region.begin);
+  for (Fiber& fiber : own.fibers) {
+    fiber.state = State::ready;
+    fiber.copies.clear();
+    fiber.groups = 0, fiber.fence = 0, fiber.unfenced = never;
+    fiber.has_heard = false, fiber.is_early = is_early;
   }
-  heard_epoch = 0;
 }
 
 enum class Outcome { ended, waits, wrong };
@@ -837,14 +870,14 @@ enum class Outcome { ended, waits, wrong };
 // Runs all threads of the block to their end, or until one waits for other blocks.
 inline Outcome run_block(unsigned threads, Turn& turn) {
   const auto all = [&](auto condition) {
-    return std::all_of(fibers.begin(), fibers.begin() + threads, condition);
+    return std::all_of(own.fibers.begin(), own.fibers.begin() + threads, condition);
   };
   for (;;) {
     const std::vector<unsigned>& numbers = turn.next();
     for (bool moves = true; moves;) {
       moves = false;
       for (unsigned t : numbers) {
-        if (fibers[t].state != State::ready) continue;
+        if (own.fibers[t].state != State::ready) continue;
         moves = true;
         resume(t);
         if (*complaint) return Outcome::wrong;
@@ -853,50 +886,55 @@ inline Outcome run_block(unsigned threads, Turn& turn) {
     if (all([](const Fiber& fiber) { return fiber.state == State::ended; })) return Outcome::ended;
     if (!all([](const Fiber& fiber) { return fiber.state != State::at_grid_barrier; })) return Outcome::waits;
     if (!all([](const Fiber& fiber) {
-          return fiber.state == State::at_block_barrier && fiber.line == fibers[0].line;
+          return fiber.state == State::at_block_barrier && fiber.line == own.fibers[0].line;
         })) {
       complain("the threads of a block part ways");
       return Outcome::wrong;
     }
-    ++block_epoch;
-    std::copy_n(fences, threads, fences_of_all);
-    for (unsigned t = 0; t < threads; ++t) fibers[t].state = State::ready;
+    own.met = own.fenced = ++now;
+    for (unsigned t = 0; t < threads; ++t) {
+      Fiber& fiber = own.fibers[t];
+      own.fenced = std::min(own.fenced, fiber.unfenced);
+      if (std::exchange(fiber.has_heard, false)) own.known = own.heard;
+      fiber.state = State::ready;
+    }
   }
 }
 
 // Of the exact size, so that AddressSanitizer sees its end.
 constexpr std::align_val_t alignment{128};
 inline void make_dynamic_memory(size_t bytes) {
-  operator delete(dynamic_shared_memory, alignment);
-  dynamic_shared_memory = static_cast<unsigned char*>(operator new(bytes, alignment));
-  set_region(regions[1], dynamic_shared_memory, bytes);
+  operator delete(own.dynamic_memory, alignment);
+  own.dynamic_memory = static_cast<unsigned char*>(operator new(bytes, alignment));
+  set_region(own.regions[1], own.dynamic_memory, bytes);
 }
 
 inline void run_of_grid(uint64_t number) {
-  block = number;
+  own.number = number;
   blockIdx = dim3(number % gridDim.x, number / gridDim.x % gridDim.y, number / gridDim.x / gridDim.y);
 }
 
-// A block of a cooperative launch while it does not run: the variables above hold what the one has that does.
+// A block of a cooperative launch while it does not run.
 class Waiting {
  public:
   Waiting(unsigned threads, size_t dynamic_bytes)
-      : turn(threads), variables(regions[0].end - regions[0].begin) {
+      : turn(threads), variables(own.regions[0].end - own.regions[0].begin) {
     exchange();
     make_fibers(threads);
-    set_region(regions[0], own_regions[0].begin, variables.size());
+    set_region(own.regions[0], block.regions[0].begin, variables.size());
     make_dynamic_memory(dynamic_bytes);
+    start_block(threads, false);
     exchange();
   }
   ~Waiting() {
-    operator delete(memory, alignment);
-    for (Region& region : own_regions) delete[] region.cells;
+    operator delete(block.dynamic_memory, alignment);
+    for (Region& region : block.regions) delete[] region.cells;
   }
   // Runs it until it waits for others.
-  Outcome run(unsigned threads) {
+  Outcome run(unsigned threads, unsigned number) {
     exchange();
-    if (!std::exchange(has_started, true)) start_block(threads);
-    for (Fiber& fiber : fibers)
+    run_of_grid(number);
+    for (Fiber& fiber : own.fibers)
       if (fiber.state == State::at_grid_barrier) fiber.state = State::ready;
     outcome = run_block(threads, turn);
     exchange();
@@ -906,32 +944,20 @@ class Waiting {
 
  private:
   void exchange() {
-    const std::vector<char> theirs(regions[0].begin, regions[0].end);  // memcpy is no access that is seen
-    std::memcpy(regions[0].begin, variables.data(), variables.size());
+    const std::vector<char> theirs(own.regions[0].begin,
+                                   own.regions[0].end);  // memcpy is no access that is seen
+    std::memcpy(own.regions[0].begin, variables.data(), variables.size());
     std::memcpy(variables.data(), theirs.data(), theirs.size());
-    fibers.swap(own_fibers);
-    std::swap(warps, own_warps), std::swap(copies, own_copies), std::swap(groups, own_groups);
-    std::swap(regions, own_regions), std::swap(dynamic_shared_memory, memory);
-    std::swap(block_epoch, epoch), std::swap(first_epoch_of_block, first_epoch);
+    std::swap(own, block);
   }
 
   Turn turn;
-  bool has_started = false;
-  std::vector<Fiber> own_fibers;
-  Warp own_warps[most_threads / lanes] = {};
-  std::vector<Copy> own_copies[most_threads];
-  int own_groups[most_threads] = {};
-  Region own_regions[2] = {};
+  Block block{};
   std::vector<char> variables;  // what is shared of static storage
-  unsigned char* memory = nullptr;
-  uint32_t epoch = 1, first_epoch = 1;
 };
 
 // False where something goes wrong.
 inline bool run_together(unsigned threads, unsigned blocks, size_t dynamic_bytes) {
-  is_meeting = false;
-  is_cooperative = true;
-  std::fill_n(arrivals, blocks, 0), std::fill_n(waits, blocks, 0);
   std::vector<std::unique_ptr<Waiting>> waiting;
   while (waiting.size() < blocks) waiting.push_back(std::make_unique<Waiting>(threads, dynamic_bytes));
   Turn turn(blocks);
@@ -939,21 +965,17 @@ inline bool run_together(unsigned threads, unsigned blocks, size_t dynamic_bytes
     const uint64_t before = progress;
     for (unsigned number : turn.next()) {
       if (waiting[number]->outcome == Outcome::ended) continue;
-      run_of_grid(number);
-      if (waiting[number]->run(threads) == Outcome::ended) --left, ++progress;
+      if (waiting[number]->run(threads, number) == Outcome::ended) --left, ++progress;
       if (*complaint) break;
     }
     if (progress == before) complain("the blocks of a grid wait for one another");
   }
-  is_cooperative = false;
   return !*complaint;
 }
 
-}  // namespace emulator
-
-namespace emulator {
-
 UNSEEN inline void access(const void* instruction, const void* p, size_t bytes, bool writes) {
+  if (!running || is_inside) return;
+  const Inside here;
   touch(thread, p, bytes, writes);
   if (counts_traffic && (cells_at(p) || is_traced(p))) count_access(instruction, p, bytes, cells_at(p));
 }
@@ -962,19 +984,14 @@ UNSEEN inline void access(const void* instruction, const void* p, size_t bytes, 
 
 // What -fsanitize=thread calls at every access to memory.
 extern "C" {
-#define FASTMLP_ACCESSES(bytes)                                                    \
-  __attribute__((weak, used)) UNSEEN void __tsan_read##bytes(void* p) {            \
-    emulator::access(__builtin_return_address(0), p, bytes, false);                \
-  }                                                                                \
-  __attribute__((weak, used)) UNSEEN void __tsan_write##bytes(void* p) {           \
-    emulator::access(__builtin_return_address(0), p, bytes, true);                 \
-  }                                                                                \
-  __attribute__((weak, used)) UNSEEN void __tsan_unaligned_read##bytes(void* p) {  \
-    emulator::access(__builtin_return_address(0), p, bytes, false);                \
-  }                                                                                \
-  __attribute__((weak, used)) UNSEEN void __tsan_unaligned_write##bytes(void* p) { \
-    emulator::access(__builtin_return_address(0), p, bytes, true);                 \
+#define FASTMLP_ACCESS(name, bytes, writes)                               \
+  __attribute__((weak, used)) UNSEEN void __tsan_##name##bytes(void* p) { \
+    emulator::access(__builtin_return_address(0), p, bytes, writes);      \
   }
+#define FASTMLP_ACCESSES(bytes)                \
+  FASTMLP_ACCESS(read, bytes, false)           \
+  FASTMLP_ACCESS(unaligned_read, bytes, false) \
+  FASTMLP_ACCESS(write, bytes, true) FASTMLP_ACCESS(unaligned_write, bytes, true)
 FASTMLP_ACCESSES(1)
 FASTMLP_ACCESSES(2)
 FASTMLP_ACCESSES(4)
@@ -1011,105 +1028,123 @@ inline cudaError_t cudaSetDevice(int device) {
 }
 inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  switch (attribute) {
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = int(emulator::devices[device].most_shared_bytes);
-      return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount:
-      *value = emulator::multiprocessors;
-      return cudaSuccess;
-    case cudaDevAttrCooperativeLaunch:
-      *value = true;
-      return cudaSuccess;
-    default:
-      *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
-      return cudaSuccess;
-  }
+  const emulator::Device& gpu = emulator::devices[device];
+  const int values[] = {int(gpu.most_shared_bytes), emulator::multiprocessors, true, gpu.architecture / 10,
+                        gpu.architecture % 10};
+  *value = values[attribute];  // in the order in which they are declared
+  return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = emulator::devices[emulator::device].driver;
+  return cudaSuccess;
 }
 template <class... Parameters>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
   const emulator::Device& device = emulator::devices[emulator::device];
-  if (!device.has_code) return emulator::fail(cudaErrorNoKernelImageForDevice);
+  if (!device.code) return emulator::fail(cudaErrorNoKernelImageForDevice);
   attributes->sharedSizeBytes = device.variables_bytes;
+  attributes->ptxVersion = device.code;
   return cudaSuccess;
 }
 // Fails for less than there was too, which another thread may be about to launch with.
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
   const emulator::Device& device = emulator::devices[emulator::device];
-  if (!device.has_code) return emulator::fail(cudaErrorNoKernelImageForDevice);
-  size_t& own = emulator::dynamic_bytes[{emulator::device, reinterpret_cast<const void*>(kernel)}];
-  if (bytes < 0 || size_t(bytes) < own || size_t(bytes) + device.variables_bytes > device.most_shared_bytes)
+  if (!device.code) return emulator::fail(cudaErrorNoKernelImageForDevice);
+  size_t& asked = emulator::dynamic_bytes[{emulator::device, reinterpret_cast<const void*>(kernel)}];
+  if (bytes < 0 || size_t(bytes) < asked || size_t(bytes) + device.variables_bytes > device.most_shared_bytes)
     return emulator::fail(cudaErrorInvalidValue);
-  own = size_t(bytes);
+  asked = size_t(bytes);
   return cudaSuccess;
 }
 
-template <class... Parameters>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(Parameters...), int,
-                                                          size_t bytes) {
-  const emulator::Device& device = emulator::devices[emulator::device];
-  *blocks = bytes + device.variables_bytes <= device.most_shared_bytes;
+namespace emulator {
+
+// How many blocks a multiprocessor has room for.
+inline uint64_t blocks_at_once(const Device& gpu, unsigned threads, size_t dynamic_bytes) {
+  const size_t bytes = gpu.variables_bytes + dynamic_bytes + reserved_bytes;
+  return std::min({uint64_t{gpu.most_blocks},
+                   uint64_t{gpu.most_threads / ((threads + lanes - 1) / lanes * lanes)},
+                   uint64_t{(gpu.most_shared_bytes + reserved_bytes) / bytes}});
+}
+
+inline cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, size_t parameter_bytes) {
+  const Device& gpu = devices[device];
+  gridDim = config.gridDim;
+  blockDim = config.blockDim;
+  const uint64_t count = uint64_t{blockDim.x} * blockDim.y * blockDim.z;
+  const uint64_t blocks = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
+  if (blocks == 0 || count == 0 || count > most_threads || gridDim.x > INT32_MAX || gridDim.y > 65535 ||
+      gridDim.z > 65535)
+    return cudaErrorInvalidConfiguration;
+  if (!gpu.code) return cudaErrorNoKernelImageForDevice;
+  const unsigned threads = unsigned(count);
+  const size_t bytes = config.dynamicSmemBytes;
+  const auto asked = dynamic_bytes.find({device, kernel});
+  if (bytes > (asked != dynamic_bytes.end() ? asked->second : granted_bytes - gpu.variables_bytes) ||
+      parameter_bytes > most_parameter_bytes)
+    return cudaErrorInvalidValue;
+  bool is_together = false, is_early = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config.attrs[i];
+    if (attribute.id == cudaLaunchAttributeCooperative) is_together = attribute.val.cooperative;
+    else if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      is_early = attribute.val.programmaticStreamSerializationAllowed;
+    else return cudaErrorInvalidValue;
+  }
+  // What is said of no older driver and of no cooperative launch is taken for refused.
+  if (is_early && (gpu.architecture < 90 || gpu.driver < 12030 || is_together)) return cudaErrorNotSupported;
+  if (is_together && blocks > multiprocessors * blocks_at_once(gpu, threads, bytes))
+    return cudaErrorCooperativeLaunchTooLarge;
+
+  *complaint = 0;
+  if (!own.regions[0].begin) find_memory();
+  if (is_together) {
+    ++launches;
+    releases.assign(blocks, {});
+    return run_together(threads, unsigned(blocks), bytes) ? cudaSuccess : cudaErrorLaunchFailure;
+  }
+  if (own.fibers.size() < threads) make_fibers(threads);
+  make_dynamic_memory(bytes);
+  grids.push_back(int64_t(blocks));
+  Turn turn(static_cast<unsigned>(blocks));
+  for (unsigned time = 0; time < times; ++time) {
+    ++launches;
+    releases.assign(blocks, {});
+    for (unsigned number : turn.next()) {
+      run_of_grid(number);
+      start_block(threads, is_early);
+      Turn of_threads(threads);
+      if (run_block(threads, of_threads) == Outcome::ended && !*complaint) {
+        if (counts_traffic) count_traffic();
+        continue;
+      }
+      if (!*complaint) complain("a block waits for others that are not there");
+      own.fibers.clear();  // what they are in the middle of is abandoned
+      for (Warp& warp : own.warps) warp.arrived = 0;
+      return cudaErrorLaunchFailure;
+    }
+  }
   return cudaSuccess;
 }
+
+}  // namespace emulator
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  gridDim = config->gridDim;
-  blockDim = config->blockDim;
-  const uint64_t threads = uint64_t{blockDim.x} * blockDim.y * blockDim.z;
-  const uint64_t blocks = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
-  if (blocks == 0 || threads == 0 || threads > emulator::most_threads || gridDim.x > INT32_MAX ||
-      gridDim.y > 65535 || gridDim.z > 65535)
-    return emulator::fail(cudaErrorInvalidConfiguration);
-  const emulator::Device& device = emulator::devices[emulator::device];
-  if (!device.has_code) return emulator::fail(cudaErrorNoKernelImageForDevice);
-  const auto asked = emulator::dynamic_bytes.find({emulator::device, reinterpret_cast<const void*>(kernel)});
-  const size_t dynamic_bytes = asked != emulator::dynamic_bytes.end()
-                                   ? asked->second
-                                   : emulator::granted_bytes - device.variables_bytes;
-  if (config->dynamicSmemBytes > dynamic_bytes) return emulator::fail(cudaErrorInvalidValue);
-  auto call = [&] { kernel(arguments...); };
-  emulator::kernel_call = [](void* bound) { (*static_cast<decltype(call)*>(bound))(); };
-  emulator::kernel_arguments = &call;
-  *emulator::complaint = 0;
-  if (!emulator::regions[0].begin) emulator::find_memory();
-  if (config->numAttrs && config->attrs->val.cooperative) {
-    ++emulator::launches;
-    if (blocks > unsigned(emulator::multiprocessors))
-      return emulator::fail(cudaErrorCooperativeLaunchTooLarge);
-    const bool is_right =
-        emulator::run_together(unsigned(threads), unsigned(blocks), config->dynamicSmemBytes);
-    return is_right ? cudaSuccess : emulator::fail(cudaErrorLaunchFailure);
-  }
-  if (emulator::fibers.size() < threads) emulator::make_fibers(unsigned(threads));
-  emulator::make_dynamic_memory(config->dynamicSmemBytes);
-  emulator::grids.push_back(int64_t(blocks));
-  std::vector<size_t> turn(blocks);
-  std::iota(turn.begin(), turn.end(), 0);
-  if (emulator::order == 1) std::reverse(turn.begin(), turn.end());
-  std::mt19937 random(emulator::order);
-  for (uint64_t i = 0; i < blocks * emulator::times; ++i) {
-    if (i % blocks == 0) {
-      ++emulator::launches;
-      for (uint32_t* fences : emulator::told_by) delete[] fences;
-      emulator::told_by.assign(blocks, nullptr);
-      emulator::told = emulator::told_by.data();
-      if (emulator::order > 1) std::shuffle(turn.begin(), turn.end(), random);
-    }
-    emulator::run_of_grid(turn[i % blocks]);
-    emulator::start_block(unsigned(threads));
-    emulator::Turn of_threads{unsigned(threads)};
-    if (emulator::run_block(unsigned(threads), of_threads) == emulator::Outcome::ended) {
-      if (emulator::counts_traffic) emulator::count_traffic();
-      continue;
-    }
-    if (!*emulator::complaint) emulator::complain("a block waits for others that are not there");
-    emulator::fibers.clear();  // what they are in the middle of is abandoned
-    for (emulator::Warp& warp : emulator::warps) warp.arrived = 0;
-    return emulator::fail(cudaErrorLaunchFailure);
-  }
-  return cudaSuccess;
+  size_t bytes = 0;
+  const auto add = [&](size_t size, size_t alignment) {
+    bytes = (bytes + alignment - 1) / alignment * alignment + size;
+  };
+  (add(sizeof(Parameters), alignof(Parameters)), ...);
+  std::pair bound(kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...));
+  emulator::kernel_call = [](void* arguments) {
+    auto& [function, own] = *static_cast<decltype(bound)*>(arguments);
+    std::apply(function, own);
+  };
+  emulator::kernel_arguments = reinterpret_cast<char*>(&bound);
+  emulator::kernel_arguments_bytes = sizeof(bound);
+  return emulator::fail(emulator::launch(*config, reinterpret_cast<const void*>(kernel), bytes));
 }
 #endif

@@ -56,6 +56,22 @@ static void library(const cuda::Product& p) {
   else multiply<float>(p);
 }
 
+template <int bytes>
+struct Parameter {
+  char all[bytes];
+};
+template <int number, int bytes>
+static void nothing(Parameter<bytes>) {
+  cudaGridDependencySynchronize();
+}
+template <int number, int bytes>
+static int attempt_launch(int64_t blocks, int threads, int64_t shared_bytes, int id) {
+  cudaLaunchAttribute attribute{cudaLaunchAttributeID(id), {1, 1}};
+  const cudaLaunchConfig_t config{unsigned(blocks), unsigned(threads), size_t(shared_bytes),
+                                  nullptr,          &attribute,        id > 0};
+  return cudaLaunchKernelEx(&config, nothing<number, bytes>, Parameter<bytes>{});
+}
+
 // The blocks of each launch that the plan says, and of each that was made.
 template <class Layer>
 static int64_t planned(const Layer* layers, int64_t count, int64_t* blocks) {
@@ -126,21 +142,22 @@ int set_device(int device) { return cudaSetDevice(device); }
 int device() { return emulator::device; }
 int last_error() { return cudaGetLastError(); }
 int runs_on(int device) { return cuda::runs_on(device); }
+// A launch of a kernel that does nothing. `asked`: the shared memory that it may have, or 0 where it does not ask.
+int attempt(int64_t blocks, int threads, int64_t shared_bytes, int64_t asked, int parameter_bytes,
+            int attribute) {
+  return parameter_bytes > 4096 ? attempt_launch<0, 4097>(blocks, threads, shared_bytes, attribute)
+         : asked == 0           ? attempt_launch<0, 4096>(blocks, threads, shared_bytes, attribute)
+         : cudaFuncSetAttribute(nothing<1, 4096>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(asked))
+             ? -1
+             : attempt_launch<1, 4096>(blocks, threads, shared_bytes, attribute);
+}
 int forward(const Forward* layers, int64_t count, void* workspace, unsigned variant) {
   emulator::order = variant;
-  emulator::watched = static_cast<char*>(workspace);
-  emulator::watched_bytes = cuda::forward_workspace(layers, count);
-  const int error = cuda::forward(layers, count, workspace, nullptr);
-  emulator::watched_bytes = 0;
-  return error;
+  return cuda::forward(layers, count, workspace, nullptr);
 }
 int backward(const Backward* layers, int64_t count, void* workspace, unsigned variant) {
   emulator::order = variant;
-  emulator::watched = static_cast<char*>(workspace);
-  emulator::watched_bytes = cuda::backward_workspace(layers, count);
-  const int error = cuda::backward(layers, count, workspace, nullptr);
-  emulator::watched_bytes = 0;
-  return error;
+  return cuda::backward(layers, count, workspace, nullptr);
 }
 int optimize(const Optimizer* o, const Update* updates, int64_t count, unsigned variant) {
   emulator::order = variant;

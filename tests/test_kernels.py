@@ -185,7 +185,18 @@ BROKEN = {
         "splits.cuh", "__threadfence();\n    __sync", "__sync", "a race: block"
     ),
     "a block takes itself for the last too early": (
-        "splits.cuh", "next - none == members", "next - none + 1 == members", ""
+        "splits.cuh", "next - none == members", "next - none + 1 == members", "a race: block"
+    ),
+    "a launch does not wait for the one before": (
+        "product.cuh", "wait_for_previous();\n  for", "for", "has not waited"
+    ),
+    "weights are read before the launch that changes them has ended": (
+        "chain.cuh", "wait_for_previous();\n  start_weight(0);", "start_weight(0), wait_for_previous();",
+        "touches"
+    ),
+    "threads without work do not wait": (
+        "elementwise.cuh", "wait_for_previous(), let_next_begin();\n  const int64_t i",
+        "if (threadIdx.x < 101) wait_for_previous();\nelse return;\n  const int64_t i", "ends"
     ),
     "sums are added before all threads have theirs": (
         "elementwise.cuh", f"{BARRIER}\n  float sum", "float sum", "a race"
@@ -1427,7 +1438,8 @@ def test_the_layers_of_a_narrow_network_are_one_launch(builds, dtype, sizes, exp
 # ---- what a launch needs of its GPU
 
 # Of the emulator, by number; the first is the one that all other tests have.
-GPUS = ["sm_90", "sm_80", "sm_86", "sm_86, of kernels with shared variables"]
+GPUS = ["sm_90", "sm_80", "sm_86", "sm_120", "sm_90, of code for sm_80", "sm_90, of CUDA 12.2"]
+GPUS += ["sm_86, of kernels with shared variables"]
 WITHOUT_CODE = len(GPUS)
 NO_KERNEL_IMAGE = 209
 
@@ -1475,6 +1487,46 @@ def test_a_gpu_that_there_is_no_code_for_is_known_as_one_and_nobody_else_sees_th
     layer = Layer(on_gpu(WITHOUT_CODE), "float32", "relu", (3, 5, 7))
     with pytest.raises(AssertionError, match=f"error {NO_KERNEL_IMAGE}"):  # what a launch there would give
         layer.forward()
+
+
+KILOBYTE = 1 << 10
+COOPERATIVE, EARLY = 2, 6
+INVALID_VALUE, INVALID_CONFIGURATION, TOO_LARGE, NOT_SUPPORTED = 1, 9, 720, 801
+MOST_SHARED = {"sm_90": 227, "sm_80": 163, "sm_86": 99, "sm_120": 99}
+LAUNCHES = [
+    ("sm_90", {}, 0),
+    ("sm_90", {"blocks": 0}, INVALID_CONFIGURATION),
+    ("sm_90", {"threads": 1024}, 0),
+    ("sm_90", {"threads": 1025}, INVALID_CONFIGURATION),
+    ("sm_90", {"shared": 48 * KILOBYTE}, 0),
+    ("sm_90", {"shared": 48 * KILOBYTE + 1}, INVALID_VALUE),
+    *((gpu, {"shared": most * KILOBYTE, "asked": most * KILOBYTE}, 0) for gpu, most in MOST_SHARED.items()),
+    *((gpu, {"asked": most * KILOBYTE + 1}, -1) for gpu, most in MOST_SHARED.items()),
+    ("sm_90", {"parameters": 4097}, INVALID_VALUE),
+    ("sm_90", {"attribute": COOPERATIVE, "threads": 1024, "blocks": 16}, 0),  # on 8 multiprocessors
+    ("sm_90", {"attribute": COOPERATIVE, "threads": 1024, "blocks": 17}, TOO_LARGE),
+    ("sm_86", {"attribute": COOPERATIVE, "threads": 1024, "blocks": 9}, TOO_LARGE),
+    ("sm_86", {"attribute": COOPERATIVE, "shared": 49 * KILOBYTE, "asked": 99 * KILOBYTE, "blocks": 16}, 0),
+    (
+        "sm_86",
+        {"attribute": COOPERATIVE, "shared": 50 * KILOBYTE, "asked": 99 * KILOBYTE, "blocks": 9},
+        TOO_LARGE,
+    ),
+    ("sm_90", {"attribute": EARLY}, 0),
+    ("sm_80", {"attribute": EARLY}, NOT_SUPPORTED),
+    ("sm_90, of CUDA 12.2", {"attribute": EARLY}, NOT_SUPPORTED),
+    ("sm_90, of code for sm_80", {"attribute": EARLY}, 719),  # in which no thread waits
+    ("sm_90", {"attribute": 4}, INVALID_VALUE),
+]
+
+
+@pytest.mark.parametrize(("gpu", "how", "error"), LAUNCHES, ids=str)
+def test_the_emulator_refuses_the_launches_that_a_gpu_does(on_gpu, gpu, how, error):
+    library = on_gpu(GPUS.index(gpu))
+    how = {"blocks": 1, "threads": 32, "shared": 0, "asked": 0, "parameters": 4096, "attribute": 0} | how
+    blocks, threads, shared, asked, parameters, attribute = how.values()
+    sizes = ctypes.c_int64(blocks), threads, ctypes.c_int64(shared), ctypes.c_int64(asked)
+    assert library.attempt(*sizes, parameters, attribute) == error
 
 
 class Traffic(ctypes.Structure):

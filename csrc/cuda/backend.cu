@@ -137,16 +137,23 @@ int architecture() {
   return known ? 10 * major + minor : 0;
 }
 
-// The plan of a call.
-template <class Layer>
-std::vector<Planned> plan_of(const Layer* layers, int64_t count) {
-  const auto owner = [](Kind kind, Dtype dtype, bool reduced, double operations) {
-    return owner_of(kind, dtype, reduced, operations);
+// A function that tells it on the current device.
+auto owners() {
+  const bool by_table = products.owner == Owner::table && !products.table.empty();
+  return [own = by_table ? architecture() : 0](Kind kind, Dtype dtype, bool reduced, double operations) {
+    if (products.owner != Owner::table) return products.owner;
+    const int size = operations > 0 ? std::ilogb(operations) : 0;
+    for (const Measured& m : products.table)
+      if (m.architecture == own && m.dtype == dtype && m.reduced == (reduced && dtype == Dtype::float32) &&
+          m.kind == kind && m.size == size)
+        return m.owner;
+    return owner_of(operations);
   };
-  return plan(layers, count, owner, most_shared_memory());
 }
-bool has(const std::vector<Planned>& launches, Launch launch) {
-  return std::any_of(launches.begin(), launches.end(), [&](const Planned& p) { return p.launch == launch; });
+
+template <class Layer>
+bool is_chain(Kind kind, const Layer* layers, int64_t count) {
+  return is_chain(kind, layers, count, owners(), most_shared_memory());
 }
 
 // ---- chains
@@ -325,7 +332,7 @@ const char* architectures() { return FASTMLP_TEXT(__CUDA_ARCH_LIST__); }
 bool runs_on(int device) { return has_code<softmax::weigh>(device); }
 
 int64_t forward_workspace(const Forward* layers, int64_t count) {
-  return has(plan_of(layers, count), Launch::chain_forward)
+  return is_chain(Kind::chain_forward, layers, count)
              ? 0
              : 2 * between_bytes(layers, count) + largest_split(layers, count);
 }
@@ -336,7 +343,7 @@ int forward(const Forward* layers, int64_t count, void* workspace, void* stream_
   const int64_t bytes = between_bytes(layers, count);
   return with_dtype(layers->dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    for (const Planned& p : plan_of(layers, count)) {
+    for (const Planned& p : plan(layers, count, owners(), most_shared_memory())) {
       Forward f = layers[p.layer];
       if (!f.x) f.x = between + (p.layer + 1) % 2 * bytes;
       if (!f.y) f.y = between + p.layer % 2 * bytes;
@@ -352,14 +359,13 @@ int forward(const Forward* layers, int64_t count, void* workspace, void* stream_
 }
 
 int64_t backward_workspace(const Backward* layers, int64_t count) {
-  const bool chained = has(plan_of(layers, count), Launch::chain_backward);
+  const bool chained = is_chain(Kind::chain_backward, layers, count);
   return places(layers, count, chained, 0).memory + bytes_to_work_in(layers, count);
 }
 
 int backward(const Backward* layers_, int64_t count, void* workspace, void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  const std::vector<Planned> launches = plan_of(layers_, count);
-  const bool chained = has(launches, Launch::chain_backward);
+  const bool chained = is_chain(Kind::chain_backward, layers_, count);
   char* const own = static_cast<char*>(workspace);
   std::vector<Backward> layers(layers_, layers_ + count);
   std::vector<void*> x(count);
@@ -395,7 +401,7 @@ int backward(const Backward* layers_, int64_t count, void* workspace, void* stre
           return dW<T>(b, p.owner, memory, stream);
       }
     };
-    for (const Planned& p : launches)
+    for (const Planned& p : plan(layers_, count, owners(), most_shared_memory()))
       if (const cudaError_t error = run(p); error != cudaSuccess) return error;
     return cudaSuccess;
   });
@@ -421,14 +427,7 @@ void set_products(Library library, Owner owner, const Measured* table, int64_t c
 }
 
 Owner owner_of(Kind kind, Dtype dtype, bool reduced, double operations) {
-  if (products.owner != Owner::table) return products.owner;
-  const int own = products.table.empty() ? 0 : architecture();
-  const int size = operations > 0 ? std::ilogb(operations) : 0;
-  for (const Measured& m : products.table)
-    if (m.architecture == own && m.dtype == dtype && m.reduced == (reduced && dtype == Dtype::float32) &&
-        m.kind == kind && m.size == size)
-      return m.owner;
-  return owner_of(operations);
+  return owners()(kind, dtype, reduced, operations);
 }
 
 int64_t cross_entropy_workspace(const CrossEntropy& p) { return softmax::workspace(p); }

@@ -60,6 +60,7 @@ __global__ void __launch_bounds__(Tiling::threads, 1)
     for (int t = 0; t < tiles_along(link.K); ++t) carrier.start(weight_of(use) + t * Weights::size);
   };
 
+  wait_for_previous();
   start_weight(0);
   int use = 0;  // of weights, by the block
   for (int64_t m0 = blockIdx.x * int64_t{Tiling::m}; m0 < M; m0 += gridDim.x * int64_t{Tiling::m}) {
@@ -75,6 +76,7 @@ __global__ void __launch_bounds__(Tiling::threads, 1)
       ptx::wait_for_copies<0>();
       __syncthreads();  // A and B are there, and the slot of the B before is free
       const bool more = !last || m0 + gridDim.x * int64_t{Tiling::m} < M;
+      if (!more) let_next_begin();
       if (links.slots == links.count ? use + 1 < links.count : more) start_weight(use + 1);
 
       for (int t = 0; t < tiles_along(link.K); ++t)

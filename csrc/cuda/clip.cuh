@@ -31,6 +31,7 @@ __device__ __forceinline__ void for_packs(const Gradients& table, F f) {
 
 template <class T>
 __global__ void __launch_bounds__(threads) square(const Gradients table, double* sums) {
+  wait_for_previous(), let_next_begin();
   double sum = 0;
   for_packs<T>(table, [&](const T* p, int64_t n, bool aligned) {
     const Pack<T> pack = load(p, n, aligned);
@@ -46,6 +47,7 @@ __global__ void __launch_bounds__(threads) square(const Gradients table, double*
 template <class T>
 __global__ void __launch_bounds__(threads)
     combine(const Clip c, const double* sums, int64_t count, float* factor) {
+  wait_for_previous(), let_next_begin();
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += threads) sum += sums[i];
   sum = across<Sum>(sum);
@@ -58,6 +60,7 @@ __global__ void __launch_bounds__(threads)
 
 template <class T>
 __global__ void __launch_bounds__(threads) scale(const Gradients table, const float* factor_) {
+  wait_for_previous(), let_next_begin();
   const float factor = *factor_;
   if (factor == 1.0f) return;
   for_packs<T>(table, [&](T* p, int64_t n, bool aligned) {
@@ -90,13 +93,13 @@ cudaError_t run(const Clip& c, const Gradient* gradients, int64_t count, double*
   cudaError_t error = for_tables<Gradients>(
       gradients, count, elements_of_block<T>, [&](const Gradients& table, int64_t blocks) {
         own += blocks;
-        return launch(square<T>, blocks, threads, stream, table, own - blocks);
+        return launch<square<T>>(blocks, threads, stream, table, own - blocks);
       });
-  if (error == cudaSuccess) error = launch(combine<T>, 1, threads, stream, c, sums, all, factor);
+  if (error == cudaSuccess) error = launch<combine<T>>(1, threads, stream, c, sums, all, factor);
   if (error != cudaSuccess) return error;
   return for_tables<Gradients>(gradients, count, elements_of_block<T>,
                                [&](const Gradients& table, int64_t blocks) {
-                                 return launch(scale<T>, blocks, threads, stream, table, factor);
+                                 return launch<scale<T>>(blocks, threads, stream, table, factor);
                                });
 }
 

@@ -17,6 +17,7 @@ template <class T>
 __global__ void __launch_bounds__(threads)
     activate_all(const T* z, int64_t ldz, T* y, int64_t rows, int64_t columns, const Activation g) {
   constexpr int size = Pack<T>::size;
+  wait_for_previous(), let_next_begin();
   const int64_t i = blockIdx.x * int64_t{threads} + threadIdx.x, packs = (columns + size - 1) / size;
   const int64_t row = rows > 1 ? i / packs : 0, column = (i - row * packs) * size, left = columns - column;
   if (row >= rows || left <= 0) return;
@@ -46,6 +47,7 @@ __global__ void __launch_bounds__(threads)
   const bool aligned =
       is_aligned<T>(address(grad_y) | address(saved) | address(dz) | address(y)) && columns % size == 0;
 
+  wait_for_previous(), let_next_begin();
   float sums[size] = {};
   for (int64_t m = row0 + threadIdx.x / across; m < end && left > 0; m += apart) {
     const int64_t at = m * columns + column;
@@ -80,8 +82,8 @@ template <class T>
 cudaError_t activate(const void* z, int64_t ldz, void* y, int64_t rows, int64_t columns, const Activation& g,
                      cudaStream_t stream) {
   if (ldz == columns) columns *= std::exchange(rows, 1);
-  return launch(activate_all<T>, blocks_of(rows * blocks_of(columns, Pack<T>::size), threads), threads,
-                stream, static_cast<const T*>(z), ldz, static_cast<T*>(y), rows, columns, g);
+  return launch<activate_all<T>>(blocks_of(rows * blocks_of(columns, Pack<T>::size), threads), threads,
+                                 stream, static_cast<const T*>(z), ldz, static_cast<T*>(y), rows, columns, g);
 }
 
 // dz, y and db, each of them or null for none. Without dz, dy is dz.
@@ -89,10 +91,11 @@ template <class T>
 cudaError_t differentiate(const Backward& b, void* dz, void* y, void* grad_bias, void* memory,
                           cudaStream_t stream) {
   const Share own = share(b.dtype, b.M, b.N);
-  return launch(differentiate_all<T>, own.cut.tiles * own.cut.splits, threads, stream,
-                static_cast<const T*>(b.grad_y), static_cast<const T*>(b.saved), static_cast<T*>(dz),
-                static_cast<T*>(dz ? y : nullptr), static_cast<T*>(grad_bias),
-                dz ? b.activation : Activation{}, b.M, b.N, own.across, Splits(own.cut, memory));
+  return launch<differentiate_all<T>>(own.cut.tiles * own.cut.splits, threads, stream,
+                                      static_cast<const T*>(b.grad_y), static_cast<const T*>(b.saved),
+                                      static_cast<T*>(dz), static_cast<T*>(dz ? y : nullptr),
+                                      static_cast<T*>(grad_bias), dz ? b.activation : Activation{}, b.M, b.N,
+                                      own.across, Splits(own.cut, memory));
 }
 
 }  // namespace fastmlp::cuda::elementwise

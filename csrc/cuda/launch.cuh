@@ -24,28 +24,44 @@ __device__ __forceinline__ void store(float* p, float value) { *p = value; }
 __device__ __forceinline__ void store(__nv_bfloat16* p, float value) { *p = __float2bfloat16_rn(value); }
 __device__ __forceinline__ void store(__half* p, float value) { *p = __float2half_rn(value); }
 
-// What is known of each device, by its number: 0 until it is written. Threads may find it out at the same time, since
-// they find the same.
+// A launch begins while the kernel before it in the stream ends, on sm_90 and later. So every kernel waits, in all threads,
+// before it touches global memory, even to write: another kernel may still read there. That kernel has ended then with
+// all before it, since it has waited too.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(FASTMLP_EMULATE) || __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// Blocks of the next kernel may come, to the room that is left, once all blocks of this one are here or have ended. Where
+// what is left to do takes about as long as a launch: early, they would be too many where there is room, and wait there.
+__device__ __forceinline__ void let_next_begin() {
+#if defined(FASTMLP_EMULATE) || __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+// What is known of each device, by its number. Threads may find it out at the same time, since they find the same.
+enum Answer : char { unknown, yes, no };
 class Devices {
  public:
-  char known(unsigned device) const {
-    return device < most ? values[device].load(std::memory_order_acquire) : 0;
+  Answer known(unsigned device) const {
+    return device < most ? answers[device].load(std::memory_order_acquire) : unknown;
   }
-  void keep(unsigned device, char value) {
-    if (device < most) values[device].store(value, std::memory_order_release);
+  void keep(unsigned device, Answer answer) {
+    if (device < most) answers[device].store(answer, std::memory_order_release);
   }
 
  private:
   static constexpr unsigned most = 64;  // of a device beyond them it is found out every time
-  std::atomic<char> values[most] = {};
+  std::atomic<Answer> answers[most] = {};
 };
 
 // Whether there is code for a device, among what was built or by way of its PTX.
 template <auto kernel>
 bool has_code(int device) {
-  enum Answer : char { unknown, yes, no };
   static Devices answers;
-  if (const char answer = answers.known(device)) return answer == yes;
+  if (const Answer answer = answers.known(device)) return answer == yes;
   int current = 0;
   cudaFuncAttributes attributes;
   cudaError_t error = cudaGetDevice(&current);
@@ -80,75 +96,74 @@ inline int64_t most_shared_memory() {
   return known ? bytes : 0;
 }
 
-// Asks for all the dynamic shared memory that a block of the kernel can have on the current device. Once, and never
-// for less: another thread may be about to launch the kernel with as much.
+// Before the first launch of a kernel on the current device: asks for all the dynamic shared memory that its blocks can
+// have, and never for less, since another thread may be about to launch it with as much. `overlaps`: whether a launch
+// may begin before the one before it ends. Its code has to wait for that then, and a driver that captures such launches
+// in graphs is of CUDA 12.3 or later.
 template <auto kernel>
-cudaError_t ask_for_shared_memory() {
-  static Devices granted;
-  int device = 0;
+cudaError_t prepare(bool& overlaps) {
+  static Devices answers;
+  int device = 0, driver = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess || granted.known(device)) return error;
-  cudaFuncAttributes own;
-  error = cudaFuncGetAttributes(&own, kernel);
   if (error != cudaSuccess) return error;
-  const int64_t most = most_shared_memory() - static_cast<int64_t>(own.sharedSizeBytes);
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
-  if (error == cudaSuccess) granted.keep(device, true);
-  return error;
+  Answer answer = answers.known(device);
+  if (answer == unknown) {
+    cudaFuncAttributes own;
+    error = cudaFuncGetAttributes(&own, kernel);
+    if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
+    if (error != cudaSuccess) return error;
+    const int64_t most = most_shared_memory() - static_cast<int64_t>(own.sharedSizeBytes);
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
+    if (error != cudaSuccess) return error;
+    answers.keep(device, answer = own.ptxVersion >= 90 && driver >= 12030 ? yes : no);
+  }
+  overlaps = answer == yes;
+  return cudaSuccess;
 }
 
 template <class... Parameters, class... Arguments>
 cudaError_t enqueue(void (*kernel)(Parameters...), size_t shared_bytes, int64_t blocks, unsigned threads,
-                    cudaStream_t stream, Arguments... arguments) {
-  if (blocks == 0) return cudaSuccess;
+                    cudaStream_t stream, cudaLaunchAttribute* attribute, Arguments... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  config.attrs = attribute;
+  config.numAttrs = attribute ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// Enqueues kernel(args...), or nothing for a grid of no blocks, which CUDA itself refuses. The error is this
-// launch's own: one that somebody left behind earlier is neither returned nor cleared.
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, unsigned threads, cudaStream_t stream,
-                   Arguments... arguments) {
-  return enqueue(kernel, 0, blocks, threads, stream, arguments...);
-}
-
-// The same with dynamic shared memory.
+// Enqueues kernel(arguments...) with dynamic shared memory, or nothing for a grid of no blocks, which CUDA itself refuses.
+// The error is this launch's own: one that somebody left behind earlier is neither returned nor cleared.
 template <auto kernel, class... Arguments>
 cudaError_t launch_with(size_t shared_bytes, int64_t blocks, unsigned threads, cudaStream_t stream,
                         Arguments... arguments) {
-  const cudaError_t error = ask_for_shared_memory<kernel>();
-  return error == cudaSuccess ? enqueue(kernel, shared_bytes, blocks, threads, stream, arguments...) : error;
+  bool overlaps = false;
+  if (blocks == 0) return cudaSuccess;
+  if (const cudaError_t error = prepare<kernel>(overlaps); error != cudaSuccess) return error;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  return enqueue(kernel, shared_bytes, blocks, threads, stream, overlaps ? &early : nullptr, arguments...);
 }
 
-// The same with all blocks there at once, so that they may wait for one another; an error where there is no room.
+template <auto kernel, class... Arguments>
+cudaError_t launch(int64_t blocks, unsigned threads, cudaStream_t stream, Arguments... arguments) {
+  return launch_with<kernel>(0, blocks, threads, stream, arguments...);
+}
+
+// The same with all blocks there at once, so that they may wait for one another; an error where there is no room. It
+// begins when all before it has ended.
 template <auto kernel, class... Arguments>
 cudaError_t launch_together(size_t shared_bytes, int64_t blocks, unsigned threads, cudaStream_t stream,
                             Arguments... arguments) {
-  int device = 0, multiprocessors = 0, on_each = 0;
-  cudaError_t error = ask_for_shared_memory<kernel>();
-  if (error == cudaSuccess) error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&on_each, kernel, int(threads), shared_bytes);
-  if (error != cudaSuccess) return error;
-  if (blocks < 1 || blocks > int64_t{on_each} * multiprocessors) return cudaErrorCooperativeLaunchTooLarge;
+  bool overlaps = false;
+  if (const cudaError_t error = prepare<kernel>(overlaps); error != cudaSuccess) return error;
   cudaLaunchAttribute together{};
   together.id = cudaLaunchAttributeCooperative;
   together.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &together;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return enqueue(kernel, shared_bytes, blocks, threads, stream, &together, arguments...);
 }
 
 }  // namespace fastmlp::cuda

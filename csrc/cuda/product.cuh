@@ -206,6 +206,7 @@ __global__ void __launch_bounds__(Tiling::threads, Tiling::blocks)
     }
     ptx::commit_copies();
   };
+  wait_for_previous();
   for (int step = 0; step < stages - 1; ++step) start(step);
 
   Math<T, Tiling, ALayout, BLayout> math;
@@ -232,6 +233,7 @@ __global__ void __launch_bounds__(Tiling::threads, Tiling::blocks)
       if (sums_rows) add_rows(a_tile(step));
   }
 
+  let_next_begin();
   __syncthreads();  // the operands' tiles have been read: sums take their place
   if (sums_rows) {
     shared_sums[threadIdx.x] = row_sum;

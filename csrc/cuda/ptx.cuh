@@ -18,7 +18,7 @@ using emulator::round_to_tf32;
 using emulator::wait;
 using emulator::wait_for_copies;
 
-inline unsigned char* dynamic_shared_memory() { return emulator::dynamic_shared_memory; }
+inline unsigned char* dynamic_shared_memory() { return emulator::own.dynamic_memory; }
 #else
 
 __device__ __forceinline__ unsigned shared_address(const void* p) {

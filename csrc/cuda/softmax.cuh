@@ -85,6 +85,7 @@ __device__ __forceinline__ float of_row(const CrossEntropy& p, const T* z, int64
 
 // The blocks share the rows out one by one in turn; each writes what its own add up to.
 __global__ void __launch_bounds__(many) weigh(const CrossEntropy p, float* weights) {
+  wait_for_previous(), let_next_begin();
   float sum = 0.0f;
   for (int64_t i = blockIdx.x * int64_t{many} + threadIdx.x; i < p.N; i += int64_t{gridDim.x} * many)
     sum += target_weight(p, p.target[i]);
@@ -95,6 +96,7 @@ __global__ void __launch_bounds__(many) weigh(const CrossEntropy p, float* weigh
 template <class T>
 __global__ void __launch_bounds__(many, 1)
     rows(const CrossEntropy p, const float* weights, int64_t weights_count, float* losses) {
+  wait_for_previous(), let_next_begin();
   const float scale = 1.0f / divisor(p, weights, weights_count);
   float block_loss = 0.0f;
   for (int64_t row = blockIdx.x; row < p.N; row += gridDim.x) {
@@ -113,6 +115,7 @@ template <class T>
 __global__ void __launch_bounds__(many)
     reduce(const CrossEntropy p, const float* weights, int64_t weights_count, const float* losses,
            int64_t losses_count) {
+  wait_for_previous(), let_next_begin();
   const float loss = sum_of(losses, losses_count) / divisor(p, weights, weights_count);
   if (threadIdx.x == 0) store(static_cast<T*>(p.loss), loss);
 }
@@ -132,12 +135,12 @@ template <class T>
 cudaError_t cross_entropy(const CrossEntropy& p, float* losses, cudaStream_t stream) {
   float* const weights = losses + blocks(p);
   cudaError_t error = cudaSuccess;
-  if (p.reduction == Reduction::mean) error = launch(weigh, weighing_blocks(p), many, stream, p, weights);
+  if (p.reduction == Reduction::mean) error = launch<weigh>(weighing_blocks(p), many, stream, p, weights);
   if (error == cudaSuccess)
     error =
-        launch(rows<T>, blocks(p), p.C <= 1024 ? few : many, stream, p, weights, weighing_blocks(p), losses);
+        launch<rows<T>>(blocks(p), p.C <= 1024 ? few : many, stream, p, weights, weighing_blocks(p), losses);
   if (error == cudaSuccess && p.reduction != Reduction::none)
-    error = launch(reduce<T>, 1, many, stream, p, weights, weighing_blocks(p), losses, blocks(p));
+    error = launch<reduce<T>>(1, many, stream, p, weights, weighing_blocks(p), losses, blocks(p));
   return error;
 }
 

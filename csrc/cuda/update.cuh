@@ -43,6 +43,7 @@ __device__ __forceinline__ Pack<T> change(const Row& row, const Update& u, int64
 
 template <class T, class Row>
 __global__ void __launch_bounds__(threads) step(const Updates table, const Optimizer o) {
+  wait_for_previous(), let_next_begin();
   const int tensor = table.tensor_of(blockIdx.x);
   const Update u = table.tensors[tensor];
   const Row row = o.in_memory ? Row(u.numbers->optimizer, u.numbers->rates) : Row(o, u.rates);
@@ -57,7 +58,7 @@ template <class T>
 cudaError_t run(const Optimizer& o, const Update* updates, int64_t count, cudaStream_t stream) {
   return for_tables<Updates>(updates, count, elements_of_block<T>, [&](const Updates& table, int64_t blocks) {
     return with_rule(o, [&](auto named) {
-      return launch(step<T, typename decltype(named)::type>, blocks, threads, stream, table, o);
+      return launch<step<T, typename decltype(named)::type>>(blocks, threads, stream, table, o);
     });
   });
 }
