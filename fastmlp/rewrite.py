@@ -34,6 +34,7 @@ from operator import length_hint
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from fastmlp import _C, functional
@@ -212,6 +213,8 @@ def run(
     try:
         output = _C.apply(KNOWN, callables, value)
     except Exception:  # which will be raised again, by the statement that it comes from
+        if _saved_tensors_are_watched():
+            raise
         output = NotImplemented
     if output is not NotImplemented:
         return first + len(ends), output
@@ -241,10 +244,17 @@ def run(
             if dropout is not None:
                 output = dropout.forward(output)
         except Exception:  # the statement that it comes from will raise it again
+            if _saved_tensors_are_watched():
+                raise
             break
         first, value = first + count, output
         callables, ends = callables[at:], [end - at for end in ends[count:]]
     return first, value
+
+
+def _saved_tensors_are_watched() -> bool:
+    """Whether an exception may be a hook's: checkpoint ends a second forward pass by one, which is no error."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _known(

@@ -121,6 +121,8 @@ FAULTS = [
     Fault("fastmlp/fuse.py", "return original_class(self)\n", "return type(self)\n", "tests/test_fuse.py tests/test_rewrite.py"),
     Fault("fastmlp/rewrite.py", "            and len(self.ending.statements) == count\n", "", "tests/test_fuse.py tests/test_rewrite.py"),
     Fault("fastmlp/rewrite.py", 'raise Refused("is a generator")', "pass", "tests/test_fuse.py tests/test_rewrite.py"),
+    Fault("fastmlp/rewrite.py", "        if _saved_tensors_are_watched():\n            raise\n        output", "        output", "tests/test_autograd.py -k checkpoint_may"),
+    Fault("fastmlp/rewrite.py", "            if _saved_tensors_are_watched():\n                raise\n            break", "            break", "tests/test_autograd.py -k checkpoint_may"),
     Fault("fastmlp/optim.py", "if len(new) < len(params):", "if False:", "tests/test_optim.py"),
     Fault("fastmlp/optim.py", '            or group["fused"] is False\n', "", "tests/test_optim.py"),
     Fault("fastmlp/optim.py", 'or getattr(self, "found_inf", None) is not None', "or False", "tests/test_optim.py"),
