@@ -5,8 +5,11 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <new>
 #include <vector>
 
 #include "call.h"
@@ -245,6 +248,30 @@ bool is_unseen(const Tensor& input, Objects weights, Objects biases) {
   return !is_differentiated && nobody_sees(keys);
 }
 
+// An output. The aligned memory of torch's allocator takes as long as a small network's first layer, malloc's a fifth of
+// that. What is large, or comes from an allocator that somebody has set, is torch's.
+Tensor new_output(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  constexpr size_t most = 4096, line = 64;  // bytes
+  struct Small final : c10::Allocator {
+    c10::DataPtr allocate(size_t bytes) override {
+      void* const memory = std::malloc(bytes + line);
+      if (!memory) throw std::bad_alloc();
+      const uintptr_t data = (reinterpret_cast<uintptr_t>(memory) + line - 1) / line * line;
+      return {reinterpret_cast<void*>(data), memory, &std::free, at::Device(at::kCPU)};
+    }
+    void copy_data(void* to, const void* from, size_t bytes) const override {
+      default_copy_data(to, from, bytes);
+    }
+  };
+  static Small small;
+  const at::ScalarType dtype = options.dtype().toScalarType();
+  if (size_t(c10::multiply_integers(sizes)) * c10::elementSize(dtype) > most ||
+      c10::GetCPUAllocator() != c10::GetDefaultCPUAllocator())
+    return empty(sizes, options);
+  return at::detail::empty_generic(sizes, &small, c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
+                                   std::nullopt);
+}
+
 }  // namespace
 
 Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, Objects activations) {
@@ -285,7 +312,7 @@ Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, Objects 
   }
   at::DimVector sizes(input.sizes());
   sizes.back() = K;
-  const Tensor y = empty(sizes, input.options());
+  const Tensor y = new_output(sizes, input.options());
   layers.front().x = input.const_data_ptr();
   if (input.dim() == 2) layers.front().ldx = input.stride(0);
   layers.back().y = y.mutable_data_ptr();
