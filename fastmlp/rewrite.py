@@ -253,7 +253,7 @@ def run(
 
 
 def _saved_tensors_are_watched() -> bool:
-    """Whether an exception may be a hook's: checkpoint ends a second forward pass by one, which is no error."""
+    """Whether an exception may be a hook's: checkpoint ends a second forward pass by one, as no error."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 

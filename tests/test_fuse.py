@@ -822,6 +822,15 @@ def test_another_forward_of_the_class_is_called(monkeypatch):
     torch.testing.assert_close(model(x), model.fc2(torch.tanh(model.fc1(x))))
 
 
+def test_another_forward_of_a_class_that_is_known_is_called(monkeypatch):
+    model, x = fastmlp.fuse(sequential()), inputs()
+    y = model(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.ReLU, "forward", lambda self, x: torch.tanh(x))
+        torch.testing.assert_close(model(x), model[2](torch.tanh(model[0](x))))
+    assert torch.equal(model(x), y)
+
+
 def test_a_property_is_read_anew():
     class Own(Net):
         half = 0.5
@@ -1024,6 +1033,16 @@ def test_a_trace_of_the_model_keeps_the_names_of_its_parts():
     with pytest.warns((DeprecationWarning, FutureWarning), match="trace"):
         traced = torch.jit.trace(fastmlp.fuse(nn.Sequential(sequential(), nn.Tanh())), torch.randn(5, 12))
     assert [name for name, _ in traced.named_children()] == ["0", "1"]
+
+
+@torch.no_grad()
+def test_an_output_in_small_memory_can_grow_and_be_shared_as_any():
+    y = fastmlp.fuse(sequential())(inputs())
+    expected = y.clone()
+    assert y.data_ptr() % 64 == 0
+    assert torch.equal(pickle.loads(pickle.dumps(y)), expected)
+    assert torch.equal(y.resize_(100, 4)[:5], expected)
+    assert torch.equal(y.share_memory_()[:5], expected)
 
 
 def test_a_class_derived_from_ours_is_called_as_nn_modules_are():

@@ -126,16 +126,30 @@ const ActivationFormula& formula_of(std::string_view name) {
   TORCH_CHECK_VALUE(false, "activation: expected ", known, ", got '", name, "'");
 }
 
-}  // namespace
+Numbers parameters_of(const ActivationFormula& formula, Numbers given) {
+  if (given.empty()) return formula.defaults;
+  TORCH_CHECK_VALUE(given.size() == formula.defaults.size(), "activation: expected ", formula.defaults.size(),
+                    " parameters for '", formula.name, "', got ", given.size());
+  return given;
+}
 
-Activation LayerActivation::kernel_for(at::ScalarType dtype) const {
-  Activation g = kernel;
+// Bounds are numbers of the dtype.
+Activation rounded(Activation g, at::ScalarType dtype) {
   if (g == Activation::hardtanh)
     for (float& bound : g.parameters)
       bound = dtype == at::kBFloat16 ? float(c10::BFloat16(bound))
               : dtype == at::kHalf   ? float(c10::Half(bound))
                                      : bound;
   return g;
+}
+
+}  // namespace
+
+Activation LayerActivation::kernel_for(at::ScalarType dtype) const { return rounded(kernel, dtype); }
+
+Activation kernel_for(at::ScalarType dtype, std::string_view name, Numbers given) {
+  const ActivationFormula& formula = formula_of(name);
+  return rounded(formula.kernel(parameters_of(formula, given)), dtype);
 }
 
 LayerActivations parse_activations(Names names, Numbers parameters) {
@@ -155,12 +169,6 @@ LayerActivations parse_activations(Names names, Numbers parameters) {
   return activations;
 }
 
-Numbers parameters_of(std::string_view name, Numbers given) {
-  const std::vector<double>& defaults = formula_of(name).defaults;
-  if (given.empty()) return defaults;
-  TORCH_CHECK_VALUE(given.size() == defaults.size(), "activation: expected ", defaults.size(),
-                    " parameters for '", name, "', got ", given.size());
-  return given;
-}
+Numbers parameters_of(std::string_view name, Numbers given) { return parameters_of(formula_of(name), given); }
 
 }  // namespace fastmlp

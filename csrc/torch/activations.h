@@ -47,6 +47,10 @@ using LayerActivations = c10::SmallVector<LayerActivation, 4>;
 // ValueError for an unknown name, or too few or too many parameters.
 LayerActivations parse_activations(Names names, Numbers parameters);
 
+// One activation, as the kernels know it for a dtype: with the parameters given, or where there are none its defaults. Raises
+// ValueError as above.
+Activation kernel_for(at::ScalarType dtype, std::string_view name, Numbers given);
+
 // The parameters of one activation: those given, or where there are none its defaults. Raises ValueError as above.
 Numbers parameters_of(std::string_view name, Numbers given);
 

@@ -5,8 +5,11 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/record_function.h>
+#include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <new>
 #include <vector>
 
 #include "call.h"
@@ -18,16 +21,44 @@ namespace {
 
 // What Python knows, as layers.py has put it together.
 struct Known {
-  explicit Known(PyObject* tuple) {
+  // That of a tuple, taken apart once: there is one.
+  static const Known& of(PyObject* tuple) {
+    static Known known;
+    if (known.tuple != tuple) known = Known(tuple);
+    return known;
+  }
+
+  // What is to be as it is in a module of torch's.
+  struct Row {
+    PyObject* dict;
+    Key key;
+    PyObject* value;
+  };
+  PyObject* tuple = nullptr;                 // held
+  PyObject *roles, *functions, *composites;  // dicts: by class, by function, by name
+  Objects hooks;                             // the dicts of hooks for all modules
+  std::vector<Row> torchs;
+  PyObject *seen, *activation, *drops;  // functions, for what is rarer
+
+ private:
+  Known() = default;
+  explicit Known(PyObject* tuple) : tuple(Py_NewRef(tuple)) {
     TORCH_CHECK_TYPE(PyTuple_Check(tuple) && PyTuple_GET_SIZE(tuple) == 9, "known: expected 9 items");
     const Objects items = items_of(tuple);
-    roles = items[0], functions = items[1], composites = items[2], hooks = items[3], torchs = items[4];
+    roles = items[0], functions = items[1], composites = items[2], hooks = items_of(items[3]);
     seen = items[5], activation = items[6], drops = items[7];
+    for (PyObject* const row : items_of(items[4])) {
+      PyObject* const dict = PyModule_GetDict(PyTuple_GET_ITEM(row, 0));
+      torchs.push_back({dict, key_in(dict, PyTuple_GET_ITEM(row, 1)), PyTuple_GET_ITEM(row, 2)});
+    }
   }
-  PyObject *roles, *functions, *composites;  // dicts: by class, by function, by name
-  PyObject* hooks;                           // the dicts of hooks for all modules
-  PyObject* torchs;                          // what is to be as it is: (module of torch's, name, value)
-  PyObject *seen, *activation, *drops;       // functions, for what is rarer
+
+  static Key key_in(PyObject* dict, PyObject* name) {
+    PyObject* found;
+    for (Py_ssize_t place = 0, next = 0; PyDict_Next(dict, &next, &found, nullptr); place = next)
+      if (PyUnicode_Check(found) && PyUnicode_Compare(found, name) == 0) return {Py_NewRef(found), place};
+    return {name, 0};
+  }
 };
 
 bool is_empty(PyObject* dict) { return dict && PyDict_Check(dict) && PyDict_GET_SIZE(dict) == 0; }
@@ -40,12 +71,50 @@ THPObjectPtr called(PyObject* function, std::initializer_list<PyObject*> argumen
 
 // Whether there are no hooks for all modules, and torch is what it has been.
 bool is_untouched(const Known& known) {
-  const Objects hooks = items_of(known.hooks), torchs = items_of(known.torchs);
-  return std::all_of(hooks.begin(), hooks.end(), is_empty) &&
-         std::all_of(torchs.begin(), torchs.end(), [](PyObject* row) {
-           PyObject* const dict = PyModule_GetDict(PyTuple_GET_ITEM(row, 0));
-           return get(dict, PyTuple_GET_ITEM(row, 1)) == PyTuple_GET_ITEM(row, 2);
-         });
+  return std::all_of(known.hooks.begin(), known.hooks.end(), is_empty) &&
+         std::all_of(known.torchs.begin(), known.torchs.end(),
+                     [](const Known::Row& row) { return get(row.dict, row.key) == row.value; });
+}
+
+// Whether the owner's forward and call are still the role's.
+bool holds(PyObject* role) {
+  static PyObject *const forward = interned("forward"), *const call = interned("__call__");
+  auto* const owner = reinterpret_cast<PyTypeObject*>(PyTuple_GET_ITEM(role, 1));
+  return _PyType_Lookup(owner, forward) == PyTuple_GET_ITEM(role, 2) &&
+         _PyType_Lookup(owner, call) == PyTuple_GET_ITEM(role, 3);
+}
+
+// The attributes of a module, where to call it is to call its forward; else null.
+THPObjectPtr attributes_of(PyObject* module) {
+  static const Key hooks[] = {Key("_forward_hooks", 7), Key("_forward_pre_hooks", 10),
+                              Key("_backward_hooks", 5), Key("_backward_pre_hooks", 4)};
+  static PyObject* const forward = interned("forward");
+  THPObjectPtr own(PyObject_GenericGetDict(module, nullptr));
+  if (!own) throw python_error();
+  const bool is_plainly_called = std::all_of(std::begin(hooks), std::end(hooks),
+                                             [&](const Key& key) { return is_empty(get(own, key)); });
+  return is_plainly_called && !get(own, forward) ? std::move(own) : THPObjectPtr();
+}
+
+// The role of a class; null where it has none, None where that is not what it was. What is found is kept for as long as the
+// version of the class, which Python changes with any of its attributes and its bases', and uses for no other class.
+PyObject* role_of(PyTypeObject* type, const Known& known) {
+  static PyObject* const of_fused = interned("__fastmlp__");
+  static struct {
+    PyTypeObject* type;
+    unsigned version;
+    PyObject* role;
+  } kept[64];
+  auto& own = kept[reinterpret_cast<uintptr_t>(type) / 64 % std::size(kept)];
+  if (own.type == type && own.version == type->tp_version_tag && own.version) return own.role;
+  PyObject* role = get(known.roles, reinterpret_cast<PyObject*>(type));
+  if (!role)
+    if (PyObject* const fused = get(type->tp_dict, of_fused)) role = PyTuple_GET_ITEM(fused, 1);
+  if (!role || role == Py_None) return nullptr;
+  if (!holds(role)) return Py_None;
+  _PyType_Lookup(type, of_fused);  // gives it a version
+  own = {type, type->tp_version_tag, role};
+  return role;
 }
 
 // Its functions tell whether all of it are layers, after what reshapes their input. What is found is held: code of Python's
@@ -55,24 +124,28 @@ class Walk {
   Walk(const Known& known, Chain& chain) : known(known), chain(chain) {}
 
   bool all(PyObject* parts) {
-    if (!parts) return false;
-    THPObjectPtr items(PyDict_CheckExact(parts) ? PyDict_Values(parts)
-                                                : PySequence_Fast(parts, "parts: expected a list"));
-    if (!items) throw python_error();
+    if (parts && PyDict_CheckExact(parts)) {
+      PyObject *key, *value;
+      for (Py_ssize_t next = 0; PyDict_Next(parts, &next, &key, &value);)
+        if (!part(THPObjectPtr::dup(value))) return false;
+      return true;
+    }
+    THPObjectPtr items(parts ? PySequence_Fast(parts, "parts: expected a list") : nullptr);
+    if (!items) {
+      if (parts) throw python_error();
+      return false;
+    }
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items.get()); ++i)
       if (!part(PySequence_Fast_GET_ITEM(items.get(), i))) return false;
     return true;
   }
 
   bool part(PyObject* o) {
-    static PyObject* const of_fused = interned("__fastmlp__");
     PyTypeObject* const type = Py_TYPE(o);
     if (type == &PyFunction_Type || type == &PyCFunction_Type) return function(o);
-    PyObject* role = get(known.roles, reinterpret_cast<PyObject*>(type));
-    if (!role)
-      if (PyObject* const fused = get(type->tp_dict, of_fused)) role = PyTuple_GET_ITEM(fused, 1);
-    if (!role || role == Py_None) return other(o);
-    THPObjectPtr own = attributes_of(role, o);
+    PyObject* const role = role_of(type, known);
+    if (!role) return other(o);
+    THPObjectPtr own = role == Py_None ? THPObjectPtr() : attributes_of(o);
     return own && named(PyTuple_GET_ITEM(role, 0), own, PyTuple_GET_ITEM(role, 4), o);
   }
 
@@ -100,9 +173,10 @@ class Walk {
     static PyObject *const linear = interned("linear"), *const layer = interned("layer"),
                            *const identity = interned("identity"), *const dropout = interned("dropout"),
                            *const sequential = interned("sequential"), *const is_chain = interned("chain"),
-                           *const view = interned("view"), *const modules = interned("_modules"),
-                           *const parameters = interned("_parameters"), *const weight = interned("weight"),
-                           *const bias = interned("bias"), *const activation = interned("activation");
+                           *const view = interned("view");
+    // Where nn.Module's __init__, and nn.Linear's and ours, have them.
+    static const Key parameters("_parameters", 1), modules("_modules", 16), activation("activation", 19),
+        weight("weight", 0), bias("bias", 1);
     static PyObject* const watched[] = {interned("relu"), interned("tanh"), interned("sigmoid")};
     if (name == linear || name == layer) {
       PyObject* const tensors = get(own, parameters);
@@ -113,9 +187,10 @@ class Walk {
     if (name == dropout) return called(known.drops, {own}) == Py_False;
     if (name == sequential) return all(get(own, modules));
     if (name == is_chain) return inner && inner != Py_None ? all(called(inner, {o})) : all(own);
-    if (!get(known.composites, name) || chain.weights.empty() || chain.activations.back() != Py_None)
-      return false;
     const bool is_known = std::find(std::begin(watched), std::end(watched), name) != std::end(watched);
+    if (!(is_known || get(known.composites, name)) || chain.weights.empty() ||
+        chain.activations.back() != Py_None)
+      return false;
     THPObjectPtr found = is_known ? THPObjectPtr::dup(name) : called(known.activation, {name, own});
     Py_DECREF(chain.activations.back());
     chain.activations.back() = found.release();
@@ -173,14 +248,37 @@ bool is_unseen(const Tensor& input, Objects weights, Objects biases) {
   return !is_differentiated && nobody_sees(keys);
 }
 
+// An output. The aligned memory of torch's allocator takes as long as a small network's first layer, malloc's a fifth of
+// that. What is large, or comes from an allocator that somebody has set, is torch's.
+Tensor new_output(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  constexpr size_t most = 4096, line = 64;  // bytes
+  struct Small final : c10::Allocator {
+    c10::DataPtr allocate(size_t bytes) override {
+      void* const memory = std::malloc(bytes + line);
+      if (!memory) throw std::bad_alloc();
+      const uintptr_t data = (reinterpret_cast<uintptr_t>(memory) + line - 1) / line * line;
+      return {reinterpret_cast<void*>(data), memory, &std::free, at::Device(at::kCPU)};
+    }
+    void copy_data(void* to, const void* from, size_t bytes) const override {
+      default_copy_data(to, from, bytes);
+    }
+  };
+  static Small small;
+  const at::ScalarType dtype = options.dtype().toScalarType();
+  if (size_t(c10::multiply_integers(sizes)) * c10::elementSize(dtype) > most ||
+      c10::GetCPUAllocator() != c10::GetDefaultCPUAllocator())
+    return empty(sizes, options);
+  return at::detail::empty_generic(sizes, &small, c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
+                                   std::nullopt);
+}
+
 }  // namespace
 
-Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, const NamedActivations& named) {
+Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, Objects activations) {
   const at::ScalarType dtype = input.scalar_type();
-  if (weights.empty() || biases.size() != weights.size() || named.names.size() != weights.size() ||
+  if (weights.empty() || biases.size() != weights.size() || activations.size() != weights.size() ||
       !is_unseen(input, weights, biases) || input.dim() == 0 || why_not_multiplied(input))
     return {};
-  const LayerActivations activations = parse_activations(named.names, named.parameters);
   const auto is_vector = [&](const Tensor& t, int64_t size) {
     return t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == size && (size <= 1 || t.stride(0) == 1);
   };
@@ -197,9 +295,10 @@ Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, const Na
     const Tensor& weight = THPVariable_Unpack(weights[i]);
     const Tensor* const bias = biases[i] == Py_None ? nullptr : &THPVariable_Unpack(biases[i]);
     if (!is_matrix(weight, K) || (bias && !is_vector(*bias, weight.size(0)))) return {};
+    const GivenActivation activation(activations[i]);
     layers.push_back({.dtype = dtype_of(input),
                       .reduced = reduced,
-                      .activation = activations[i].kernel_for(dtype),
+                      .activation = kernel_for(dtype, activation.name, activation.numbers),
                       .M = M,
                       .N = weight.size(0),
                       .K = K,
@@ -213,7 +312,7 @@ Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, const Na
   }
   at::DimVector sizes(input.sizes());
   sizes.back() = K;
-  const Tensor y = empty(sizes, input.options());
+  const Tensor y = new_output(sizes, input.options());
   layers.front().x = input.const_data_ptr();
   if (input.dim() == 2) layers.front().ldx = input.stride(0);
   layers.back().y = y.mutable_data_ptr();
@@ -228,10 +327,10 @@ THPObjectPtr run_chain(PyObject* input, const Chain& chain) {
   if (!is_plain(input) || !std::all_of(weights.begin(), weights.end(), is_plain) ||
       !std::all_of(biases.begin(), biases.end(), is_bias))
     return {};
-  const NamedActivations named(chain.activations);
   const Tensor x = THPVariable_Unpack(input);
-  Tensor y = run_unseen(x, weights, biases, named);
+  Tensor y = run_unseen(x, weights, biases, chain.activations);
   if (y.defined()) return THPObjectPtr(THPVariable_Wrap(std::move(y)));
+  const NamedActivations named(chain.activations);
   c10::SmallVector<Tensor, 4> weight_tensors;
   OptionalTensors bias_tensors;
   bias_tensors.reserve(biases.size());
@@ -245,22 +344,11 @@ THPObjectPtr run_chain(PyObject* input, const Chain& chain) {
 }
 
 THPObjectPtr attributes_of(PyObject* role, PyObject* module) {
-  static PyObject *const forward = interned("forward"), *const call = interned("__call__");
-  static PyObject* const hooks[] = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
-                                    interned("_backward_hooks"), interned("_backward_pre_hooks")};
-  auto* const owner = reinterpret_cast<PyTypeObject*>(PyTuple_GET_ITEM(role, 1));
-  if (_PyType_Lookup(owner, forward) != PyTuple_GET_ITEM(role, 2) ||
-      _PyType_Lookup(owner, call) != PyTuple_GET_ITEM(role, 3))
-    return {};
-  THPObjectPtr own(PyObject_GenericGetDict(module, nullptr));
-  if (!own) throw python_error();
-  const bool is_plainly_called = std::all_of(std::begin(hooks), std::end(hooks),
-                                             [&](PyObject* name) { return is_empty(get(own, name)); });
-  return is_plainly_called && !get(own, forward) ? std::move(own) : THPObjectPtr();
+  return holds(role) ? attributes_of(module) : THPObjectPtr();
 }
 
 THPObjectPtr find_unwatched(PyObject* known_tuple, PyObject* parts, PyObject* input, Chain& chain) {
-  const Known known(known_tuple);
+  const Known& known = Known::of(known_tuple);
   if (!is_plain(input) || at::impl::PythonTorchFunctionTLS::stack_len() > 0 || !is_untouched(known))
     return {};
   Walk walk(known, chain);
@@ -279,7 +367,7 @@ bool nobody_sees(c10::DispatchKeySet keys) {
 }
 
 bool find_chains(PyObject* known, PyObject* parts, std::vector<Chain>& chains) {
-  const Known own(known);
+  const Known& own = Known::of(known);
   const Objects items = items_of(parts);
   chains = std::vector<Chain>(items.size());
   if (at::impl::PythonTorchFunctionTLS::stack_len() > 0 || !is_untouched(own)) return false;
@@ -335,7 +423,7 @@ PyObject* find_layers(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 4 && PyTuple_Check(arguments[3]) && PyTuple_GET_SIZE(arguments[3]) == 3,
                    "find_layers: expected what is known, parts, an input and three lists");
-  const Known known(arguments[0]);
+  const Known& known = Known::of(arguments[0]);
   Chain chain;
   if (!Walk(known, chain).all(arguments[1])) Py_RETURN_NOTIMPLEMENTED;
   THPObjectPtr input = reshaped(arguments[2], chain);
@@ -351,7 +439,7 @@ PyObject* find_layers(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 PyObject* is_untouched(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 1, "is_untouched: expected what is known");
-  return PyBool_FromLong(is_untouched(Known(arguments[0])));
+  return PyBool_FromLong(is_untouched(Known::of(arguments[0])));
   END_HANDLE_TH_ERRORS
 }
 

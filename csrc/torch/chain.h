@@ -53,7 +53,7 @@ bool nobody_sees(c10::DispatchKeySet keys);
 
 // The kernel of the op network, where it covers the arguments, and the dispatcher would call it at once with nothing to be
 // differentiated; else undefined.
-Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, const NamedActivations& named);
+Tensor run_unseen(const Tensor& input, Objects weights, Objects biases, Objects activations);
 
 // From so many multiply-adds on a kernel lets other threads of Python in.
 inline constexpr double long_enough = 1 << 16;

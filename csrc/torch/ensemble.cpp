@@ -73,7 +73,7 @@ PyObject* ensemble(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     Together together;
     for (size_t n = 0; n < own.count; ++n) {
       const Chain& chain = own.chains[n];
-      ys.push_back(run_unseen(own.xs[n], chain.weights, chain.biases, *own.named));
+      ys.push_back(run_unseen(own.xs[n], chain.weights, chain.biases, chain.activations));
       if (!ys.back().defined()) Py_RETURN_NOTIMPLEMENTED;
     }
     const pybind11::gil_scoped_release no_gil;
