@@ -96,12 +96,13 @@ struct Exponential {
   typename Integer<V>::type n;
   explicit FASTMLP_INLINE Exponential(V z) {
     using I = typename Integer<V>::type;
-    const V shifter = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+    // 1.5 * 2^23 + 127: adding it rounds to an integer, left in the low bits as an exponent's field has it.
+    const V shifter = V{} + 12583039.0f;
     const V shifted = fused(z, V{} + 1.44269504f, shifter), multiple = shifted - shifter;
-    const V r = fused(multiple, V{} - 1.42860677e-6f, fused(multiple, V{} - 0.693145752f, z));
-    p = polynomial(r, V{} + 1.395171768e-3f, 8.369598248e-3f, 4.166618729e-2f, 1.666651289e-1f,
-                   5.000000101e-1f);
-    p = fused(p, r * r, r);
+    const V r = fused(multiple, V{} - 1.42860677e-6f, fused(multiple, V{} - 0.693145752f, z)), square = r * r;
+    const V low = fused(r, V{} + 1.666651289e-1f, 5.000000101e-1f);
+    const V high = fused(r, V{} + 8.369598248e-3f, 4.166618729e-2f);
+    p = fused(square, fused(square, fused(square, V{} + 1.395171768e-3f, high), low), r);
     n = bit_cast<I>(shifted) - bit_cast<I>(shifter);
   }
 };
@@ -149,17 +150,20 @@ FASTMLP_INLINE V tangent_near_0(V z) {
                z);
 }
 
-// Elsewhere 1 - 2 / (e^(2|z|) + 1), with |z| cut where the result is 1. What rounding has taken from the sum and the
-// quotient is put back.
+// Elsewhere 1 + 2 h with h = -1 / (e^(2|z|) + 1), and |z| cut where the result is 1. One Newton step puts back what
+// rounding has taken from the sum and from h. The cut is of integers, one instruction, which makes 10 of NaN: but NaN is
+// not elsewhere.
 template <class V>
 FASTMLP_INLINE V hyperbolic_tangent(V z) {
-  const V size = z < 0.0f ? -z : z;
-  const Exponential<V> e(size > 10.0f ? V{} + 20.0f : size + size);
-  const V power = power_of_two<V>(e.n), whole = power + 1.0f, sum = fused(e.p, power, whole);
-  const V quotient = 2.0f / sum, rest = fused(e.p, power, whole - sum);
-  const V error = fused(-quotient, rest, fused(-quotient, sum, 2.0f));
-  const V far = 1.0f - fused(0.5f * quotient, error, quotient);
-  return size < 0.625f ? tangent_near_0(z) : (z < 0.0f ? -far : far);
+  using I = typename Integer<V>::type;
+  const I bits = bit_cast<I>(z), sign = bits & INT32_MIN, size_bits = bits ^ sign,
+          ten = bit_cast<I>(V{} + 10.0f);
+  const V size = bit_cast<V>(size_bits), cut = bit_cast<V>(size_bits < ten ? size_bits : ten);
+  const Exponential<V> e(cut + cut);
+  const V power = power_of_two<V>(e.n), whole = power + 1.0f, h = -1.0f / fused(e.p, power, whole);
+  const V error = fused(h * power, e.p, fused(h, whole, 1.0f)),
+          far = fused(fused(h, error, h), V{} + 2.0f, 1.0f);
+  return bit_cast<V>(bit_cast<I>(size >= 0.625f ? far : tangent_near_0(size)) | sign);
 }
 
 // The standard normal distribution at z, and bell = e^(-z²/2), which is its density times √(2π).
