@@ -34,14 +34,6 @@ R load(uint32_t mask, const void* p) {
   return r;
 }
 
-template <class T, class R>
-void store(void* p, uint32_t mask, R r) {
-  T lanes[sizeof(R) / sizeof(T)];
-  std::memcpy(lanes, &r, sizeof(r));
-  for (unsigned i = 0; i < sizeof(R) / sizeof(T); ++i)
-    if (mask >> i & 1) std::memcpy(static_cast<T*>(p) + i, &lanes[i], sizeof(T));
-}
-
 // AVX512-BF16 takes and returns 0 for subnormal numbers, whatever the mode of the processor.
 inline float flush(float v) { return std::fabs(v) < FLT_MIN ? std::copysign(0.0f, v) : v; }
 
@@ -92,10 +84,6 @@ inline __m512i _mm512_maskz_loadu_epi16(__mmask32 mask, const void* p) {
 }
 inline __m256i _mm256_maskz_loadu_epi16(__mmask16 mask, const void* p) {
   return emulator::load<__m256i, uint16_t>(mask, p);
-}
-inline void _mm512_mask_storeu_ps(void* p, __mmask16 mask, __m512 v) { emulator::store<float>(p, mask, v); }
-inline void _mm256_mask_storeu_epi16(void* p, __mmask16 mask, __m256i v) {
-  emulator::store<uint16_t>(p, mask, v);
 }
 
 // To each lane of sum, two fused multiply-adds one after the other: the odd elements first.

@@ -1,5 +1,4 @@
-// AVX2 with FMA: 16 registers of 8 floats; tails by masked loads and by stores of halves, quarters and eighths, of
-// bfloat16 by copies.
+// AVX2 with FMA: 16 registers of 8 floats; tails by masked loads, of bfloat16 by copies.
 #include "../backend.h"
 
 #ifdef __x86_64__
@@ -40,14 +39,6 @@ FASTMLP_INLINE R load_some(const T* p, int n) {
   else __builtin_memcpy(&r, p, n * sizeof(T));
   return r;
 }
-// Not by a masked store, which takes AMD's processors a dozen cycles and more.
-FASTMLP_INLINE void store_some(float* p, V v, int n) {
-  __m128 rest = _mm256_castps256_ps128(__m256(v));
-  if (n & 4) _mm_storeu_ps(p, rest), p += 4, rest = _mm256_extractf128_ps(__m256(v), 1);
-  if (n & 2) _mm_storel_pi(reinterpret_cast<__m64*>(p), rest), p += 2, rest = _mm_movehl_ps(rest, rest);
-  if (n & 1) _mm_store_ss(p, rest);
-}
-FASTMLP_INLINE void store_some(uint16_t* p, Halves h, int n) { __builtin_memcpy(p, &h, n * sizeof(*p)); }
 
 #include "products.inc"
 

@@ -1,4 +1,4 @@
-// AVX-512: 32 registers of 16 floats, tails by masks.
+// AVX-512: 32 registers of 16 floats, tails loaded by masks.
 #include "../backend.h"
 
 #ifdef __x86_64__
@@ -23,7 +23,6 @@ namespace fastmlp::cpu {
 namespace avx512 {
 
 #include "avx512.inc"
-constexpr int outer_rows = 6, outer_vectors = 4;  // 24 sums + 4 of B + 1 of A
 constexpr bool multiplies_pairs = false;
 
 #include "products.inc"

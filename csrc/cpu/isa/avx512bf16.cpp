@@ -23,7 +23,6 @@ namespace fastmlp::cpu {
 namespace avx512bf16 {
 
 #include "avx512.inc"
-constexpr int outer_rows = 8, outer_vectors = 3;  // 24 sums + 3 of B + 1 of A; rows divide a register's lanes
 constexpr bool multiplies_pairs = true;
 
 // Both take subnormal numbers for 0, and round to nearest even.

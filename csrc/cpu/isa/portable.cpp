@@ -31,10 +31,6 @@ FASTMLP_INLINE R load_some(const T* p, int n) {
   __builtin_memcpy(&r, p, n * sizeof(T));
   return r;
 }
-template <class R, class T>
-FASTMLP_INLINE void store_some(T* p, R r, int n) {
-  __builtin_memcpy(p, &r, n * sizeof(T));
-}
 
 #include "products.inc"
 
