@@ -58,7 +58,7 @@ FAULTS = [
     Fault("csrc/cpu/isa/outer.inc", "return is_relu || p.bias ||", "return is_relu ||", PORTABLE),
     Fault("csrc/cpu/isa/packing.inc", "sums, bool accumulate) {", "sums, bool) {\n  constexpr bool accumulate = false;", PORTABLE),
     Fault("csrc/cpu/isa/update.inc", "s < Row::states; ++s) store(", "s + 1 < Row::states; ++s) store(", PORTABLE),
-    Fault("csrc/cpu/isa/update.inc", "row, param, grad + i, states, r * ld + i, n - i);", "row, param, grad + i, states, r * ld + i, n - i - 1);", PORTABLE),
+    Fault("csrc/cpu/isa/update.inc", "grad(r, i, n - i), states, r * ld + i, n - i);", "grad(r, i, n - i), states, r * ld + i, n - i - 1);", PORTABLE),
     Fault("csrc/cpu/isa/clip.inc", "i < n; i += width) even.add(load(g + i, n - i))", "i + width <= n; i += width) even.add(load(g + i, n - i))", PORTABLE),
     Fault("csrc/cpu/isa/softmax.inc", "exponential(load(z + c) - top)", "exponential(load(z + c))", PORTABLE),
     Fault("csrc/cpu/isa/softmax.inc", "if (counts) grad[t] -=", "grad[t < 0 ? 0 : t] -=", PORTABLE),

@@ -118,6 +118,7 @@ def test_every_loss_and_option_trains_as_in_the_standard_loop(instruction_set, n
         *itertools.product([(33, 65, 10, 3)], [1, 2, 70, 300, 1100, 2100]),
         *itertools.product([(7, 3)], [1, 300, 2100]),
         *itertools.product([(300, 400, 150, 3)], [1, 70, 1100]),
+        ((1100, 20, 3), 1),  # rows of W longer than a block
     ],
     ids=str,
 )
