@@ -169,7 +169,9 @@ namespace emulator {
 
 // The order of blocks, and of fibers between barriers: 0 forward, 1 reversed, else a seed to shuffle by.
 inline unsigned order = 0;
-inline unsigned times = 1;          // that each launch runs
+inline unsigned times = 1;  // that each launch runs
+inline void* result;        // of the launch, which is NaN before it runs again
+inline size_t result_bytes;
 inline std::vector<int64_t> grids;  // the blocks of each launch so far
 
 inline char complaint[200];
@@ -1093,6 +1095,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   for (uint64_t i = 0; i < blocks * emulator::times; ++i) {
     if (i % blocks == 0) {
       ++emulator::launches;
+      if (i > 0) std::memset(emulator::result, 0xff, emulator::result_bytes);
       for (uint32_t* fences : emulator::told_by) delete[] fences;
       emulator::told_by.assign(blocks, nullptr);
       emulator::told = emulator::told_by.data();
