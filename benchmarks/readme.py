@@ -367,11 +367,27 @@ def plans() -> str:
     return table([*header, "step in one launch: µs (blocks, barriers)"], body)
 
 
+def occupancy() -> str:
+    """What a thread and a block of each family of kernels take, and the blocks that fit, a family a row."""
+    results = rows("occupancy")
+    architectures = list(dict.fromkeys(row["architecture"] for row in results))
+    body: dict[str, list[str]] = {}
+    for row in results:
+        size = (int(row["static_bytes"]) + int(row["dynamic_bytes"])) / 1024
+        cells = body.setdefault(row["kernels"], [row["kernels"], row["threads"], f"{size:.1f}"])
+        fits = f"{row['blocks']} ({row['limit']})" if row["blocks"] != "0" else "not used"
+        cells.append(f"{row['registers']}: {fits}")
+    return (
+        f"{table(['kernels', 'threads', 'KB shared', *architectures], list(body.values()))}\n\n"
+        f"Compiled by CUDA {results[0]['cuda']}."
+    )
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     figure.__name__: figure
     for figure in (
         headline, short, train, steps, adam, training, ensemble, kernels, peers, inference, integrations,
-        habits, slower, plans,
+        habits, slower, plans, occupancy,
     )
 }  # fmt: skip
 

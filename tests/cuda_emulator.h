@@ -180,7 +180,9 @@ namespace emulator {
 
 // The order of blocks, and of fibers between barriers: 0 forward, 1 reversed, else a seed to shuffle by.
 inline unsigned order = 0;
-inline unsigned times = 1;          // that each launch runs
+inline unsigned times = 1;  // that each launch runs
+inline void* result;        // of the launch, which is NaN before it runs again
+inline size_t result_bytes;
 inline std::vector<int64_t> grids;  // the blocks of each launch so far
 
 inline char complaint[200];
@@ -1110,6 +1112,7 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, 
   Turn turn(static_cast<unsigned>(blocks));
   for (unsigned time = 0; time < times; ++time) {
     ++launches;
+    if (time > 0) std::memset(result, 0xff, result_bytes);
     releases.assign(blocks, {});
     for (unsigned number : turn.next()) {
       run_of_grid(number);

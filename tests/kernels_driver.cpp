@@ -137,7 +137,9 @@ void count_traffic(const uintptr_t (*ranges)[2], int64_t count, emulator::Traffi
   emulator::traced_count = size_t(count);
   for (int64_t i = 0; i < count; ++i) emulator::traced_data[i] = {ranges[i][0], ranges[i][1]};
 }
-void run_each_launch(unsigned times) { emulator::times = times; }
+void run_each_launch(unsigned times, void* result, int64_t bytes) {
+  emulator::times = times, emulator::result = result, emulator::result_bytes = size_t(bytes);
+}
 int set_device(int device) { return cudaSetDevice(device); }
 int device() { return emulator::device; }
 int last_error() { return cudaGetLastError(); }

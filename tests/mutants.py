@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PORTABLE = "tests/test_kernels.py -k portable"
 CUDA = "tests/test_kernels.py -k cuda"
 GPU = "tests/test_kernels.py -k gpu"
+BANK = "tests/test_kernels.py -k bank"
 STEP = "tests/test_whole_step.py"
 
 
@@ -73,13 +74,22 @@ FAULTS = [
     Fault("csrc/cuda/product.cuh", "lost = (next - row_sum) - sum;", "lost = sum;", CUDA),
     Fault("csrc/cuda/product.cuh", "store(beside + at, saved_pack, left, aligned);", "store(beside + at, pack, left, aligned);", CUDA),
     Fault("csrc/cuda/product.cuh", "(m0 + row0) * result.columns + n0 + column;", "(m0 + row0) * result.columns + n0;", CUDA),
-    Fault("csrc/cuda/product.cuh", "result.rows && left > 0;", "result.rows && left >= 0;", CUDA),
-    Fault("csrc/cuda/splits.cuh", "last ? none : next);", "next);", CUDA),
+    Fault("csrc/cuda/product.cuh", "row0 + i * apart < result.rows", "row0 + i * apart <= result.rows", CUDA),
+    Fault("csrc/cuda/product.cuh", "std::max(width, 4)", "std::max(width, 2)", CUDA),
+    Fault("csrc/cuda/product.cuh", "line() + i * apart < lines", "line() + i * apart <= lines", CUDA),
+    Fault("csrc/cuda/product.cuh", "left > 1 ? to_float(own[1])", "left > 0 ? to_float(own[1])", CUDA),
+    Fault("csrc/cuda/product.cuh", "part = 1; part < parts", "part = 1; part + 1 < parts", CUDA),
+    Fault("csrc/cuda/product.cuh", "result.row_sums && n0 == 0", "result.row_sums", CUDA),
+    Fault("csrc/cuda/product.cuh", "row / apart % 4 * 2 + row / apart / 4 % 2", "row / apart % 8", BANK),
+    Fault("csrc/cuda/chain.cuh", "pitch = Rows::size + depth<T>;", "pitch = Rows::size;", BANK),
+    Fault("csrc/cuda/simt.cuh", "rows_apart = A::transposed ? pack : 1;", "rows_apart = 1;", BANK),
+    Fault("csrc/cuda/elementwise.cuh", "(i ^ i / 32 % 2 * 4)", "i", BANK),
+    Fault("csrc/cuda/splits.cuh", "last ? none : next);", "next);", "tests/test_kernels.py -k counted_anew"),
     Fault("csrc/cuda/splits.cuh", "own = nodes + member * node_size;", "own = nodes + (member == first ? node : member == node ? first : member) * node_size;", CUDA),
     Fault("csrc/cuda/splits.cuh", "    __threadfence();\n    __syncthreads();  //", "    __syncthreads();  //", CUDA),
     Fault("csrc/cuda/splits.cuh", "nodes += count * node_size, counts", "counts", CUDA),
     Fault("csrc/cuda/chain.cuh", "const bool last = i + 1 == links.count;", "const bool last = i == links.count;", CUDA),
-    Fault("csrc/cuda/tensor_core.cuh", "f(row + 8, column, own[2]", "f(row + 8, column, own[0]", CUDA),
+    Fault("csrc/cuda/tensor_core.cuh", "lower[] = {own[2],", "lower[] = {own[0],", CUDA),
     Fault("csrc/cuda/simt.cuh", "sum(i, j) += left[i][k] * right", "sum(i, j) += left[i][0] * right", CUDA),
     Fault("csrc/cuda/launch.cuh", "most_shared_memory() - static_cast<int64_t>(own.sharedSizeBytes)", "most_shared_memory()", GPU),
     Fault("csrc/cuda/launch.cuh", "  if (error != cudaSuccess) cudaGetLastError();", "", GPU),
@@ -100,17 +110,20 @@ FAULTS = [
     Fault("csrc/cuda/backend.cu", "if (p.forms_dz) b.grad_y = dz;", "", CUDA),
     Fault("csrc/cuda/backend.cu", "if (x[p.layer]) b.x = x[p.layer], b.ldx = b.K;", "", CUDA),
     Fault("csrc/cuda/backend.cu", "Places{layer % 2 * widest_dz,", "Places{0,", CUDA),
-    Fault("csrc/cuda/plan.h", "return operations < 1e8 ?", "return operations < 1e7 ?", CUDA),
+    Fault("csrc/cuda/plan.h", "return operations < 1e8 ?", "return operations < 1e7 ?", "tests/test_kernels.py -k a_table_tells"),
     Fault("csrc/cuda/step.cuh", "below.z ? below.z : y_of(l - 1)", "y_of(l - 1)", STEP),
     Fault("csrc/cuda/step.cuh", "!is_last || blockIdx.x == 0", "true", STEP),
     Fault("csrc/cuda/step.cuh", "o.first = false;", "", STEP),
     Fault("csrc/cuda/lanes.cuh", "upper ? own[e] : own[count / 2 + e], step", "own[count / 2 + e], step", STEP),
     Fault("csrc/cuda/step_plan.h", "padded(ceil_div(N[l], share))", "ceil_div(N[l], share)", STEP),
     Fault("csrc/cuda/backend.cu", "result.activation = below->activation;", "result.activation = b.activation;", CUDA),
-    Fault("csrc/cuda/plan.h", "const bool sums = b.grad_bias &&", "const bool sums = !is_there &&", CUDA),
+    Fault("csrc/cuda/plan.h", "const bool sums = b.grad_bias &&", "const bool sums = !is_there &&", "tests/test_kernels.py -k librarys"),
     Fault("csrc/cuda/chain.cuh", "if (column + e >= link.result.columns)", "if (column + e > link.result.columns)", CUDA),
-    Fault("csrc/cuda/product.cuh", "column ^ line / 2 % 4 * Pack<T>::size", "column", CUDA),
-    Fault("csrc/cuda/plan.h", "return whole && time(large) < time(small) ? large : small;", "return small;", CUDA),
+    Fault("csrc/cuda/product.cuh", "line % Pack<T>::size * 8", "0", BANK),
+    Fault("csrc/cuda/product.cuh", "(line & 2 | line / 4 % 2)", "(line / 2 % 4)", BANK),
+    Fault("csrc/cuda/splits.cuh", "sum = 0.0f;", "", CUDA),
+    Fault("csrc/cuda/splits.cuh", "left < fan ? left : fan", "fan", CUDA),
+    Fault("csrc/cuda/plan.h", "return whole && time(large) < time(small) ? large : small;", "return small;", "tests/test_kernels.py -k sooner"),
     # Python.
     Fault("fastmlp/layers.py", 'or own["_forward_pre_hooks"]\n                or own["_backward_hooks"]', 'or own["_backward_hooks"]', "tests/test_fuse.py tests/test_mlp.py"),
     Fault("fastmlp/layers.py", 'elif name == "identity" or (name == "dropout" and _drops(own) is False):', 'elif name in ("identity", "dropout"):', "tests/test_fuse.py"),

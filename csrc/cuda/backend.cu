@@ -63,8 +63,8 @@ int64_t between_bytes(const Forward* layers, int64_t count) {
 //
 // and of tiles in plan.h.
 
-using Large = Tiling<128, 128, 64, 32, 3, 1>;
-using Small = Tiling<64, 64, 32, 32, 4, 3>;
+using Large = Tiling<128, 128, 64, 32, 3>;
+using Small = Tiling<64, 64, 32, 32, 4>;
 
 // Bytes of the splits' sums.
 int64_t split_bytes(const Cut& own, int64_t rows, int64_t columns) {
@@ -158,8 +158,8 @@ bool is_chain(Kind kind, const Layer* layers, int64_t count) {
 
 // ---- chains
 
-using Narrow = Tiling<64, 64, 32, 32, 1, 1>;
-using LessNarrow = Tiling<64, 128, 32, 32, 1, 1>;
+using Narrow = Tiling<64, 64, 32, 32, 1>;
+using LessNarrow = Tiling<64, 128, 32, 32, 1>;
 
 // With copies of 16 bytes, or of one element.
 template <template <class, class, class, class> class Math, class Tiling, class T, bool transposed>
@@ -167,7 +167,7 @@ cudaError_t run_chain(const Operand<T, false>& first, Links<T, transposed> links
                       cudaStream_t stream) {
   constexpr Dtype dtype = sizeof(T) == 4 ? Dtype::float32 : Dtype::bfloat16;
   static_assert(Shared<T, transposed, Tiling>::bytes(0) == chain_rows_bytes(dtype, Tiling::n) &&
-                Shared<T, transposed, Tiling>::bytes(1) <=
+                Shared<T, transposed, Tiling>::bytes(1) ==
                     chain_rows_bytes(dtype, Tiling::n) + chain_weight_bytes(dtype, Tiling::n));
   links.slots = chain_slots(dtype, Tiling::n, links.count, most_shared_memory());
   bool wide = width(first, links.links[0].K) == 16;

@@ -27,15 +27,16 @@ struct Links {
   Link<T, transposed> links[most_links];
 };
 
-// A matrix in shared memory is one tile after the other along its columns, each `depth` wide.
+// A matrix in shared memory is one tile after the other along its columns, each `depth` wide. Between those of the rows is
+// half a line of banks, so that a row's packs in two of them are on different ones.
 template <class T, bool transposed, class Tiling>
 struct Shared {
   using Rows = Layout<T, false, Tiling::m>;
   using Weights = Layout<T, transposed, Tiling::n>;
-  static constexpr int tiles = Tiling::n / depth<T>;
+  static constexpr int tiles = Tiling::n / depth<T>, pitch = Rows::size + depth<T>;
   static constexpr int weight_size = tiles * Weights::size;
   static constexpr int64_t bytes(int slots) {
-    return int64_t{sizeof(T)} * (tiles * Rows::size + slots * weight_size);
+    return int64_t{sizeof(T)} * (tiles * pitch + slots * weight_size);
   }
 };
 
@@ -48,16 +49,17 @@ __global__ void __launch_bounds__(Tiling::threads, 1)
   using Rows = typename S::Rows;
   using Weights = typename S::Weights;
   T* const rows = reinterpret_cast<T*>(ptx::dynamic_shared_memory());
-  T* const weights = rows + S::tiles * Rows::size;
+  T* const weights = rows + S::tiles * S::pitch;
   const auto place = [&](int row, int n) {
-    return rows + n / depth<T> * Rows::size + Rows::at(row, n % depth<T>);
+    return rows + n / depth<T> * S::pitch + Rows::at(row, n % depth<T>);
   };
   const auto tiles_along = [](int K) { return (K + depth<T> - 1) / depth<T>; };
   const auto weight_of = [&](int use) { return weights + use % links.slots * S::weight_size; };
   const auto start_weight = [&](int use) {
     const Link<T, transposed>& link = links.links[use % links.count];
-    Carrier<Operand<T, transposed>, Weights, Tiling::threads, width> carrier(link.weight, 0, 0, link.K);
-    for (int t = 0; t < tiles_along(link.K); ++t) carrier.start(weight_of(use) + t * Weights::size);
+    Carrier<Operand<T, transposed>, Weights, Tiling::threads, width> carrier(link.weight, 0, 0);
+    for (int t = 0; t < tiles_along(link.K); ++t)
+      carrier.start(weight_of(use) + t * Weights::size, link.K - t * depth<T>);
   };
 
   wait_for_previous();
@@ -65,13 +67,13 @@ __global__ void __launch_bounds__(Tiling::threads, 1)
   int use = 0;  // of weights, by the block
   for (int64_t m0 = blockIdx.x * int64_t{Tiling::m}; m0 < M; m0 += gridDim.x * int64_t{Tiling::m}) {
     const int K = links.links[0].K;
-    Carrier<Operand<T, false>, Rows, Tiling::threads, width> carrier(first, m0, 0, K);
-    for (int t = 0; t < tiles_along(K); ++t) carrier.start(rows + t * Rows::size);
+    Carrier<Operand<T, false>, Rows, Tiling::threads, width> carrier(first, m0, 0);
+    for (int t = 0; t < tiles_along(K); ++t) carrier.start(rows + t * S::pitch, K - t * depth<T>);
     for (int i = 0; i < links.count; ++i, ++use) {
       const Link<T, transposed>& link = links.links[i];
       const bool last = i + 1 == links.count;
       Math<T, Tiling, Rows, Weights> math;
-      math.begin([&](int column) { return link.result.bias_of(column); });
+      math.begin([&](int column) { return transposed ? 0.0f : link.result.bias_of(column); });
       ptx::commit_copies();
       ptx::wait_for_copies<0>();
       __syncthreads();  // A and B are there, and the slot of the B before is free
@@ -80,20 +82,16 @@ __global__ void __launch_bounds__(Tiling::threads, 1)
       if (links.slots == links.count ? use + 1 < links.count : more) start_weight(use + 1);
 
       for (int t = 0; t < tiles_along(link.K); ++t)
-        math.multiply(rows + t * Rows::size, weight_of(use) + t * Weights::size);
+        math.multiply(rows + t * S::pitch, weight_of(use) + t * Weights::size);
       __syncthreads();  // A has been read, and C takes its place
-      math.each_pair([&](int row, int column, float first, float second) {
-        store_pair(place(row, column), first, second);
-      });
+      math.each([&](int row, int column, const auto& sums) { store(place(row, column), sums); });
       finish_tile<Tiling, transposed ? Pass::dx : Pass::forward>(
-          link.result, m0, 0,
-          [&](int row, int column) { return *reinterpret_cast<const Pack<T>*>(place(row, column)); },
-          [&](int row, int column, Pack<T>& pack) {
+          link.result, m0, 0, place, [&](Pack<T>& pack, Pack<T>* own, int column) {
             if (last) return;
 #pragma unroll
             for (int e = 0; e < Pack<T>::size; ++e)  // beyond the columns, where A may have made NaN of 0
               if (column + e >= link.result.columns) store(&pack.elements[e], 0.0f);
-            *reinterpret_cast<Pack<T>*>(place(row, column)) = pack;
+            *own = pack;
           });
       if (last) __syncthreads();  // before the next rows take the place of these
     }

@@ -37,7 +37,9 @@ __global__ void __launch_bounds__(threads)
     differentiate_all(const T* grad_y, const T* saved, T* dz, T* y, T* grad_bias, const Activation g,
                       int64_t rows, int64_t columns, int across, const Splits splits) {
   constexpr int size = Pack<T>::size;
-  __shared__ float shared[threads * size];
+  alignas(16) __shared__ float shared[threads * size];
+  // Of a sum, so that the threads' fours are on different banks.
+  const auto place = [&](int i) { return shared + (i ^ i / 32 % 2 * 4); };
   const int wide = across * size, apart = threads / across;
   const unsigned split = blockIdx.x % splits.count, tile = blockIdx.x / splits.count;
   const int64_t column0 = int64_t{tile} * wide, column = column0 + threadIdx.x % across * size;
@@ -64,11 +66,12 @@ __global__ void __launch_bounds__(threads)
   }
   if (!grad_bias) return;
 #pragma unroll
-  for (int e = 0; e < size; ++e) shared[threadIdx.x * size + e] = sums[e];
+  for (int e = 0; e < size; e += 4)
+    store(place(threadIdx.x * size + e), {sums[e], sums[e + 1], sums[e + 2], sums[e + 3]});
   __syncthreads();
   float sum = 0.0f;
   const bool is_column = threadIdx.x < wide && column0 + threadIdx.x < columns;
-  for (int row = 0; row < apart && is_column; ++row) sum += shared[row * wide + threadIdx.x];
+  for (int row = 0; row < apart && is_column; ++row) sum += *place(row * wide + threadIdx.x);
   if (add_splits<threads, 0>(nullptr, sum, splits, tile, split) && is_column)
     store(grad_bias + column0 + threadIdx.x, sum);
 }

@@ -37,19 +37,15 @@ __device__ __forceinline__ void store(T* p, const Pack<T>& pack, int64_t n, bool
     if (j < n) p[j] = pack.elements[j];
 }
 
-// Two neighbours at once.
-__device__ __forceinline__ void store_pair(float* p, float first, float second) {
-  const float2 pair{first, second};
-  *reinterpret_cast<float2*>(p) = pair;
-}
-template <class T>
-__device__ __forceinline__ void store_pair(T* p, float first, float second) {
-  struct {
-    T first, second;
-  } pair;
-  store(&pair.first, first);
-  store(&pair.second, second);
-  *reinterpret_cast<uint32_t*>(p) = bit_cast<uint32_t>(pair);
+// Neighbours at once.
+template <class T, int n>
+__device__ __forceinline__ void store(T* p, const float (&values)[n]) {
+  struct alignas(n * sizeof(T)) {
+    T elements[n];
+  } all;
+#pragma unroll
+  for (int e = 0; e < n; ++e) store(&all.elements[e], values[e]);
+  *reinterpret_cast<decltype(all)*>(p) = all;
 }
 
 // ---- activations: which one it is, all threads ask at once

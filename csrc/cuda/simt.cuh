@@ -12,7 +12,9 @@ struct Simt {
   static constexpr int down = Tiling::warp_m / 8, across = Tiling::warp_n / 4;
   static constexpr int pack = Pack<float>::size;
   static_assert(down % pack == 0 && across % pack == 0);
-  static constexpr int padding = 4;  // of a row of the tile's sums in shared memory, for banks
+  static constexpr int blocks =
+      Tiling::m == 128 ? 1 : 3;  // of a multiprocessor, for which registers are left
+  static constexpr int rows_apart = A::transposed ? pack : 1;  // of the lanes' sums
   float sums[down * across / 4][4];
   __device__ __forceinline__ float& sum(int i, int j) { return sums[(i * across + j) / 4][j % 4]; }
 
@@ -79,13 +81,19 @@ struct Simt {
     }
   }
 
-  // Calls f(row, column, sum, the next column's sum) for what the thread has of the tile.
+  // Calls f(row, column, sums of that column and its neighbours) for what the thread has of the tile.
   template <class F>
-  __device__ __forceinline__ void each_pair(F f) {
+  __device__ __forceinline__ void each(F f) {
+    constexpr int neighbours = B::transposed ? pack : 2;
 #pragma unroll
     for (int i = 0; i < down; ++i)
 #pragma unroll
-      for (int j = 0; j < across; j += 2) f(row(i), column(j), sum(i, j), sum(i, j + 1));
+      for (int j = 0; j < across; j += neighbours) {
+        float own[neighbours];
+#pragma unroll
+        for (int e = 0; e < neighbours; ++e) own[e] = sum(i, j + e);
+        f(row(i), column(j), own);
+      }
   }
 };
 

@@ -10,7 +10,9 @@ template <class T, class Tiling, class A, class B>
 struct TensorCore {
   // The instruction takes tiles of 16 x 8, and as much of the sum as two packs of 16 bytes.
   static constexpr int down = Tiling::warp_m / 16, across = Tiling::warp_n / 8, half = Pack<T>::size;
-  static constexpr int padding = 8;  // of a row of the tile's sums in shared memory, for banks
+  static constexpr int blocks =
+      Tiling::m == 128 ? 2 : 3;         // of a multiprocessor, for which registers are left
+  static constexpr int rows_apart = 1;  // of the lanes' sums
   float sums[down * across][4];
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
@@ -76,17 +78,18 @@ struct TensorCore {
     }
   }
 
-  // Calls f(row, column, sum, the next column's sum) for what the thread has of the tile.
+  // Calls f(row, column, sums of that column and the next) for what the thread has of the tile.
   template <class F>
-  __device__ __forceinline__ void each_pair(F f) const {
+  __device__ __forceinline__ void each(F f) const {
 #pragma unroll
     for (int i = 0; i < down; ++i)
 #pragma unroll
       for (int j = 0; j < across; ++j) {
         const int row = row0() + i * 16 + lane() / 4, column = column0() + j * 8 + lane() % 4 * 2;
         const float (&own)[4] = sums[i * across + j];
-        f(row, column, own[0], own[1]);
-        f(row + 8, column, own[2], own[3]);
+        const float upper[] = {own[0], own[1]}, lower[] = {own[2], own[3]};
+        f(row, column, upper);
+        f(row + 8, column, lower);
       }
   }
 };
