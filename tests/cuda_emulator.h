@@ -9,7 +9,7 @@
 //   - two threads that touch the same memory, one of them writing, with nothing between that orders them fail the
 //     launch, whatever the values are. The compiler reports every access: the sources are compiled by
 //     -fsanitize=thread, and what it calls is defined here, in place of its library. Threads of a block are ordered by
-//     its barriers, and in shared memory by those of a warp; blocks by barriers of the grid, or by an atomic operation
+//     its barriers; blocks by barriers of the grid, or by an atomic operation
 //     of one after its threads have fenced what they wrote, and of the other before it reads that;
 //   - a launch that may begin before the one before it has ended touches nothing but its parameters and shared memory
 //     until it waits, and all its threads wait. So nothing that they do earlier could be seen by that other launch, nor
@@ -56,14 +56,12 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __builtin_assume(condition)
 // Thread-local only to lie in one segment that the emulator can find: all fibers share the host's one thread.
 #define __shared__ static thread_local
 #define __syncthreads() emulator::synchronize_block(__LINE__)
-#define __syncwarp() emulator::synchronize_warp(__LINE__)
 #define __shfl_xor_sync(mask, value, step) emulator::shuffle_xor(value, step)
 
 struct dim3 {
@@ -73,14 +71,8 @@ struct dim3 {
 struct alignas(8) float2 {
   float x, y;
 };
-struct alignas(8) uint2 {
-  uint32_t x, y;
-};
 struct alignas(16) float4 {
   float x, y, z, w;
-};
-struct alignas(16) uint4 {
-  uint32_t x, y, z, w;
 };
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -296,17 +288,11 @@ struct Fiber {
   bool is_early;             // the launch before may not have ended
 };
 
-struct Warp {
-  unsigned arrived;
-  uint32_t epoch;  // counts its barriers
-};
-
-// Of four bytes of shared memory, which no kernel lets two threads share. An epoch begins with a barrier of the block.
+// Of four bytes of shared memory, which no kernel lets two threads share: who has touched it since a barrier of the block.
 struct Cell {
-  uint32_t write_epoch, write_warp_epoch, read_epoch, read_warp_epoch;
+  uint32_t met, filling;  // that barrier, and the one behind which a copy into it began
   uint16_t writer, reader;
-  bool several_lanes, several_warps;  // have read, since the last barrier of the warp, of the block
-  uint32_t filling;                   // the epoch in which a copy into it began
+  bool several;  // have read
 };
 struct Region {
   char *begin, *end;
@@ -323,8 +309,8 @@ struct Release {
 struct Block {
   size_t number;
   std::vector<Fiber> fibers;
-  Warp warps[most_threads / lanes];
-  Region regions[2];  // of shared memory: statically allocated, and dynamic
+  unsigned arrived[most_threads / lanes];  // of each warp's lanes, where it meets
+  Region regions[2];                       // of shared memory: statically allocated, and dynamic
   unsigned char* dynamic_memory;
   uint32_t began, met, fenced;  // the last barrier, and when the first write came that was not fenced there
   std::vector<Release> known, heard;  // of each block: when they last met, and since then
@@ -415,12 +401,12 @@ inline void synchronize_block(int line) {
 template <class Argument, class Operation>
 void meet(const char* name, Argument& mine, Operation operation) {
   const Inside here;
-  Warp& warp = own.warps[thread / lanes];
+  unsigned& arrived = own.arrived[thread / lanes];
   const unsigned first = thread / lanes * lanes, width = std::min(lanes, threads_of_block - first);
   running->operation = name;
   running->argument = &mine;
-  if (++warp.arrived < width) return suspend(State::at_warp_meeting);
-  warp.arrived = 0;
+  if (++arrived < width) return suspend(State::at_warp_meeting);
+  arrived = 0;
   Argument* arguments[lanes];
   for (unsigned lane = 0; lane < width; ++lane) {
     Fiber& fiber = own.fibers[first + lane];
@@ -430,10 +416,6 @@ void meet(const char* name, Argument& mine, Operation operation) {
   }
   if (*complaint) suspend(State::ended);
   operation(arguments);
-}
-
-inline void synchronize_warp(int line) {
-  meet("__syncwarp", line, [](int**) { ++own.warps[thread / lanes].epoch; });
 }
 
 template <class V>
@@ -460,32 +442,16 @@ UNSEEN inline Cell* cells_at(const void* address) {
 }
 
 UNSEEN inline void touch_shared(unsigned who, Cell* cell, size_t bytes, bool writes) {
-  const unsigned warp = who / lanes;
-  const uint32_t epoch = own.met, warp_epoch = own.warps[warp].epoch;
+  constexpr uint16_t none = UINT16_MAX;
   for (Cell* const end = cell + (bytes + 3) / 4; cell != end; ++cell) {
     if (cell->filling >= own.began) complain("thread %u touches what an asynchronous copy still fills", who);
-    const bool after_write = cell->write_epoch != epoch || cell->writer == who ||
-                             (cell->writer / lanes == warp && cell->write_warp_epoch != warp_epoch);
-    if (!after_write) complain("a race: thread %u touches what thread %u writes", who, +cell->writer);
-    const bool first_read = cell->read_epoch != epoch;
-    if (writes) {
-      const bool after_reads =
-          first_read ||
-          (!cell->several_warps && cell->reader / lanes == warp &&
-           (cell->read_warp_epoch != warp_epoch || (!cell->several_lanes && cell->reader == who)));
-      if (!after_reads) complain("a race: thread %u writes what thread %u reads", who, +cell->reader);
-      cell->write_epoch = epoch;
-      cell->write_warp_epoch = warp_epoch;
-      cell->writer = uint16_t(who);
-    } else {
-      const bool other_warp = !first_read && cell->reader / lanes != warp;
-      const bool same_epoch = !first_read && !other_warp && cell->read_warp_epoch == warp_epoch;
-      cell->several_warps = !first_read && (cell->several_warps || other_warp);
-      cell->several_lanes = same_epoch && (cell->several_lanes || cell->reader != who);
-      cell->read_epoch = epoch;
-      cell->read_warp_epoch = warp_epoch;
-      cell->reader = uint16_t(who);
-    }
+    if (cell->met != own.met) *cell = {own.met, cell->filling, none, none, false};
+    if (cell->writer != none && cell->writer != who)
+      complain("a race: thread %u touches what thread %u writes", who, +cell->writer);
+    const bool other_reads = cell->reader != none && (cell->several || cell->reader != who);
+    if (writes && other_reads) complain("a race: thread %u writes what thread %u reads", who, +cell->reader);
+    if (writes) cell->writer = uint16_t(who);
+    else cell->several = other_reads, cell->reader = uint16_t(who);
   }
 }
 
@@ -755,8 +721,6 @@ namespace emulator {
 
 // ---- tensor cores: the layouts are those of the PTX manual, section "Matrix multiply-accumulate operation"
 
-inline uint64_t bank_conflicts;  // of the rows of a matrix, which a GPU would read one after the other
-
 // ldmatrix.x4: lane 8 i + j names the row j of matrix i, which has 8 elements of 16 bits.
 template <bool transposed>
 void load_matrices(uint32_t (&registers)[4], const void* row) {
@@ -769,16 +733,13 @@ void load_matrices(uint32_t (&registers)[4], const void* row) {
   meet("ldmatrix", mine, [](Argument** arguments) {
     for (unsigned matrix = 0; matrix < 4; ++matrix) {
       uint16_t elements[8][8];
-      unsigned banks = 0;
       for (unsigned j = 0; j < 8; ++j) {
         const unsigned lane = matrix * 8 + j;
         const void* const from = arguments[lane]->row;
         if (reinterpret_cast<uintptr_t>(from) % 16) complain("a row of a matrix is misaligned");
         touch(thread / lanes * lanes + lane, from, 16, false);
         std::memcpy(elements[j], from, 16);
-        banks |= 1u << reinterpret_cast<uintptr_t>(from) / 16 % 8;
       }
-      bank_conflicts += banks != 0xff;
       for (unsigned lane = 0; lane < lanes; ++lane) {
         const unsigned i = lane / 4, j = lane % 4 * 2;
         const uint32_t low = transposed ? elements[j][i] : elements[i][j];
@@ -1124,7 +1085,7 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, 
       }
       if (!*complaint) complain("a block waits for others that are not there");
       own.fibers.clear();  // what they are in the middle of is abandoned
-      for (Warp& warp : own.warps) warp.arrived = 0;
+      std::fill(std::begin(own.arrived), std::end(own.arrived), 0);
       return cudaErrorLaunchFailure;
     }
   }

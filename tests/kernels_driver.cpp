@@ -128,7 +128,6 @@ int owner_of(int kind, int dtype, int reduced, double operations) {
   return int(cuda::owner_of(cuda::Kind(kind), Dtype(dtype), reduced, operations));
 }
 const char* complaint() { return emulator::complaint; }
-uint64_t bank_conflicts() { return emulator::bank_conflicts; }
 // Counts what kernels ask of these ranges of global memory, and of shared memory, until the next call.
 void count_traffic(const uintptr_t (*ranges)[2], int64_t count, emulator::Traffic* result) {
   if (result) *result = emulator::traffic;

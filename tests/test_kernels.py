@@ -1450,6 +1450,16 @@ def test_the_layers_of_a_narrow_network_are_one_launch(builds, dtype, sizes, exp
     assert len(library.launches) == expected
 
 
+@every_backend(["cuda"])
+def test_what_is_infinite_in_a_chain_makes_no_nan_beyond_its_columns(backend):
+    arguments, (layers, y) = network(backend, "float32", 5, (3, 1, 4))
+    layers[0].x_memory.elements[:3] = np.inf, 0, 0
+    layers[0].weight_memory.elements[0] = 1  # of the only unit, which is infinite in the first row then
+    run(backend, 0, *arguments)
+    assert len(backend.launches) == 1
+    assert not np.isnan(y.float64()).any()
+
+
 # ---- what a launch needs of its GPU
 
 # Of the emulator, by number; the first is the one that all other tests have.

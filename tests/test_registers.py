@@ -1,4 +1,4 @@
-"""What the CUDA compiler makes of the kernels: registers, the blocks that fit, instructions, and where they wait."""
+"""What the CUDA compiler makes of the kernels: registers, the blocks that fit, the instructions."""
 
 import re
 import shutil

@@ -69,37 +69,34 @@ bool has_code(int device) {
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
   cudaSetDevice(current);
   if (error != cudaSuccess) cudaGetLastError();  // or the next who asks for it takes it for its own
-  switch (error) {
-    case cudaSuccess:
-      answers.keep(device, yes);
-      return true;
-    case cudaErrorInvalidDeviceFunction:
-    case cudaErrorInvalidKernelImage:
-    case cudaErrorNoKernelImageForDevice:
-    case cudaErrorInvalidPtx:
-    case cudaErrorUnsupportedPtxVersion:
-    case cudaErrorJitCompilerNotFound:
-    case cudaErrorJitCompilationDisabled:
-      answers.keep(device, no);
-      return false;
-    default:  // of no memory, say, or of a kernel that has failed before: not for ever
-      return false;
-  }
+  // An error of no memory, say, or of a kernel that has failed before, is not for ever.
+  constexpr cudaError_t for_ever[] = {cudaSuccess,
+                                      cudaErrorInvalidDeviceFunction,
+                                      cudaErrorInvalidKernelImage,
+                                      cudaErrorNoKernelImageForDevice,
+                                      cudaErrorInvalidPtx,
+                                      cudaErrorUnsupportedPtxVersion,
+                                      cudaErrorJitCompilerNotFound,
+                                      cudaErrorJitCompilationDisabled};
+  for (const cudaError_t known : for_ever)
+    if (error == known) answers.keep(device, error == cudaSuccess ? yes : no);
+  return error == cudaSuccess;
 }
 
-// Of a block on the current device, where a kernel asks for it; 0 where that cannot be known.
-inline int64_t most_shared_memory() {
-  int device = 0, bytes = 0;
+// Of the current device; 0 where it cannot be known.
+inline int device_attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   const bool known =
-      cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
-  return known ? bytes : 0;
+      cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, which, device) == cudaSuccess;
+  return known ? value : 0;
 }
+
+// Of a block, where a kernel asks for it.
+inline int64_t most_shared_memory() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 // Before the first launch of a kernel on the current device: asks for all the dynamic shared memory that its blocks can
-// have, and never for less, since another thread may be about to launch it with as much. `overlaps`: whether a launch
-// may begin before the one before it ends. Its code has to wait for that then, and a driver that captures such launches
-// in graphs is of CUDA 12.3 or later.
+// have, and never for less, since another thread may be about to launch it with as much. `overlaps`: whether launches may
+// begin early. Their code has to wait then, and a driver that captures them in graphs is of CUDA 12.3 or later.
 template <auto kernel>
 cudaError_t prepare(bool& overlaps) {
   static Devices answers;
@@ -121,49 +118,38 @@ cudaError_t prepare(bool& overlaps) {
   return cudaSuccess;
 }
 
-template <class... Parameters, class... Arguments>
-cudaError_t enqueue(void (*kernel)(Parameters...), size_t shared_bytes, int64_t blocks, unsigned threads,
-                    cudaStream_t stream, cudaLaunchAttribute* attribute, Arguments... arguments) {
+// Enqueues kernel(arguments...) with dynamic shared memory, or nothing for a grid of no blocks, which CUDA itself refuses.
+// `together`: with all blocks there at once, so that they may wait for one another, when all before it has ended; an error
+// where there is no room. The error is this launch's own: one that somebody left behind earlier is neither returned nor
+// cleared.
+template <auto kernel, bool together = false, class... Arguments>
+cudaError_t launch_with(size_t shared_bytes, int64_t blocks, unsigned threads, cudaStream_t stream,
+                        Arguments... arguments) {
+  bool overlaps = false;
+  if (blocks == 0 && !together) return cudaSuccess;
+  if (const cudaError_t error = prepare<kernel>(overlaps); error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id =
+      together ? cudaLaunchAttributeCooperative : cudaLaunchAttributeProgrammaticStreamSerialization;
+  (together ? attribute.val.cooperative : attribute.val.programmaticStreamSerializationAllowed) = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = attribute;
-  config.numAttrs = attribute ? 1 : 0;
+  config.attrs = &attribute;
+  config.numAttrs = together || overlaps;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// Enqueues kernel(arguments...) with dynamic shared memory, or nothing for a grid of no blocks, which CUDA itself refuses.
-// The error is this launch's own: one that somebody left behind earlier is neither returned nor cleared.
-template <auto kernel, class... Arguments>
-cudaError_t launch_with(size_t shared_bytes, int64_t blocks, unsigned threads, cudaStream_t stream,
-                        Arguments... arguments) {
-  bool overlaps = false;
-  if (blocks == 0) return cudaSuccess;
-  if (const cudaError_t error = prepare<kernel>(overlaps); error != cudaSuccess) return error;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  return enqueue(kernel, shared_bytes, blocks, threads, stream, overlaps ? &early : nullptr, arguments...);
-}
-
-template <auto kernel, class... Arguments>
-cudaError_t launch(int64_t blocks, unsigned threads, cudaStream_t stream, Arguments... arguments) {
-  return launch_with<kernel>(0, blocks, threads, stream, arguments...);
-}
-
-// The same with all blocks there at once, so that they may wait for one another; an error where there is no room. It
-// begins when all before it has ended.
 template <auto kernel, class... Arguments>
 cudaError_t launch_together(size_t shared_bytes, int64_t blocks, unsigned threads, cudaStream_t stream,
                             Arguments... arguments) {
-  bool overlaps = false;
-  if (const cudaError_t error = prepare<kernel>(overlaps); error != cudaSuccess) return error;
-  cudaLaunchAttribute together{};
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  return enqueue(kernel, shared_bytes, blocks, threads, stream, &together, arguments...);
+  return launch_with<kernel, true>(shared_bytes, blocks, threads, stream, arguments...);
+}
+template <auto kernel, class... Arguments>
+cudaError_t launch(int64_t blocks, unsigned threads, cudaStream_t stream, Arguments... arguments) {
+  return launch_with<kernel>(0, blocks, threads, stream, arguments...);
 }
 
 }  // namespace fastmlp::cuda
