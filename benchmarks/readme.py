@@ -356,7 +356,7 @@ def plans() -> str:
                 cells += [
                     f"{len(launches)}, {len(launches) - len(own)}",
                     "-".join(map(str, blocks[:1] + blocks[1:][-1:])),
-                    f"{sum(launch.predicted(dtype) for launch in own):.0f}",
+                    f"{sum(launch.predicted for launch in own):.0f}",
                 ]
             step = plan_step(network.sizes, batch)
             one = f"{step.predicted:.0f} ({step.blocks}, {step.barriers})" if step else "a graph"

@@ -1,7 +1,7 @@
 """What a GPU would launch for the layers of a network, without one: ``python -m fastmlp --plan 784-500-10``.
 
 The plan is what the backend runs (csrc/cuda/plan.h, step_plan.h). The times are predictions, of an H100
-whose kernels follow one another in a graph: nobody has measured them.
+(csrc/cuda/h100.h) whose kernels follow one another in a graph: nobody has measured them.
 """
 
 from argparse import ArgumentParser
@@ -14,14 +14,7 @@ from . import _C
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
 
 MULTIPROCESSORS = 128
-ONE_LAUNCH = 3.0  # µs, until a cooperative launch begins
-LAUNCH = 2.0  # µs, from the end of one kernel to the first result of the next
-EARLY = 0.8  # µs less where that has begun by then, at most 0.96 (docs/architecture.md)
-BANDWIDTH = 3.0e6  # bytes a µs
-# µs that a step of a tile of 128 x 128 takes, from 64 bytes of each operand: multiply-adds at 80 % of their
-# peak of 128 a cycle, or tensor cores at 60 %. A smaller tile takes a third, and no step less than its way.
-STEP = {"float32": 1.45, "bfloat16": 0.23, "float16": 0.23}
-LEAST_STEP = 0.25
+DTYPES = "float32", "bfloat16", "float16"
 
 
 class Launch(NamedTuple):
@@ -40,19 +33,12 @@ class Launch(NamedTuple):
     blocks: int
     fill: float  # of the elements that the tiles multiply, those that are in the product
     bytes: int  # that have to be read and written once
+    predicted: float  # µs, 0 of what is the library's
 
     @property
     def waves(self) -> float:
         """Blocks for each multiprocessor."""
         return self.blocks / MULTIPROCESSORS
-
-    def predicted(self, dtype: str) -> float:
-        """µs, or 0 of what is the library's."""
-        if self.owner != "own":
-            return 0.0
-        step = max(STEP[dtype] / (1 if self.tile == 128 else 3), LEAST_STEP) if self.K else 0.0
-        rounds = -(-self.tiles * self.splits // MULTIPROCESSORS)
-        return LAUNCH - EARLY + max(rounds * self.steps * step, self.bytes / BANDWIDTH)
 
 
 def plan(
@@ -70,9 +56,7 @@ def plan(
     ['chain forward', 'chain backward', 'dW', 'dW', 'dW']
     """
     rows = _C.plan(list(sizes), batch, dtype, SHARED_MEMORY[architecture], products == "own")
-    return [
-        Launch(name, layer, owner, *numbers, fill, size) for name, layer, owner, numbers, fill, size in rows
-    ]
+    return [Launch(*row[:3], *row[3], *row[4:]) for row in rows]
 
 
 class Step(NamedTuple):
@@ -94,7 +78,7 @@ def plan_step(
     blocks, barriers, time = _C.plan_step(
         list(sizes), batch, clips, MULTIPROCESSORS, SHARED_MEMORY[architecture]
     )
-    return Step(blocks, barriers, ONE_LAUNCH + time) if blocks else None
+    return Step(blocks, barriers, time) if blocks else None
 
 
 def report(sizes: Sequence[int], batch: int, dtype: str, architecture: str, products: str) -> str:
@@ -106,11 +90,11 @@ def report(sizes: Sequence[int], batch: int, dtype: str, architecture: str, prod
         shape = f"{one.rows} x {one.columns}"
         if one.owner == "own":
             own = f"{one.tile or '-':>6}{one.splits or 1:8d}{one.blocks:8d}{one.waves:7.2f}{one.fill:6.0%}"
-            time = f"{one.predicted(dtype):7.1f}"
+            time = f"{one.predicted:7.1f}"
         else:
             own, time = "of torch's library".rjust(35), f"{'-':>7s}"
         lines.append(f"{one.name:15s}{one.layer:5d}{shape:>17s}{one.K:7d}{own}{one.bytes / 1e6:9.2f}{time}")
-    own_time = sum(one.predicted(dtype) for one in launches)
+    own_time = sum(one.predicted for one in launches)
     lines.append(f"{len(launches)} launches; {own_time:.0f} µs predicted for those of fastmlp's kernels")
     if dtype == "float32" and (step := plan_step(sizes, batch, architecture=architecture)):
         lines.append(
@@ -127,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = ArgumentParser(prog="python -m fastmlp", description="What a GPU would launch for a network.")
     parser.add_argument("--plan", required=True, help="widths: 784-500-10")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--dtype", choices=STEP, default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--architecture", choices=SHARED_MEMORY, default="sm_90")
     parser.add_argument("--products", choices=["table", "own"], default="table")
     given = parser.parse_args(arguments)

@@ -1,6 +1,10 @@
 // A training step of CUDA's in one launch, on the emulator: the C functions that test_whole_step.py calls.
 #include <vector>
 
+#ifdef FASTMLP_BARRIER
+static bool repeats;  // whether each block does all rows of the last layer
+#define FASTMLP_REPEATS repeats
+#endif
 #include "../csrc/cuda/step.cuh"
 
 using namespace fastmlp;
@@ -38,11 +42,13 @@ struct Request {
   int multiprocessors;
   unsigned order;
   int64_t at_once;  // steps of a launch
+  bool repeats;
 };
 
 int64_t train(const Request* r, int64_t M, const float* x, int64_t ldx) {
   emulator::order = r->order;
   emulator::multiprocessors = r->multiprocessors;
+  repeats = r->repeats;
   std::vector<Forward> layers;
   std::vector<Trained> trained(2 * r->layers);
   Optimizer optimizer = r->optimizer;

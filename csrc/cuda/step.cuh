@@ -7,52 +7,23 @@
 //
 //   y_1 | y_2 | ... | of some rows of the batch y_L, their losses, dz_L | dz_{L-1} | ... | dz_2 | dz_1
 //
+// Where that is sooner done than waited for, each block finds y_L and dz_L of all rows, and a barrier less is in a step.
+//
 // dz_{l-1} = dz_l W_l · g' needs the units' columns of W_l. They are copied before dz_L, since the owners of its rows change
-// W_l while they wait for dz_{l-1} of others. y_1 has two places in turn: a block may be at the next step's while
-// another still reads it for dW_2. Clipping has one barrier more, with all changes behind it.
+// W_l while they wait for dz_{l-1} of others. y_1 and W_L have two places in turn: a block may be at the next step's while
+// another still reads this one's. Clipping has one barrier more, with all changes behind it.
 //
 // Bound by latency: of the barriers, and of memory behind each. Every sum has an order that the shape alone decides, but for
 // the sum of squares, where it is the number of blocks too.
 #pragma once
 
-#include "../optimizer.h"
 #include "grid.cuh"
 #include "lanes.cuh"
-#include "losses.cuh"
-#include "step_plan.h"
+#include "step_arguments.cuh"
 #include "update.cuh"
 
 namespace fastmlp::cuda::whole_step {
 static_assert(threads == most_threads);
-
-struct Layer {
-  Activation activation;
-  int N, K, N4, K4;  // the latter two in whole tiles: how far rows are apart, but those of W in global memory
-  int units;         // of a block, in whole tiles
-  int rows, columns;  // of W in shared memory: where [units, K4] is, and for the layer below [units, N4]
-  const float *weight, *bias;
-  float *y, *z, *dz;  // [M, N4]; no y of the last layer, no z where none is read
-  struct Change {
-    bool is_wanted;
-    Optimizer optimizer;
-    Update update;  // grad is where a gradient is kept that is to be clipped
-  } changes[2];     // of the weight, the bias
-};
-
-struct Arguments {
-  int steps, count, M, rows;  // the last: of the batch for a block, in whole tiles
-  const float* x;
-  bool packed;  // x and all its rows
-  int64_t ldx, x_step, target_step, numbers_step;
-  Layer layers[most_layers];
-  Losses loss;
-  double max_norm;
-  int outputs;                   // where z, y and dy of those rows are in shared memory
-  float *losses, *value, *norm;  // [M], [steps], of the last step
-  double* squares;               // [blocks]
-  unsigned* arrived;             // of the grid's barrier
-};
-static_assert(sizeof(Arguments) <= 4096);
 
 struct Units {
   int first, count;
@@ -89,7 +60,8 @@ class Worker {
     load_columns();
     grid.synchronize();
     last_layer(1.0f / divided_by);
-    grid.synchronize();
+    if (a.repeats) __syncthreads();
+    else grid.synchronize();
     if (blockIdx.x == 0 && threadIdx.x < Warp::size()) {
       float sum = 0.0f;
       for (int m = threadIdx.x; m < a.M; m += Warp::size()) sum += a.losses[m];
@@ -117,9 +89,19 @@ class Worker {
     return n < p.N ? load(p.weight + int64_t{n} * p.K + k, p.K - k, aligned) : Pack<float>{};
   }
 
+  static __device__ __forceinline__ float bias_of(const Layer& p, int n) { return p.bias ? p.bias[n] : 0.0f; }
+
   __device__ __forceinline__ float* y_of(int l) const {  // of a hidden layer
     const Layer& p = a.layers[l];
     return p.y + (l == 0 && step % 2 ? int64_t{a.M} * p.N4 : 0);
+  }
+  __device__ __forceinline__ float* last_row(int n) const {
+    const Layer& p = a.layers[a.count - 1];
+    return a.last + (step % 2 * p.N4 + n) * (p.K4 + tile);
+  }
+  __device__ __forceinline__ float* dz_of(int l) const {
+    const Layer& p = a.layers[l];
+    return a.repeats && l + 1 == a.count ? shared + a.outputs + 2 * a.rows * p.N4 : p.dz;
   }
   __device__ __forceinline__ Rows input_of(int l) const {
     const Layer& p = a.layers[l];
@@ -132,16 +114,17 @@ class Worker {
     const Layer& p = a.layers[l];
     const Units own = units_of(p);
     float* const y = y_of(l);
-    multiply<8>(input_of(l), a.M, {shared + p.rows, p.K4, p.K4, true}, own.count, p.K,
-                [&](int m, int u, float z) {
-                  const int unit = own.first + u, at = m * p.N4 + unit;
-                  if (p.bias && unit < p.N) z += p.bias[unit];
-                  if (p.z) p.z[at] = z;
-                  y[at] = activated(p.activation, z);
-                });
+    const auto bias = [&](int, int u) { return u + own.first < p.N ? bias_of(p, u + own.first) : 0.0f; };
+    const auto finish = [&](int m, int u, float sum, float bias) {
+      const int at = m * p.N4 + own.first + u;
+      if (p.z) p.z[at] = sum + bias;
+      y[at] = own.first + u < p.N ? activated(p.activation, sum + bias) : 0.0f;  // else of no unit
+    };
+    multiply<false>(input_of(l), a.M, {shared + p.rows, p.K4, p.K4, true}, own.count, p.K, bias, finish);
   }
 
-  // Of every weight but the first, for the units of the layer below: transposed, with zeros to whole tiles.
+  // Of every weight but the first, for the units of the layer below: transposed, with zeros to whole tiles. Those of the last
+  // go to where all blocks read its rows.
   __device__ __forceinline__ void load_columns() const {
     for (int l = 1; l < a.count; ++l) {
       const Layer& p = a.layers[l];
@@ -150,31 +133,36 @@ class Worker {
         const int n = i % p.N4, u = i / p.N4 * tile;
         const Pack<float> w = pack_of(p, n, own.first + u);
         for (int e = 0; e < tile; ++e) shared[p.columns + (u + e) * p.N4 + n] = w.elements[e];
+        if (l + 1 == a.count) store(last_row(n) + own.first + u, w, tile, true);
       }
     }
+    const Layer& last = a.layers[a.count - 1];
+    if (blockIdx.x == 0)
+      for (int n = threadIdx.x; n < last.N; n += threads) last_row(n)[last.K4] = bias_of(last, n);
   }
 
   // The block's rows of the batch, each with its loss and dz on one warp.
   __device__ __forceinline__ void last_layer(float scale) const {
     const Layer& p = a.layers[a.count - 1];
-    const int first = static_cast<int>(blockIdx.x) * a.rows, rows = max(min(a.M - first, a.rows), 0);
+    const int first = a.repeats ? 0 : int(blockIdx.x) * a.rows, rows = max(min(a.M - first, a.rows), 0);
     float *const zs = shared + a.outputs, *const ys = zs + a.rows * p.N4, *const dys = ys + a.rows * p.N4;
     const Rows x{y_of(a.count - 2) + int64_t{first} * p.K4, p.K4, p.K4, true};
-    multiply<32>(x, rows, rows_of(p.weight, p.K, p.K), p.N, p.K, [&](int m, int n, float z) {
-      if (p.bias) z += p.bias[n];
-      zs[m * p.N4 + n] = z;
-      ys[m * p.N4 + n] = activated(p.activation, z);
-    });
+    const auto bias = [&](int, int n) { return last_row(n)[p.K4]; };
+    const auto finish = [&](int m, int n, float sum, float bias) {
+      zs[m * p.N4 + n] = sum + bias;
+      ys[m * p.N4 + n] = activated(p.activation, sum + bias);
+    };
+    multiply<true>(x, rows, {last_row(0), p.K4 + tile, p.K4, true}, p.N, p.K, bias, finish);
     __syncthreads();
     const bool reads_z = reads(p.activation) == Reads::z;
     for (int row = threadIdx.x / Warp::size(); row < rows; row += threads / Warp::size()) {
       const float *const y = ys + row * p.N4, *const saved = reads_z ? zs + row * p.N4 : y;
-      float *const dy = dys + row * p.N4, *const dz = p.dz + int64_t{first + row} * p.N4;
+      float *const dy = dys + row * p.N4, *const dz = dz_of(a.count - 1) + int64_t{first + row} * p.N4;
       const float loss = a.loss.of_row<Warp>(y, first + row, step * a.target_step, scale,
                                              [&](int64_t n, float value) { dy[n] = value; });
       for (int n = Warp::rank(); n < p.N4; n += Warp::size())
         dz[n] = n < p.N ? differentiated(p.activation, dy[n], saved[n]) : 0.0f;
-      if (Warp::rank() == 0) a.losses[first + row] = loss;
+      if (Warp::rank() == 0 && (!a.repeats || blockIdx.x == 0)) a.losses[first + row] = loss;
     }
   }
 
@@ -183,11 +171,13 @@ class Worker {
     const Layer &p = a.layers[l], &below = a.layers[l - 1];
     const Units own = units_of(below);
     const float* const saved = below.z ? below.z : y_of(l - 1);
-    multiply<8>({p.dz, p.N4, p.N4, true}, a.M, {shared + p.columns, p.N4, p.N4, true}, own.count, p.N,
-                [&](int m, int u, float dy) {
-                  const int at = m * below.N4 + own.first + u;
-                  below.dz[at] = differentiated(below.activation, dy, saved[at]);
-                });
+    const auto at = [&](int m, int u) { return m * below.N4 + own.first + u; };
+    const auto finish = [&](int m, int u, float dy, float saved) {
+      below.dz[at(m, u)] = differentiated(below.activation, dy, saved);
+    };
+    multiply<true>(
+        {dz_of(l), p.N4, p.N4, true}, a.M, {shared + p.columns, p.N4, p.N4, true}, own.count, p.N,
+        [&](int m, int u) { return saved[at(m, u)]; }, finish);
   }
 
   // The units' rows of dW and db; of the last layer columns, and on the first block all db. Changes the parameters by
@@ -198,13 +188,18 @@ class Worker {
     if (!p.changes[0].is_wanted && !p.changes[1].is_wanted) return;
     const Units own = units_of(a.layers[is_last ? l - 1 : l]), all{0, is_last ? p.N4 : p.K4};
     const Units ns = is_last ? all : own, ks = is_last ? own : all;
-    const Rows x = input_of(l), dz{p.dz + ns.first, p.N4, p.N4, true};
-    for_tiles<tile>(tiles_of(ns.count), tiles_of(ks.count) + has_bias, [&](int n0, int k0, bool exists) {
+    const Rows x = input_of(l), dz{dz_of(l) + ns.first, p.N4, p.N4, true};
+    for_tiles(tile, tiles_of(ns.count), tiles_of(ks.count) + has_bias, [&](int row, int column, bool exists) {
+      const int n0 = row * tile, k0 = column * tile;
       const bool is_bias = k0 == ks.count;  // behind the tiles of W: the sum of dz times one
       const int n = ns.first + n0 + threadIdx.x % tile, k = ks.first + k0, size = is_bias ? 1 : p.K - k;
       const Layer::Change& c = p.changes[is_bias];
       const int64_t at = is_bias ? n : int64_t{n} * p.K + k;
-      Sums sums;
+      const bool is_own = exists && n < p.N && size > 0 && c.is_wanted;
+      const bool aligned = at % tile == 0 && update::is_aligned<float>(c.update, c.optimizer.states);
+      update::Elements<float> elements;  // which are there when the sums are
+      if (is_own && again == clips) elements.load(c.update, c.optimizer.states, at, size, aligned);
+      Sums<> sums;
       if (!again) {
         const Rows terms = {is_bias ? nullptr : x.at(0, k), x.ld, x.columns - k, x.packed};
         const Rows own_dz{dz.at(0, n0), dz.ld, tile, true};
@@ -212,7 +207,7 @@ class Worker {
         else multiply_transposed<false>(own_dz, terms, a.M, sums);
         sums.add_up<tile / 2>();
       }
-      if (!exists || n >= p.N || size <= 0 || !c.is_wanted) return;
+      if (!is_own) return;
       Pack<float> g{{sums.own[0], sums.own[1], sums.own[2], sums.own[3]}};
       if (clips) {
         float* const kept = static_cast<float*>(const_cast<void*>(c.update.grad)) + at;
@@ -225,13 +220,14 @@ class Worker {
         g = load(kept, size, aligned);
         for (int e = 0; e < tile; ++e) g.elements[e] *= factor;
       }
-      const Pack<float> w = change(c, at, size, g);
-      if (!is_last && !is_bias) store(shared + p.rows + (n - own.first) * p.K4 + k, w, size, true);
+      change(c, g, elements);
+      elements.store(c.update, c.optimizer.states, at, size, aligned);
+      if (!is_last && !is_bias) store(shared + p.rows + (n - own.first) * p.K4 + k, elements.w, size, true);
     });
   }
 
-  __device__ __forceinline__ Pack<float> change(const Layer::Change& c, int64_t at, int n,
-                                                const Pack<float>& g) const {
+  __device__ __forceinline__ void change(const Layer::Change& c, const Pack<float>& g,
+                                         update::Elements<float>& elements) const {
     Optimizer o = c.optimizer;
     Rates rates = c.update.rates;
     if (o.in_memory) {
@@ -241,11 +237,7 @@ class Worker {
     } else if (step > 0) {
       o.first = false;
     }
-    return with_rule(o, [&](auto named) {
-      using Row = typename decltype(named)::type;
-      const bool aligned = at % tile == 0 && update::is_aligned<float, Row>(c.update);
-      return update::change(Row(o, rates), c.update, at, n, aligned, g);
-    });
+    with_rule(o, [&](auto named) { elements.change(typename decltype(named)::type(o, rates), g); });
   }
 
   __device__ __forceinline__ float clipping_factor() {
@@ -274,54 +266,6 @@ __global__ void __launch_bounds__(threads, 1) train(const __grid_constant__ Argu
     __syncthreads();
     worker.run();
   }
-}
-
-inline Shape shape_of(const Step& s) {
-  Shape shape{s.layers->M, s.count <= most_layers ? s.count : 0, {s.layers->K}, s.max_norm > 0};
-  for (int64_t l = 0; l < shape.layers; ++l) shape.widths[l + 1] = s.layers[l].N;
-  return shape;
-}
-
-// In a workspace, or in one that is nowhere; `bytes` is how large it is.
-inline Arguments arguments(const Step& s, const Plan& plan, char* workspace, int64_t& bytes) {
-  bytes = 0;
-  const auto take = [&](int64_t floats) {
-    char* const own = workspace ? workspace + bytes : nullptr;
-    bytes += ceil_div(floats, 32) * 128;
-    return reinterpret_cast<float*>(own);
-  };
-  const int64_t M = s.layers->M;
-  Arguments a{.steps = int(s.steps), .count = int(s.count), .M = int(M), .rows = int(plan.rows)};
-  a.x = static_cast<const float*>(s.layers->x), a.ldx = s.layers->ldx, a.x_step = s.x_step;
-  a.packed = rows_of(a.x, a.ldx, int(s.layers->K)).packed && a.x_step % tile == 0;
-  a.target_step = s.target_step, a.numbers_step = s.numbers_step;
-  a.loss = {s.loss, s.cross_entropy, s.pointwise};
-  a.value = s.value, a.norm = s.norm, a.max_norm = s.max_norm;
-  a.arrived = reinterpret_cast<unsigned*>(take(1));  // first, so that it stays where it is
-  a.losses = take(M);
-  a.squares = reinterpret_cast<double*>(take(2 * plan.blocks));
-  int shared = 0;
-  for (int64_t l = 0; l < s.count; ++l) {
-    const Forward& f = s.layers[l];
-    const bool is_last = l + 1 == s.count;
-    Layer& p = a.layers[l];
-    p.N = int(f.N), p.K = int(f.K), p.N4 = int(padded(f.N)), p.K4 = int(padded(f.K));
-    p.weight = static_cast<const float*>(f.weight), p.bias = static_cast<const float*>(f.bias);
-    p.activation = f.activation, p.units = int(plan.units[l]);
-    p.rows = shared;
-    p.columns = shared += is_last ? 0 : p.units * p.K4;
-    shared += l > 0 ? a.layers[l - 1].units * p.N4 : 0;
-    if (!is_last) p.y = take((l > 0 ? 1 : 2) * M * p.N4);
-    if (!is_last && reads(f.activation) == Reads::z) p.z = take(M * p.N4);
-    p.dz = take(M * p.N4);
-    for (int i = 0; i < 2; ++i) {
-      const Trained& t = (i ? s.biases : s.weights)[l];
-      if (!t.optimizer) continue;
-      p.changes[i] = {true, *t.optimizer, t.update};
-      p.changes[i].update.grad = s.max_norm > 0 ? take(t.update.size) : nullptr;
-    }
-  }
-  return a.outputs = shared, a;
 }
 
 // How a step is done on the current device; of no blocks where it is to be done by other kernels.

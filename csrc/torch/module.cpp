@@ -74,7 +74,8 @@ void use_products(const std::string& owner, const std::vector<MeasuredRow>& rows
 #endif
 
 // What a GPU would launch for a network of ReLUs whose parameters are trained.
-using PlanRow = std::tuple<std::string, int64_t, std::string, std::array<int64_t, 8>, double, int64_t>;
+using PlanRow =
+    std::tuple<std::string, int64_t, std::string, std::array<int64_t, 8>, double, int64_t, double>;
 
 std::vector<PlanRow> plan(const std::vector<int64_t>& sizes, int64_t batch, const std::string& dtype_name,
                           int64_t shared_bytes, bool own) {
@@ -109,7 +110,7 @@ std::vector<PlanRow> plan(const std::vector<int64_t>& sizes, int64_t batch, cons
                         p.owner == cuda::Owner::kernels ? "own" : "library",
                         std::array<int64_t, 8>{n.rows, n.columns, n.K, n.cut.size, n.cut.tiles, n.cut.splits,
                                                n.cut.steps, n.blocks},
-                        n.fill, n.bytes);
+                        n.fill, n.bytes, cuda::microseconds(p, n, dtype));
     }
   };
   add(forwards, true), add(backwards, false);
