@@ -102,7 +102,7 @@ FAULTS = [
     Fault("csrc/cuda/launch.cuh", "  cudaSetDevice(current);", "", GPU),
     Fault("csrc/cuda/softmax.cuh", "if (counts && smooths) dz -=", "if (smooths) dz -=", CUDA),
     Fault("csrc/cuda/softmax.cuh", "if (t == p.ignore_index) return 0.0f;", "", CUDA),
-    Fault("csrc/cuda/update.cuh", "const bool aligned = is_aligned<T, Row>(u);", "const bool aligned = true;", CUDA),
+    Fault("csrc/cuda/update.cuh", "const bool aligned = is_aligned<T>(u, Row::states);", "const bool aligned = true;", CUDA),
     Fault("csrc/cuda/clip.cuh", "own += blocks;", "", CUDA),
     Fault("csrc/cuda/pack.cuh", "rotate(saved, activates ? activated(g, own) : 0.0f);", "rotate(saved, 0.0f);", CUDA),
     Fault("csrc/cuda/elementwise.cuh", "sums[e] += to_float(pack.elements[e]);", "sums[e] = to_float(pack.elements[e]);", CUDA),

@@ -385,7 +385,7 @@ def test_a_small_step_is_one_launch_and_its_size_decides_of_how_many_blocks(kern
 
 @pytest.mark.parametrize(("multiprocessors", "most"), [(132, 132), (16, 16), (1, 1)])
 def test_all_blocks_have_a_multiprocessor(kernel, multiprocessors, most):
-    assert 0 < plan(kernel, 64, 17, 96, 64, 6, multiprocessors=multiprocessors)[0] <= most
+    assert 0 < plan(kernel, 16, 17, 64, 32, 6, multiprocessors=multiprocessors)[0] <= most
 
 
 def test_weights_have_to_fit_in_shared_memory(kernel):

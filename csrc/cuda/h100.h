@@ -5,8 +5,9 @@
 
 namespace fastmlp::cuda::h100 {
 
-// From the end of a kernel to the first result of the next, which has begun by then. Else it takes 0.8 more.
-inline constexpr double launch = 1.2;
+inline constexpr double launch = 2.0;  // from the end of a kernel of a graph to the first result of the next
+inline constexpr double early =
+    0.8;  // less where that has begun by then, at most 0.96 (docs/architecture.md)
 inline constexpr double first_launch = 3.0;  // until a cooperative launch begins
 inline constexpr double barrier =
     1.2;  // of a grid: a fence, an atomic operation, a load, each of the cache's latency

@@ -95,7 +95,7 @@ inline Plan planned(const Shape& s, int64_t units, bool repeats, const Gpu& gpu)
   const bool fits =
       4 * p.shared_floats + own_shared_bytes <= gpu.shared_bytes && p.blocks <= gpu.multiprocessors;
   // A graph has of each layer y, dx and dW, some six of the loss and the change, and three of clipping.
-  const double graph = (h100::launch + h100::phase) * (3.0 * L + 6 + 3 * s.clips);
+  const double graph = (h100::launch - h100::early + h100::phase) * (3.0 * L + 6 + 3 * s.clips);
   if (!fits || p.microseconds > graph) p.blocks = 0;
   return p;
 }
