@@ -171,7 +171,7 @@ FAULTS = [
     Fault("csrc/torch/module_call.cpp", "thread->c_profilefunc || thread->c_tracefunc", "thread->c_profilefunc", "tests/test_fuse.py -k somebody_watches"),
     Fault("csrc/torch/module_call.cpp", "thread->c_profilefunc || thread->c_tracefunc", "thread->c_tracefunc", "tests/test_fuse.py -k somebody_watches"),
     Fault("csrc/torch/module_call.cpp", "      at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION))", "      false)", "tests/test_fuse.py -k somebody_watches"),
-    Fault("csrc/torch/module_call.cpp", "c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer)", "false", "tests/test_fuse.py -k trace_of_the_model"),
+    Fault("csrc/torch/module_call.cpp", "c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer)", "false", "tests/test_fuse.py -k call_that_is_traced"),
     Fault("csrc/torch/module_call.cpp", "_PyType_Lookup(Py_TYPE(module), name) == PyTuple_GET_ITEM(row, 1) && ", "", "tests/test_fuse.py -k somebody_watches"),
     Fault("csrc/torch/module_call.cpp", "PyTuple_GET_ITEM(row, 1) && !get(own, name)", "PyTuple_GET_ITEM(row, 1)", "tests/test_fuse.py -k somebody_watches"),
     Fault("csrc/torch/training.cpp", '"momentum", "dampening"', '"dampening", "momentum"', "tests/test_optim.py"),
