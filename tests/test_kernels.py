@@ -1656,14 +1656,3 @@ def test_a_pass_uses_its_sectors_and_waits_for_no_bank(traffic, call, dtype):
     counted = traffic(lambda library: call(library, dtype), "cuda library")
     assert counted.bytes >= 0.9 * 32 * counted.sectors > 0
     assert counted.waits == 0
-
-
-def test_no_matrix_meets_a_bank_conflict_on_its_way_to_tensor_cores(builds):
-    library = loaded(builds["cuda"], "cuda")
-    for dtype in DTYPES:
-        layer = Layer(library, dtype, "relu", (130, 140, 150))
-        layer.reduced = True
-        layer.forward()
-        layer.backward()
-    library.bank_conflicts.restype = ctypes.c_uint64
-    assert library.bank_conflicts() == 0
