@@ -84,12 +84,9 @@ inline Share share(Dtype dtype, int64_t rows, int64_t columns) {
 
 inline constexpr int most_links = 16;
 
-// Of a block: for the rows, and for each of the weights that there is room for.
-constexpr int64_t chain_rows_bytes(Dtype dtype, int columns) { return 64 * columns * bytes_of(dtype); }
-constexpr int64_t chain_weight_bytes(Dtype dtype, int columns) {
-  return columns * bytes_of(dtype) / 64 *
-         std::max<int64_t>(columns * 64, 64 / bytes_of(dtype) * (columns + 8) * bytes_of(dtype));
-}
+// Of a block: for the rows, with gaps between their tiles, and for each of the weights that there is room for.
+constexpr int64_t chain_rows_bytes(Dtype dtype, int columns) { return (64 + 1) * columns * bytes_of(dtype); }
+constexpr int64_t chain_weight_bytes(Dtype dtype, int columns) { return columns * columns * bytes_of(dtype); }
 
 // The widest that a layer gets or gives.
 template <class Layer>
