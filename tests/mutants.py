@@ -81,7 +81,6 @@ FAULTS = [
     Fault("csrc/cuda/product.cuh", "part = 1; part < parts", "part = 1; part + 1 < parts", CUDA),
     Fault("csrc/cuda/product.cuh", "result.row_sums && n0 == 0", "result.row_sums", CUDA),
     Fault("csrc/cuda/product.cuh", "row / apart % 4 * 2 + row / apart / 4 % 2", "row / apart % 8", BANK),
-    Fault("csrc/cuda/chain.cuh", "pitch = Rows::size + depth<T>;", "pitch = Rows::size;", BANK),
     Fault("csrc/cuda/simt.cuh", "rows_apart = A::transposed ? pack : 1;", "rows_apart = 1;", BANK),
     Fault("csrc/cuda/elementwise.cuh", "(i ^ i / 32 % 2 * 4)", "i", BANK),
     Fault("csrc/cuda/splits.cuh", "last ? none : next);", "next);", "tests/test_kernels.py -k counted_anew"),
