@@ -80,10 +80,13 @@ def occupancy(kernel: Kernel, on: Multiprocessor) -> Occupancy:
 
 
 def compile_for(architecture: str, folder: Path) -> tuple[Path, str]:
-    """The kernels' object file for an architecture, and what ptxas tells of them."""
-    output = folder / f"{architecture}.o"
+    """The kernels' object file for an architecture, with the PTX beside it, and what ptxas tells of them."""
+    own = folder / architecture
+    own.mkdir()
+    output = own / "backend.o"
     command = ["nvcc", "-O3", "-std=c++17", f"-arch={architecture}", "-Xptxas", "-v"]
     command += ["-c", str(ROOT / "csrc/cuda/backend.cu"), "-o", str(output)]
+    command += ["--keep", "--keep-dir", str(own)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(result.stderr)

@@ -265,8 +265,7 @@ class TrainStep:
         Where a step is one call, so are all of them: batches are gathered in it, and Python sees to signals
         and other threads each 10 ms. Where a step is one launch on a GPU, so are up to 128 of them; one
         such launch is under way while the next is made ready. An exception, KeyboardInterrupt too, leaves
-        whole steps. Model and
-        optimizer are looked at anew each time, after a callback too.
+        whole steps. Model and optimizer are looked at anew each time, after a callback too.
 
         Args:
             x: what the model takes, of shape [rows, ...].

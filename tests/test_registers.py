@@ -1,10 +1,10 @@
-"""What the CUDA compiler makes of the kernels: registers, the blocks that fit, the instructions."""
+"""What the CUDA compiler makes of the kernels: registers, the blocks that fit, and instructions."""
 
 import re
 import shutil
 import subprocess
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
@@ -72,26 +72,33 @@ def test_passes_over_memory_have_enough_warps_to_keep_it_busy(occupancy, kernels
         assert blocks * kernel.threads >= 32 * LEAST_WARPS, kernel.name
 
 
+TOUCHES_MEMORY = re.compile(r"\b(ld|st|atom|red|cp)\.\S*global")
+
+
+@every_architecture
+def test_a_kernel_waits_for_the_launch_before_where_that_has_not_ended(compiled, architecture):
+    objects, _ = compiled[architecture].result()
+    kernels = objects.with_name("backend.ptx").read_text().split(".entry ")[1:]
+    waiting = [kernel for kernel in kernels if "griddepcontrol.wait" in kernel]
+    cooperative = [kernel for kernel in kernels if "whole_step" in kernel.split("(")[0]]
+    assert len(waiting) == (0 if architecture == "sm_80" else len(kernels) - len(cooperative))
+    assert not any(TOUCHES_MEMORY.search(kernel.split("griddepcontrol.wait")[0]) for kernel in waiting)
+
+
 # ---- instructions
 
 FUNCTION = re.compile(r"Function : (\w+)")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;?&/]*)")
 Code = list[tuple[int, str, str]]  # address, operation, operands
-Compiled = dict[str, Future[tuple[Path, str]]]  # by architecture
-
-
-def dump(kind: str, compiled: Compiled, architecture: str) -> str:
-    """What is in the object file, as sass or ptx."""
-    if shutil.which("cuobjdump") is None:
-        pytest.skip("needs cuobjdump and nvdisasm")
-    command = ["cuobjdump", f"-{kind}", compiled[architecture].result()[0]]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture
 def sass(compiled, architecture) -> dict[str, Code]:
     """The instructions of each kernel, by its symbol."""
-    text = dump("sass", compiled, architecture)
+    if shutil.which("cuobjdump") is None:
+        pytest.skip("needs cuobjdump and nvdisasm")
+    objects, _ = compiled[architecture].result()
+    text = subprocess.run(["cuobjdump", "-sass", objects], capture_output=True, text=True, check=True).stdout
     functions: dict[str, Code] = {}
     own: Code = []
     for line in text.splitlines():
@@ -138,16 +145,3 @@ def test_the_main_loop_of_a_product_multiplies_on_tensor_cores_what_copies_bring
 @every_architecture
 def test_no_kernel_has_an_instruction_of_local_memory(sass):
     assert [name for name, code in sass.items() if count(Counter(op for _, op, _ in code), "LDL|STL")] == []
-
-
-TOUCHES_MEMORY = re.compile(r"\b(ld|st|atom|red|cp)\.\S*global")
-
-
-@every_architecture
-def test_a_kernel_waits_for_the_launch_before_where_that_has_not_ended(compiled, architecture):
-    kernels = dump("ptx", compiled, architecture).split(".entry ")[1:]
-    assert len(kernels) > 40
-    waiting = [kernel for kernel in kernels if "griddepcontrol.wait" in kernel]
-    cooperative = [kernel for kernel in kernels if "whole_step" in kernel.split("(")[0]]
-    assert len(waiting) == (0 if architecture == "sm_80" else len(kernels) - len(cooperative))
-    assert not any(TOUCHES_MEMORY.search(kernel.split("griddepcontrol.wait")[0]) for kernel in waiting)
