@@ -148,7 +148,7 @@ def reading(cell: Cell) -> Steps:
     def reads(threads: int) -> Steps:
         arguments = threads, parameters.data_ptr(), parameters.numel()
 
-        def steps(count: int) -> float:
+        def steps(count: int, held: torch.Tensor = parameters) -> float:  # or their memory would be another's
             for _ in range(count):
                 read(*arguments)
             return y
