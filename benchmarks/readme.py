@@ -67,6 +67,9 @@ SMALL_BATCH = 128
 LARGE_LAYER = 1 << 20  # weights
 
 
+Cells = dict[tuple[str, str, str], dict[str, float]]
+
+
 def rows(name: str) -> list[dict[str, str]]:
     """The rows of a CSV file in results/."""
     with (RESULTS / f"{name}.csv").open(newline="") as file:
@@ -122,10 +125,24 @@ def short() -> str:
     return steps_table(cells, COLUMNS, has_mean=False)
 
 
+def intel() -> str:
+    """The same on another processor, where stock is faster."""
+    return steps_table(speedups("steps_intel"), COLUMNS, "steps_intel")
+
+
 def headline() -> str:
-    """The same in a sentence: what small networks gain, and large ones."""
+    """The same in sentences, a processor each."""
+    gpu = "" if (RESULTS / "steps_cuda.csv").exists() else " Not yet measured on a GPU."
+    return (
+        f"**On an AMD EPYC, {gains(speedups())}. "
+        f"On an older Intel Xeon, {gains(speedups('steps_intel'))}.{gpu}**"
+    )
+
+
+def gains(cells: Cells) -> str:
+    """What small networks gain, and large ones."""
     large, single, small = [], [], []
-    for (_, sizes, batch), cell in speedups().items():
+    for (_, sizes, batch), cell in cells.items():
         widths = [int(width) for width in sizes.split("-")]
         if max(map(math.prod, pairwise(widths))) >= LARGE_LAYER:
             large += [cell[column] for column in ("swap", "all", "step")]
@@ -134,21 +151,20 @@ def headline() -> str:
         elif int(batch) <= SMALL_BATCH:
             small.append(cell)
     swap, step = ([cell[column] for cell in small] for column in ("swap", "step"))
-    gpu = "" if (RESULTS / "steps_cuda.csv").exists() else " Not yet measured on a GPU."
     return (
-        f"**On a CPU, small MLPs train {min(swap):.1f} to {max(swap):.1f} times as fast by one line, "
+        f"small MLPs train {min(swap):.1f} to {max(swap):.1f} times as fast by one line, "
         f"{min(step):.1f} to {max(step):.1f} times with `TrainStep`, and up to {max(single):.0f} times at "
-        f"batch 1. Layers of a million weights gain {100 * (min(large) - 1):.0f} to "
-        f"{100 * (max(large) - 1):.0f} %.{gpu}**"
-    ).replace(" -", " −")
+        f"batch 1, and layers of a million weights {min(large):.2f} to {max(large):.2f} times"
+    )
 
 
 def slower() -> str:
     """What is slower than stock, of all that is measured."""
     names = COLUMNS | ADAM_COLUMNS
     lines = [
-        f"{NETWORKS[network]}, {short_sizes(sizes)} @ {batch}, {names[column]}: {speedup:.2f}"
-        for (network, sizes, batch), cell in speedups().items()
+        f"{NETWORKS[network]}, {short_sizes(sizes)} @ {batch}, {names[column]}{on}: {speedup:.2f}"
+        for file, on in (("steps", ""), ("steps_intel", ", on Intel's"))
+        for (network, sizes, batch), cell in speedups(file).items()
         for column, speedup in cell.items()
     ]
     lines += [
@@ -164,13 +180,10 @@ def slower() -> str:
     return "\n".join(slow) or "Nothing."
 
 
-Cells = dict[tuple[str, str, str], dict[str, float]]
-
-
-def speedups() -> Cells:
+def speedups(file: str = "steps") -> Cells:
     """By network, sizes and batch, how many times faster than stock each column of steps.py is."""
     cells: Cells = {}
-    for row in rows("steps"):
+    for row in rows(file):
         cell = cells.setdefault((row["network"], row["sizes"], row["batch"]), {})
         cell[row["column"]] = float(row["speedup_p50"])
     return cells
@@ -181,7 +194,7 @@ def short_sizes(sizes: str) -> str:
     return re.sub(r"\b(\d+)(-\1\b){2,}", lambda same: f"{same[1]}×{same[0].count('-') + 1}", sizes)
 
 
-def steps_table(cells: Cells, names: Mapping[str, str], has_mean: bool = True) -> str:
+def steps_table(cells: Cells, names: Mapping[str, str], file: str = "steps", has_mean: bool = True) -> str:
     """The cells, one a row, in those of these columns that have been measured."""
     columns = [column for column in names if all(column in cell for cell in cells.values())]
     if not columns:
@@ -194,7 +207,7 @@ def steps_table(cells: Cells, names: Mapping[str, str], has_mean: bool = True) -
         means = (geometric_mean([cell[column] for cell in cells.values()]) for column in columns)
         body.append(["geometric mean", "", "", *(f"{mean:.2f}" for mean in means)])
     header = ["", "network", "batch", *(names[column] for column in columns)]
-    return f"{table(header, body)}\n\nMeasured on {where(rows('steps')[0])}."
+    return f"{table(header, body)}\n\nMeasured on {where(rows(file)[0])}."
 
 
 def kernels() -> str:
@@ -386,8 +399,8 @@ def occupancy() -> str:
 FIGURES: dict[str, Callable[[], str]] = {
     figure.__name__: figure
     for figure in (
-        headline, short, train, steps, adam, training, ensemble, kernels, peers, inference, integrations,
-        habits, slower, plans, occupancy,
+        headline, short, train, steps, adam, intel, training, ensemble, kernels, peers, inference,
+        integrations, habits, slower, plans, occupancy,
     )
 }  # fmt: skip
 
