@@ -346,10 +346,7 @@ KNOWN = (
     _seen,
     _activation,
     _drops,
-    (
-        ("_call_impl", _original(nn.Module, "_call_impl")),
-        ("_compiled_call_impl", None),
-    ),  # of nn.Module's call
+    _CALL,
 )
 
 _direct: WeakSet[Any] = WeakSet()

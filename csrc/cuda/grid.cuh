@@ -1,5 +1,5 @@
-// A barrier of all blocks of a launch, which launch_together has there at once. What a block has written before it arrives,
-// others read once they have waited. Between the two it may do what others need not wait for.
+// A barrier of all blocks of a launch, which is `together`: they are there at once. What a block has written before it
+// arrives, others read once they have waited. Between the two it may do what others need not wait for.
 #pragma once
 
 #include "ptx.cuh"

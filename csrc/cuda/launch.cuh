@@ -143,11 +143,6 @@ cudaError_t launch_with(size_t shared_bytes, int64_t blocks, unsigned threads, c
 }
 
 template <auto kernel, class... Arguments>
-cudaError_t launch_together(size_t shared_bytes, int64_t blocks, unsigned threads, cudaStream_t stream,
-                            Arguments... arguments) {
-  return launch_with<kernel, true>(shared_bytes, blocks, threads, stream, arguments...);
-}
-template <auto kernel, class... Arguments>
 cudaError_t launch(int64_t blocks, unsigned threads, cudaStream_t stream, Arguments... arguments) {
   return launch_with<kernel>(0, blocks, threads, stream, arguments...);
 }

@@ -288,7 +288,8 @@ inline cudaError_t run(const Step& s, void* workspace, cudaStream_t stream) {
   const Plan p = plan(shape_of(s));
   int64_t bytes = 0;
   const Arguments a = arguments(s, p, static_cast<char*>(workspace), bytes);
-  return launch_together<train>(4 * p.shared_floats, p.blocks, threads, stream, a);
+  constexpr bool together = true;
+  return launch_with<train, together>(4 * p.shared_floats, p.blocks, threads, stream, a);
 }
 
 }  // namespace fastmlp::cuda::whole_step
